@@ -1,0 +1,81 @@
+# Needs Python 3.10 or later (with venv) and make; everything else is installed into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned versions; empty: the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# Another torch than the pinned one, for instance a CUDA build: make demo TORCH=2.11.0+cu128 PIP_FLAGS="--extra-index-url ..."
+TORCH ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+DEMO_MODEL ?= pipo_ray/bundled
+DEMO_WEIGHT_MEMORY ?= 3MiB
+DEMO_PROMPT ?= It was a fine morning, and Mrs. Bennet
+DEMO_FLAGS ?= --repetition-penalty 1.2
+
+# Scripts under benchmarks/ that finish within a minute or two on two cores.
+BENCHMARKS ?=
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-slow test-gpu lint format typecheck bench clean distclean FORCE
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/installed ## generate text from the bundled model, with less weight memory than the model has
+	HF_HUB_OFFLINE=1 $(BIN)/pipo run $(DEMO_MODEL) --weight-memory $(DEMO_WEIGHT_MEMORY) -p "$(DEMO_PROMPT)" $(DEMO_FLAGS)
+
+setup: $(VENV)/installed-dev ## create the virtual environment with the development tools
+
+test: $(VENV)/installed-dev ## the tests that need no GPU and take seconds
+	$(BIN)/pytest -m "not gpu and not slow" $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/installed-dev ## the tests that take minutes
+	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+
+test-gpu: $(VENV)/installed-dev ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
+
+lint: $(VENV)/installed-dev ## ruff: rules and format, changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/installed-dev ## ruff: mend what can be mended, and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+typecheck: $(VENV)/installed-dev ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(VENV)/installed ## the quick scripts under benchmarks/
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove caches and build products
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.10 or later, not %d.%d: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# What is really asked for; replaced only when it changes, so that a change of CONSTRAINTS or TORCH installs again.
+$(VENV)/constraints.txt: FORCE | $(BIN)/python
+	@sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') -e '' $(or $(CONSTRAINTS),/dev/null) > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(VENV)/installed: pyproject.toml $(VENV)/constraints.txt
+	@echo "installing into $(VENV), a minute or two the first time"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml $(VENV)/constraints.txt
+	@echo "installing into $(VENV), a minute or two the first time"
+	$(INSTALL) --editable '.[dev]'
+	@touch $(VENV)/installed $@

@@ -1,0 +1,1 @@
+"""The four Ray actors, installed as `pipo_ray.actors`."""

@@ -1,0 +1,76 @@
+"""ComputeWorker: owns the device, the module graph and the KV cache; runs sweeps."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from pipo_ray.actors.calls import obtain_lease
+
+from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes, SweepRequest, SweepResult
+from pipo_ray.pipeline.roll import ActorRoll
+
+
+class ComputeWorker:
+    """Light until `set_up`: an error there is an answer to the caller and not a dead process."""
+
+    def __init__(self, roll: str, setup: ComputeSetup) -> None:
+        from pipo_ray.pipeline.stage_memory import StageMemory
+
+        ActorRoll(roll).sign_in("ComputeWorker")
+        self._compute_setup = setup
+        self._setup: StageSetup = obtain_lease("ComputeWorker")
+        self._memory = StageMemory.attach(self._setup)
+        self._engine: Any = None
+        self._text: Any = None
+
+    def set_up(self) -> int:
+        """Build the graph and wait for the loader; forget all sequences. Returns the pid. Raises PipoError for what
+        cannot be run.
+        """
+        if self._engine is None:
+            from pipo_ray.model.engine import ComputeEngine
+
+            self._engine = ComputeEngine(self._setup, self._compute_setup, self._memory)
+        else:
+            self._engine.forget_all()
+        return os.getpid()
+
+    def run_sweep(self, request: SweepRequest) -> SweepResult:
+        """One sweep over the weights for everybody in `request`. Raises WorkerLostError before `set_up`."""
+        if self._engine is None:
+            from pipo_ray.scheduling.loop import WorkerLostError
+
+            raise WorkerLostError("the process that was set up died between two sweeps")
+        result: SweepResult = self._engine.run_sweep(request)
+        return result
+
+    @ray.method(concurrency_group="text")
+    def encode(self, prompts: list[Any]) -> list[tuple[list[int], str | None]]:
+        """Token ids of each prompt, and its text where it was given as text."""
+        return self._texts().encode(prompts)  # type: ignore[no-any-return]
+
+    @ray.method(concurrency_group="text")
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """The conversation in the checkpoint's chat template, ready for an answer."""
+        return self._texts().render_chat(messages)  # type: ignore[no-any-return]
+
+    @ray.method(concurrency_group="text")
+    def check_params(self, params: list[Any]) -> None:
+        """Raise InputError for sampling parameters that this checkpoint cannot serve (stop strings without a
+        tokenizer).
+        """
+        self._texts().check_params(params)
+
+    @ray.method(concurrency_group="text")
+    def times(self) -> StageTimes | None:
+        """Busy: computing. Waiting: for a piece."""
+        return self._engine.times() if self._engine is not None else None
+
+    def _texts(self) -> Any:
+        if self._text is None:
+            from pipo_ray.model.prompts import PromptEncoder
+
+            self._text = PromptEncoder(self._setup.store, self._compute_setup.facts)
+        return self._text

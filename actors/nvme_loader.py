@@ -1,0 +1,56 @@
+"""NvmeLoader: owns the file descriptors and read threads; fills slots from the block store."""
+
+from __future__ import annotations
+
+import os
+
+from pipo_ray.actors.calls import obtain_lease
+
+from pipo_ray.messages import StageTimes
+from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.roll import ActorRoll
+from pipo_ray.pipeline.stage_memory import StageMemory
+from pipo_ray.pipeline.tracing import TraceWriter
+from pipo_ray.store.manifest import Manifest
+
+
+class NvmeLoader:
+    """Starts to read ahead as soon as it exists, and after a restart goes on where its predecessor stopped."""
+
+    def __init__(self, roll: str) -> None:
+        ActorRoll(roll).sign_in("NvmeLoader")
+        setup = obtain_lease("NvmeLoader")
+        self._memory = StageMemory.attach(setup)
+        manifest = Manifest.load(setup.store)
+        drive = Drive(setup.store)
+        checksums = (
+            BlockChecksums({b.name: b for b in manifest.blocks}, Drive(setup.store)) if setup.verify_checksums else None
+        )
+        trace_file = f"{setup.trace_folder}/NvmeLoader-{os.getpid()}.jsonl" if setup.trace_folder else None
+        self._loader = Loader(
+            drive, setup.plan.pieces, self._memory.load_order(setup), self._memory.table, self._memory.slots,
+            self._memory.residents, checksums=checksums, threads=setup.read_threads,
+            transfer_bytes=setup.transfer_bytes,
+            preloads=self._memory.preload_order(setup), trace=TraceWriter(trace_file, "NvmeLoader"),
+        )  # fmt: skip
+        self._drive = drive
+        self._loader.start()
+
+    def ready(self) -> int:
+        """The pid, once it reads."""
+        return os.getpid()
+
+    def error(self) -> Exception | None:
+        """The first error that reading again did not cure."""
+        return self._loader.error
+
+    def times(self) -> StageTimes:
+        """Busy: at least one read in flight. Waiting: every slot is full."""
+        now = self._loader.snapshot()
+        return StageTimes(
+            "NvmeLoader", now.reading_s, now.waiting_for_slots_s, now.running_s,
+            {"bytes_read": now.bytes_read, "pieces_read": now.pieces_read, "direct": now.direct, "retries": now.retries,
+             "why_buffered": self._drive.why_buffered},
+        )  # fmt: skip

@@ -1,0 +1,222 @@
+"""Correctness on the GPU: models larger than the GPU budget, through the four actors, against transformers alone.
+
+How to run (on a machine with CUDA; about five minutes, 15 GB of temporary disk):
+
+    python benchmarks/gpu_correctness.py [--quick] [--json FILE]
+
+For each architecture a random checkpoint is made. float32: the same 64 greedy tokens as transformers' `generate` (each
+prompt alone, unpadded, eager attention), and teacher-forced on them max|a-b| / max|b| of the logits at each position
+(at most 1e-4). bfloat16: our RMS error against the float32 result over that of transformers' own bfloat16 run, mean of
+five seeds (at most 1.2). Memory: the GPU budget is enforced with `set_per_process_memory_fraction`;
+`max_memory_reserved` plus the context, and the whole device's use as the driver counts it, stay below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GPU_BUDGET = 1000 << 20
+MEMORY = "8GiB"
+PROMPT_LENGTHS = (5, 131, 47)
+NEW_TOKENS = 64
+_WIDE = {"hidden_size": 1536, "intermediate_size": 6144, "num_attention_heads": 12, "num_key_value_heads": 4}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_hidden_layers": 9, **_WIDE},
+    "gemma2": {"model_type": "gemma2", "num_hidden_layers": 9, "head_dim": 128, "sliding_window": 64, **_WIDE},
+    "qwen3": {"model_type": "qwen3", "num_hidden_layers": 9, "head_dim": 128, **_WIDE},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 6, "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 768, **_WIDE,
+    },
+}  # fmt: skip
+BF16_ARCHITECTURES = ("llama", "gemma2", "qwen3")
+BF16_LAYERS = 4
+
+
+def main() -> None:
+    """Parse arguments, make references in a process of its own, run ours, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one bfloat16 seed")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--reference", nargs=2, metavar=("FOLDER", "SEEDS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.reference:
+        make_references(Path(options.reference[0]), int(options.reference[1]))
+        return
+    seeds = 1 if options.quick else 5
+    with tempfile.TemporaryDirectory(prefix="pipo-bench-") as folder:
+        os.environ["PIPO_CACHE"] = f"{folder}/cache"
+        subprocess.run([sys.executable, __file__, "--reference", folder, str(seeds)], check=True)
+        print(f"{'architecture':12} {'dtype':9} {'model MB':>8} {'budget':>7} {'device':>7} {'MB copied':>10}  result")
+        rows: list[dict[str, Any]] = []
+        for name in ARCHITECTURES:
+            rows.append(_show(run_float32(Path(folder), name), options.json, rows))
+        # Last: from here on this process has a CUDA context of its own, which would count as the stage's.
+        for name in BF16_ARCHITECTURES:
+            rows.append(_show(run_bfloat16(Path(folder), name, seeds), options.json, rows))
+    sys.exit(0 if all(row["ok"] for row in rows) else 1)
+
+
+def _show(row: dict[str, Any], file: Path | None, before: list[dict[str, Any]]) -> dict[str, Any]:
+    """Print a row as soon as there is one, and keep it: a run that is cut off is not lost."""
+    print(
+        f"{row['architecture']:12} {row['dtype']:9} {row['model_mb']:8.0f} {GPU_BUDGET / 1e6:7.0f} "
+        f"{row['device_mb']:7.0f} {row['copied_mb']:10.0f}  {row['result']}  "
+        f"{'ok' if row['ok'] else 'FAILED'}  ({row['seconds']:.0f} s)",
+        flush=True,
+    )
+    if file:
+        file.write_text(json.dumps([*before, row], indent=1))
+    return row
+
+
+def make_references(folder: Path, seeds: int) -> None:
+    """Checkpoints and what transformers makes of them: large ones in float32, small ones in both precisions."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tasks = [(name, 0, "float32") for name in ARCHITECTURES]
+    tasks += [(name, seed, "bfloat16") for name in BF16_ARCHITECTURES for seed in range(seeds)]
+    for name, seed, dtype in tasks:
+        torch.manual_seed(seed)
+        sizes = {**ARCHITECTURES[name], **({"num_hidden_layers": BF16_LAYERS} if dtype == "bfloat16" else {})}
+        config = AutoConfig.for_model(vocab_size=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+        with torch.device("cuda"), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+                parameter.copy_(parameter.bfloat16().float())  # both precisions have the same weights
+        generator = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(3, 8192, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+        sequences = [_continue(model, prompt) for prompt in prompts] if dtype == "float32" else prompts
+        arrays = {f"logits{i}": _logits(model, sequence) for i, sequence in enumerate(sequences)}
+        if dtype == "bfloat16":
+            model.to(torch.bfloat16)
+            model.config.dtype = torch.bfloat16
+            arrays |= {f"half{i}": _logits(model, sequence) for i, sequence in enumerate(sequences)}
+        stem = f"{name}-{dtype}-{seed}"
+        model.save_pretrained(folder / stem)
+        np.savez(folder / f"{stem}.npz", **arrays)
+        (folder / f"{stem}.json").write_text(json.dumps({"prompts": prompts, "sequences": sequences}))
+        del model
+        torch.cuda.empty_cache()
+        print(f"reference {stem} made", flush=True)
+
+
+def _continue(model: Any, prompt: list[int]) -> list[int]:
+    import torch
+
+    ids = torch.tensor([prompt], device="cuda")
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    return list(tokens[0].tolist())
+
+
+def _logits(model: Any, sequence: list[int]) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([sequence], device="cuda")
+        return model(ids, use_cache=False).logits[0].float().cpu().numpy()
+
+
+def run_float32(folder: Path, name: str) -> dict[str, Any]:
+    """Greedy tokens and logits in float32."""
+    from pipo_ray import LLM, SamplingParams
+
+    begin = time.perf_counter()
+    truth = json.loads((folder / f"{name}-float32-0.json").read_text())
+    arrays = np.load(folder / f"{name}-float32-0.npz")
+    with LLM(
+        folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, max_batch_tokens=64
+    ) as llm:
+        outputs = llm.generate(truth["prompts"], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
+        wanted = [s[len(p) :] for s, p in zip(truth["sequences"], truth["prompts"], strict=True)]
+        same = [output.outputs[0].token_ids == tokens for output, tokens in zip(outputs, wanted, strict=True)]
+        scores = llm.score(truth["sequences"])
+        report = llm.report()
+    worst = max(
+        float((np.abs(ours - arrays[f"logits{i}"]).max(-1) / np.abs(arrays[f"logits{i}"]).max(-1)).max())
+        for i, ours in enumerate(scores)
+    )
+    row = _row(name, "float32", report)
+    row |= {
+        "same_text": same,
+        "max_relative_error": worst,
+        "result": f"text same {sum(same)}/{len(same)}, max error {worst:.1e}",
+    }
+    row["seconds"] = time.perf_counter() - begin
+    row["ok"] = row["ok"] and all(same) and worst <= 1e-4
+    return row
+
+
+def run_bfloat16(folder: Path, name: str, seeds: int) -> dict[str, Any]:
+    """RMS error against float32, ours over transformers'. In this process, without Ray: real store, loader threads,
+    copier, device stream.
+    """
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from harness import Pipeline, pack_checkpoint
+
+    ratios = []
+    begin = time.perf_counter()
+    streamed = model = 0
+    for seed in range(seeds):
+        truth = json.loads((folder / f"{name}-bfloat16-{seed}.json").read_text())
+        arrays = np.load(folder / f"{name}-bfloat16-{seed}.npz")
+        packed = pack_checkpoint(folder / f"{name}-bfloat16-{seed}", folder / f"{name}-{seed}-store", torch.bfloat16)
+        with Pipeline(
+            packed, slot_bytes=16 << 20, spare_slots=2, chunk=64, device=torch.device("cuda", 0), gpu_resident_pieces=4
+        ) as pipeline:
+            followed = pipeline.follow(truth["sequences"], [len(prompt) for prompt in truth["prompts"]])
+            scores = [one.logits.float().cpu().numpy() for one in followed]
+            streamed = pipeline.stream.times.streamed_bytes
+            model = sum(piece.read_bytes for piece in pipeline.pieces)
+            del pipeline.model, pipeline.runner, pipeline.binder
+        ours = _rms([score - arrays[f"logits{i}"] for i, score in enumerate(scores)])
+        theirs = _rms([arrays[f"half{i}"] - arrays[f"logits{i}"] for i in range(len(scores))])
+        ratios.append(ours / theirs)
+    mean = float(np.mean(ratios))
+    return {
+        "architecture": name, "dtype": "bfloat16", "model_mb": model / 1e6,
+        "device_mb": float("nan"), "copied_mb": streamed / 1e6,
+        "rms_ratios": ratios, "result": f"RMS error over transformers' {mean:.3f} (mean of {seeds})",
+        "ok": mean <= 1.2 and streamed > model,
+        "seconds": time.perf_counter() - begin,
+    }  # fmt: skip
+
+
+def _row(name: str, dtype: str, report: dict[str, Any]) -> dict[str, Any]:
+    worker = next(stage for stage in report["stages"] if stage["stage"] == "ComputeWorker")
+    budget = report["gpu_memory_bytes"]
+    return {
+        "architecture": name, "dtype": dtype, "model_mb": report["model_bytes"] / 1e6,
+        "device_mb": worker["gpu_device_bytes"] / 1e6,
+        "reserved_mb": worker["gpu_reserved_bytes"] / 1e6, "context_mb": worker["gpu_context_bytes"] / 1e6,
+        "copied_mb": report["bytes_streamed"] / 1e6,
+        "peak_memory_mb": report["peak_memory_bytes"] / 1e6,
+        "ok": worker["gpu_device_bytes"] <= budget < report["model_bytes"] < report["bytes_streamed"],
+        "machine": os.uname().nodename,
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _rms(differences: list[Any]) -> float:
+    return float(np.sqrt(np.mean(np.concatenate([d.ravel().astype(np.float64) ** 2 for d in differences]))))
+
+
+if __name__ == "__main__":
+    main()

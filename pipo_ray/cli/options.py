@@ -1,0 +1,131 @@
+"""Options that `run` and `chat` share, and what they become: arguments of LLM, and SamplingParams."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipo_ray.cli.terminal import progress_bar, say
+from pipo_ray.errors import InputError
+from pipo_ray.params import SamplingParams
+from pipo_ray.session.memory import parse_size
+
+if TYPE_CHECKING:
+    from pipo_ray.llm import LLM
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+MODEL_HELP = "checkpoint folder, packed block store, or hub id (org/name)"
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the budgets, and where it runs."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = parser.add_argument_group("memory and machine", "sizes are written like 3GiB, 512MB, 1.5G")
+    group.add_argument("--memory", metavar="SIZE", help="all that may be taken from RAM; default: available RAM minus "
+                       "the larger of 2 GiB and 25 %%")  # fmt: skip
+    group.add_argument("--weight-memory", metavar="SIZE", help="of it, for weights: slots and resident blocks")
+    group.add_argument("--gpu-memory", metavar="SIZE", help="all that may be taken from the GPU's memory")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute; default: %(default)s")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="precision of the weights; default: the model's own"
+    )
+    group.add_argument("--max-model-len", metavar="N", type=int, help="context: prompt and answer, in tokens")
+    group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
+    group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
+    group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
+                       "auto or HOST:PORT: join that one")  # fmt: skip
+    group.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, max_tokens: int) -> None:
+    """How tokens are chosen and where an answer ends."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", metavar="N", type=int, default=max_tokens, help="default: %(default)s")
+    group.add_argument("--temperature", metavar="X", type=float, default=temperature,
+                       help="0 takes the most probable token; default: %(default)s")  # fmt: skip
+    group.add_argument(
+        "--top-p", metavar="X", type=float, default=1.0, help="keep the most probable tokens up to this sum"
+    )
+    group.add_argument("--top-k", metavar="N", type=int, default=0, help="keep so many of the most probable tokens")
+    group.add_argument(
+        "--min-p", metavar="X", type=float, default=0.0, help="drop tokens below this share of the first"
+    )
+    group.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0, help="above 1: repeat less")
+    group.add_argument("--presence-penalty", metavar="X", type=float, default=0.0, help="from -2 to 2")
+    group.add_argument("--frequency-penalty", metavar="X", type=float, default=0.0, help="from -2 to 2")
+    group.add_argument("--seed", metavar="N", type=int, help="makes the random numbers repeatable")
+    group.add_argument("--stop", metavar="TEXT", action="append", help="end where this text begins; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
+    """Of what `add_sampling_options` parsed, and `more`. Raises InputError."""
+    names = (
+        "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "seed", "stop", "ignore_eos",
+    )  # fmt: skip
+    return SamplingParams(**{name: getattr(options, name) for name in names}, **more)
+
+
+def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """LLM's keyword arguments of what `add_model_options` parsed; what was not given is left out. Raises InputError."""
+    arguments: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "dashboard": options.dashboard}
+    for name in ("memory", "weight_memory", "gpu_memory"):
+        if (size := getattr(options, name)) is not None:
+            arguments[name] = parse_size(size, "--" + name.replace("_", "-"))
+    for name in ("max_model_len", "max_batch_tokens"):
+        if (number := getattr(options, name)) is not None:
+            if number < 1:
+                raise InputError(f"--{name.replace('_', '-')} {number} is too low; give a whole number above 0")
+            arguments[name] = number
+    if "gpu_memory" in arguments and options.device == "cpu":
+        raise InputError("--gpu-memory means nothing with --device cpu; leave one of them out")
+    if options.ray_address is not None:
+        arguments["ray_address"] = options.ray_address
+    if options.trace is not None:
+        arguments["trace"] = _writable(Path(options.trace))
+    return arguments
+
+
+def _writable(path: Path) -> Path:
+    """An hour later would be the wrong time to find out."""
+    if path.is_dir():
+        raise InputError(f"--trace {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(
+            f"--trace {path}: there is no folder {path.absolute().parent}; make it, or choose another file"
+        )
+    existed = path.exists()
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise InputError(f"--trace {path} cannot be written: {error.strerror}; choose another file") from error
+    if not existed:
+        path.unlink()
+    return path
+
+
+def find_folder(model: str) -> Path:
+    """The model's folder; a hub id is downloaded. Raises InputError."""
+    from pipo_ray.prepare import find_model
+
+    with progress_bar() as progress:
+        return find_model(model, progress)
+
+
+@contextmanager
+def open_llm(model: str, arguments: dict[str, Any]) -> Iterator[LLM]:
+    """A running LLM; says how it uses the memory."""
+    from pipo_ray.llm import LLM
+
+    with progress_bar() as progress:
+        llm = LLM(model, on_progress=progress, **arguments)
+    with llm:
+        for line in llm.describe():
+            say(line)
+        yield llm

@@ -1,0 +1,40 @@
+"""`pipo pack`: checkpoint to block store."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pipo_ray.cli.options import DTYPES
+from pipo_ray.cli.terminal import progress_bar, say
+from pipo_ray.session.memory import format_size
+
+
+def add_command(commands: Any) -> None:
+    """Declare `pipo pack`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "pack",
+        help="turn a checkpoint into a block store",
+        description="Turn a checkpoint into a block store: safetensors files in the order in which they are used. "
+        "`pipo run` does it by itself, into a cache. What was interrupted goes on where it stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, or hub id (org/name)")
+    parser.add_argument("destination", metavar="DST", help="folder to make")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
+    )
+    parser.set_defaults(command=pack)
+
+
+def pack(options: argparse.Namespace) -> int:
+    """Do it. Returns the exit status."""
+    from pipo_ray.prepare import pack_store
+
+    with progress_bar() as progress:
+        manifest = pack_store(options.source, options.destination, dtype=options.dtype, on_progress=progress)
+    say(
+        f"{options.destination}: {manifest.architecture or manifest.model_type} in {manifest.precision}, "
+        f"{len(manifest.blocks)} blocks, {format_size(manifest.total_bytes)}"
+    )
+    return 0

@@ -1,0 +1,152 @@
+"""What the commands write: text to stdout, everything about it to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pipo_ray.errors import PipoError
+from pipo_ray.session.memory import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+Progress = Callable[[str, int, int], None]
+
+# A model may write escape sequences, and a terminal obeys them (title, clipboard, what is on the screen).
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+_DOING = {"download": "downloading", "inspect": "looking at the model", "pack": "packing", "verify": "verifying"}
+_STARTING = "starting Ray and the four actors, about ten seconds"
+_LINE_INTERVAL_S = 5.0
+
+
+class OutputClosed(Exception):
+    """Nobody reads our stdout any more (`pipo run ... | head`)."""
+
+
+class Output:
+    """Our stdout. What other code prints meanwhile goes to stderr: see `reserved`."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout
+        self._on_terminal = self._stream.isatty()
+        with contextlib.suppress(AttributeError, ValueError):
+            # An old locale shall not end a run in its middle.
+            self._stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Ray and libraries print to sys.stdout; what is on ours must be the answer alone."""
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+    def write(self, text: str) -> None:
+        """Write at once. Raises OutputClosed."""
+        try:
+            self._stream.write(text.translate(_CONTROLS) if self._on_terminal else text)
+            self._stream.flush()
+        except BrokenPipeError as error:
+            raise OutputClosed from error
+        except OSError as error:
+            raise unwritable(error) from error
+
+
+def unwritable(error: OSError) -> PipoError:
+    """The disk is full, most likely."""
+    discard_stdout()
+    return PipoError(f"stdout cannot be written: {error.strerror}; free some disk space, or choose another place")
+
+
+def discard_stdout() -> None:
+    """What is still buffered must not fail again when the interpreter ends and flushes it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr that takes text as it is."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr that goes when it is done; plain lines where stderr is not a terminal.
+
+    Yields a function of (phase, done, total) in bytes; a total of 0 is unknown.
+    """
+    if sys.stderr.isatty():
+        with _bar() as report:
+            yield report
+    else:
+        yield _Lines().report
+
+
+class _Lines:
+    """A line when a phase begins, one every few seconds, and one when it ends."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._last_s = 0.0
+        self._whole = False
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        if phase == "start":
+            say(_STARTING)
+            return
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._whole = phase, False
+        elif self._whole or not total or (now - self._last_s < _LINE_INTERVAL_S and done < total):
+            return
+        self._last_s, self._whole = now, bool(total) and done >= total
+        share = f": {format_size(done)} of {format_size(total)}, {100 * done // total} %" if total else ""
+        say(f"{_DOING.get(phase, phase)}{share}")
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
+    """Shown from the first report of a phase to its last; Ray's start, which follows, has no bar."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=stderr_console(),
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(phase: str, done: int, total: int) -> None:
+        if phase == "start":
+            bar.stop()
+            say(_STARTING)
+            return
+        for other in [one for one in tasks if one != phase]:
+            bar.remove_task(tasks.pop(other))
+        if phase not in tasks:
+            tasks[phase] = bar.add_task(_DOING.get(phase, phase), total=None)
+            bar.start()
+        bar.update(tasks[phase], completed=done, total=total or None)
+        if done >= total > 0:
+            bar.stop()
+
+    try:
+        yield report
+    finally:
+        bar.stop()

@@ -1,0 +1,473 @@
+"""LLM: the Python API, in the conventions that vLLM's users know."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pipo_ray.assembly import RequestAssembly
+from pipo_ray.device import Device, choose_device
+from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
+from pipo_ray.messages import ComputeSetup, RequestSpec, TokenEvent
+from pipo_ray.outputs import RequestOutput
+from pipo_ray.params import SamplingParams
+from pipo_ray.pipeline.tracing import merge_traces
+from pipo_ray.plan.budget import plan_run
+from pipo_ray.prepare import prepare_store
+from pipo_ray.scheduling.policy import Limits
+from pipo_ray.session.memory import (
+    available_memory,
+    default_budget,
+    format_size,
+    machine_total,
+    memory_limit,
+    parse_size,
+)
+from pipo_ray.session.peak import PeakSampler
+from pipo_ray.session.ray_node import check_address
+from pipo_ray.session.session import Session
+from pipo_ray.stage import Stage, store_bytes
+
+Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
+Size: TypeAlias = "int | str | None"
+OnProgress = Callable[[str, int, int], None]
+
+_POLL_S = 1.0
+_GPU_SHARE = 0.9
+_LOST_PATIENCE_S = 60.0
+
+
+class LLM:
+    """A model that runs on this machine through the four actors. A context manager: leaving it stops what it started,
+    and only that.
+
+    `model` is a checkpoint folder, a block store or a hub id. `memory` is everything the program may take from RAM,
+    `weight_memory` slots and resident pieces alone, `gpu_memory` what it may take on the GPU; each in bytes or like
+    "3GiB". `device` is "auto", "cpu" or "cuda"; `dtype` "auto", "bfloat16", "float16" or "float32". `ray_address`: None
+    starts a private Ray (an error if another runs on this machine), "local" starts one in any case, "auto" or
+    "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
+    plus answer in tokens, `max_batch_tokens` the tokens that a sweep computes. `on_progress(phase, done, total)` hears
+    of packing, and with phase "start" when Ray and the actors start.
+
+    Raises PipoError: whatever is wrong with model, budgets or machine is said in one line.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        memory: Size = None,
+        weight_memory: Size = None,
+        gpu_memory: Size = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        ray_address: str | None = None,
+        trace: str | os.PathLike[str] | None = None,
+        max_model_len: int | None = None,
+        max_batch_tokens: int = 512,
+        on_progress: OnProgress | None = None,
+        dashboard: bool = False,
+        verify_checksums: bool = True,
+    ) -> None:
+        self._stack = contextlib.ExitStack()
+        self._trace = None if trace is None else Path(trace)
+        self._client = uuid.uuid4().hex[:8]
+        self._numbers = itertools.count()
+        self._requests: dict[str, RequestAssembly] = {}
+        self._scheduler, self._acknowledged = "", 0  # whose events we follow, and the number of the last one taken
+        self._news, self._polling = threading.Condition(), False
+        self._sweeps_before = self._bytes_before = self._sweeps = self._bytes = 0
+        self._started_s = time.perf_counter()
+        if max_batch_tokens < 1:
+            raise InputError(f"max_batch_tokens {max_batch_tokens} is below 1")
+        if max_model_len is not None and max_model_len < 1:
+            raise InputError(f"max_model_len {max_model_len} is below 1")
+        if self._trace is not None and not self._trace.absolute().parent.is_dir():
+            raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
+        chosen = choose_device(device)
+        budget, budget_line = _memory_budget(memory)
+        weights = None if weight_memory is None else parse_size(weight_memory, "--weight-memory")
+        self._gpu_memory = _gpu_budget(gpu_memory, chosen)
+        check_address(ray_address)  # now, and not after an hour of packing
+        prepared = prepare_store(os.fspath(model), dtype=dtype, on_progress=on_progress)
+        self._facts = prepared.facts
+        self._plan = plan_run(
+            prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
+            gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
+            max_batch_tokens=max_batch_tokens, max_model_len=max_model_len,
+        )  # fmt: skip
+        self._lines = [budget_line, *self._plan.explanation]
+        if self._facts.probe_reason:
+            self._lines.append(self._facts.probe_reason)
+        self._max_model_len = min(self._facts.context_length, max_model_len or self._facts.context_length)
+        if on_progress is not None:
+            on_progress("start", 0, 0)
+        try:
+            session = Session(
+                object_store_bytes=store_bytes(self._plan), address=ray_address, dashboard=dashboard,
+                worker_environment=_worker_environment(),
+            )  # fmt: skip
+            self._stack.callback(session.close)
+            self._session = session
+            self._peak = PeakSampler(session.pids)
+            self._peak.start()
+            self._stack.callback(self._peak.stop)
+            self._stage = Stage(
+                session, prepared.folder, self._plan,
+                ComputeSetup(
+                    self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
+                    chosen.context_bytes,
+                ),
+                Limits(self._plan.kv_tokens, max_batch_tokens, self._facts.chunked, self._facts.rebuild_length),
+                trace=self._trace is not None, verify_checksums=verify_checksums,
+            )  # fmt: skip
+            self._stack.callback(self._stage.close)
+            if self._trace is not None:
+                self._stack.callback(self._write_trace)
+            self._stage.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- generating
+    # -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete `prompts` (one, or a list: a string, a list of token ids, or {"prompt_token_ids": [...]}) and return
+        their outputs in order.
+        """
+        last: dict[str, RequestOutput] = {}
+        identifiers = self._submit(prompts, params)
+        for output in self._follow(identifiers):
+            last[output.request_id] = output
+        return [last[identifier] for identifier in identifiers]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like `generate`, but yields a request's output, all of it so far, each time there is more of it."""
+        return self._follow(self._submit(prompts, params))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> list[RequestOutput]:
+        """Answer a conversation ([{"role": ..., "content": ...}, ...]) in the checkpoint's chat template."""
+        return self.generate(self._chat_prompt(messages), params)
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like `chat`, yielding the answer as it grows."""
+        return self.stream(self._chat_prompt(messages), params)
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[npt.NDArray[np.float32]]:
+        """Logits [tokens, vocabulary] of every position of each prompt: for perplexity and for comparisons."""
+        identifiers = self._submit(prompts, SamplingParams(max_tokens=1, temperature=0.0), score=True)
+        requests = [self._requests[identifier] for identifier in identifiers]
+        for _ in self._follow(identifiers):
+            pass
+        return [np.concatenate(request.logits) for request in requests]
+
+    def abort(self, request_id: str) -> None:
+        """End a request; what it has generated stays in its last output, with finish reason "abort"."""
+        if request_id in self._requests:
+            self._call_scheduler("abort", self._client, [request_id])
+
+    # -- about the run
+    # ----------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        """Lines that say what the memory is spent on."""
+        return list(self._lines)
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt plus answer, in tokens, at most."""
+        return self._max_model_len
+
+    def pids(self) -> dict[str, int]:
+        """The four actors' process ids by name."""
+        return self._stage.pids()
+
+    def report(self) -> dict[str, Any]:
+        """What the run did so far; bytes and seconds. `stages` has per actor the shares of time busy, waiting (for the
+        next one in line) and starved (of work), which add up to 1.
+        """
+        stages = []
+        for times in self._stage.times():
+            total = max(times.total_s, 1e-9)
+            busy = min(1.0, times.busy_s / total)
+            waiting = min(1.0 - busy, times.waiting_s / total)
+            stages.append(
+                {
+                    "stage": times.stage,
+                    "busy": busy,
+                    "waiting": waiting,
+                    "starved": 1.0 - busy - waiting,
+                    **times.details,
+                }
+            )
+        return {
+            "sweeps": self._sweeps_before + self._sweeps,
+            "bytes_streamed": self._bytes_before + self._bytes,
+            "peak_memory_bytes": self._peak.peak_bytes,
+            "memory_budget_bytes": self._plan.memory_bytes,
+            "weight_memory_bytes": self._plan.weight_bytes,
+            "gpu_memory_bytes": self._gpu_memory,
+            "model_bytes": self._plan.model_bytes,
+            "resident_bytes": self._plan.resident_bytes,
+            "streamed_bytes_per_sweep": self._plan.streamed_bytes_per_sweep,
+            "kv_tokens": self._plan.kv_tokens,
+            "elapsed_s": time.perf_counter() - self._started_s,
+            "stages": stages,
+        }
+
+    def close(self) -> None:
+        """Stop everything that was started. Calling it twice is harmless."""
+        self._stack.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        text = self._stage.call(self._stage.compute_worker, "render_chat", list(messages))
+        # The template has put the special tokens there already.
+        return {"prompt": text, "add_special_tokens": False}
+
+    def _submit(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        score: bool = False,
+    ) -> list[str]:
+        listed = _as_list(prompts)
+        chosen = _as_params(params, len(listed))
+        encoded = self._stage.call(self._stage.compute_worker, "encode", listed)
+        self._stage.call(self._stage.compute_worker, "check_params", chosen)
+        specs, texts = [], []
+        for number, ((token_ids, text), one) in enumerate(zip(encoded, chosen, strict=True), start=1):
+            which = "a prompt" if len(encoded) == 1 else f"prompt {number} (of {len(encoded)})"
+            most = self._most_new_tokens(which, len(token_ids), one, score)
+            seed = one.seed if one.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
+            identifier = str(next(self._numbers))
+            specs.append(RequestSpec(identifier, tuple(token_ids), one, seed, most, score))
+            texts.append(text)
+        now = time.perf_counter()
+        with self._news:
+            for spec, text in zip(specs, texts, strict=True):
+                self._requests[spec.request_id] = RequestAssembly(
+                    spec, text, now, self._sweeps_before + self._sweeps, self._bytes_before + self._bytes
+                )
+            self._send(specs)
+        return [spec.request_id for spec in specs]
+
+    def _most_new_tokens(self, which: str, prompt: int, params: SamplingParams, score: bool) -> int:
+        room = self._max_model_len - prompt
+        if room < (0 if score else 1):
+            raise InputError(
+                f"{which} of {prompt} tokens leaves no room for an answer: the context is {self._max_model_len} "
+                f"tokens; shorten the prompt to at most {self._max_model_len - 1} tokens"
+                + ("" if self._max_model_len == self._facts.context_length else ", or raise --max-model-len")
+            )
+        most = 1 if score else room if params.max_tokens is None else min(params.max_tokens, room)
+        budget = self._plan.kv_tokens
+        if params.max_tokens is None:
+            most = min(most, max(1, budget - prompt))
+        if prompt + most > budget:
+            raise InputError(
+                f"{which} of {prompt} tokens and {most} new ones need {prompt + most} tokens of KV cache, the memory "
+                f"budget holds {budget}; raise --memory, lower --weight-memory, or ask for fewer tokens"
+            )
+        return most
+
+    def _follow(self, identifiers: Sequence[str]) -> Iterator[RequestOutput]:
+        requests = {identifier: self._requests[identifier] for identifier in identifiers}
+        open_requests, shown = set(identifiers), dict.fromkeys(identifiers, 0)
+
+        def changed() -> list[str]:
+            return [one for one in identifiers if one in open_requests and requests[one].num_events > shown[one]]
+
+        try:
+            while open_requests:
+                # What another iterator of this LLM has taken for us counts too.
+                self._wait_for_news(lambda: bool(changed()))
+                for identifier in changed():
+                    with self._news:
+                        shown[identifier], output = requests[identifier].num_events, requests[identifier].output()
+                    if output.finished:
+                        open_requests.discard(identifier)
+                    yield output
+        finally:
+            with contextlib.suppress(PipoError):
+                for identifier in open_requests:
+                    self.abort(identifier)
+            for identifier in identifiers:
+                self._requests.pop(identifier, None)
+
+    def _wait_for_news(self, has_news: Callable[[], bool]) -> None:
+        """Wait for events (a second at most) and take them, unless there is news already.
+
+        Of several threads one asks the scheduler, and the others wait for what it brings.
+        """
+        with self._news:
+            while self._polling and not has_news():
+                self._news.wait()
+            if has_news():
+                return
+            self._polling = True
+            scheduler, acknowledged = self._scheduler, self._acknowledged
+        try:
+            events = self._call_scheduler("poll", self._client, scheduler, acknowledged, _POLL_S)
+            with self._news:
+                if events is None:
+                    self._send([])
+                elif (
+                    scheduler == self._scheduler
+                ):  # else another thread has found a new scheduler: what this one did is done again
+                    self._take(events)
+        finally:
+            with self._news:
+                self._polling = False
+                self._news.notify_all()
+
+    def _take(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            self._acknowledged = max(self._acknowledged, event.number)
+            self._sweeps, self._bytes = event.sweeps, event.bytes_streamed
+            request = self._requests.get(event.request_id)
+            if request is not None:
+                request.take(event, self._sweeps_before, self._bytes_before)
+
+    def _send(self, specs: Sequence[RequestSpec]) -> None:
+        """Hand `specs` to the scheduler. To a new one, which takes nothing at first, goes everything that is not
+        finished, with what was generated.
+        """
+        while (scheduler := self._call_scheduler("submit", self._client, self._scheduler, specs)) != self._scheduler:
+            self._scheduler, self._acknowledged = scheduler, 0
+            self._sweeps_before, self._bytes_before = (
+                self._sweeps_before + self._sweeps,
+                self._bytes_before + self._bytes,
+            )
+            self._sweeps = self._bytes = 0
+            specs = [request.resubmission() for request in self._requests.values() if not request.finished]
+
+    def _call_scheduler(self, method: str, *arguments: Any) -> Any:
+        return self._stage.call(self._stage.scheduler, method, *arguments, patience_s=_LOST_PATIENCE_S)
+
+    def _write_trace(self) -> None:
+        folder = self._stage.trace_folder
+        if folder is not None and self._trace is not None:
+            try:
+                merge_traces(sorted(folder.glob("*.jsonl")), self._trace)
+            except OSError as error:
+                raise ResourceError(
+                    f"trace file {self._trace} cannot be written: {error.strerror}; free some space, or choose another "
+                    "file"
+                ) from error
+
+
+def _memory_budget(memory: Size) -> tuple[int, str]:
+    available = available_memory()
+    if memory is None:
+        budget = default_budget(available)
+        return budget, (
+            f"memory budget {format_size(budget)}: {format_size(available)} available, minus the larger of 2 GiB and "
+            "25 % for the "
+            "rest of the PC (change with --memory)"
+        )
+    budget = parse_size(memory, "--memory")
+    if budget > machine_total():
+        raise InputError(
+            f"--memory {format_size(budget)} is more than the {format_size(machine_total())} of RAM that this machine "
+            "has; lower it"
+        )
+    limit = memory_limit()
+    if limit is not None and budget > limit:
+        raise InputError(
+            f"--memory {format_size(budget)} is above the limit of the memory group we run in, "
+            f"{format_size(limit)}; lower it"
+        )
+    return budget, f"memory budget {format_size(budget)} as asked for ({format_size(available)} available)"
+
+
+def _gpu_budget(gpu_memory: Size, device: Device) -> int | None:
+    if device.kind != "cuda":
+        if gpu_memory is not None:
+            raise InputError(
+                "--gpu-memory was given, but the run computes on the CPU; leave it out or use --device cuda"
+            )
+        return None
+    if gpu_memory is None:
+        return int((device.free_bytes + device.context_bytes) * _GPU_SHARE)
+    budget = parse_size(gpu_memory, "--gpu-memory")
+    free = device.free_bytes + device.context_bytes
+    if budget > free:
+        raise InputError(
+            f"--gpu-memory {format_size(budget)} is more than the {format_size(free)} that are free on the GPU; "
+            "lower it"
+        )
+    return budget
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    listed = list(prompts)
+    if listed and isinstance(listed[0], (int, np.integer)):
+        return [listed]
+    if not listed:
+        raise InputError("no prompt was given; give a string, a list of token ids, or several of them")
+    return listed
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InputError(
+            f"{count} prompts but {len(params)} sampling parameters were given; give one, or one per prompt"
+        )
+    return list(params)
+
+
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _worker_environment() -> dict[str, str]:
+    threads = str(_num_threads())
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        # A thread that spins while it waits takes a core from the loader, and from whatever else runs on the PC.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "MALLOC_ARENA_MAX": "2",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+__all__ = ["LLM", "ActorFailedError"]

@@ -1,0 +1,168 @@
+"""Everything that passes between driver and actors. Frozen dataclasses; units in the names. Imports neither torch nor
+Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipo_ray.model.batch import WantedLogits
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.outputs import FinishReason, Logprob
+from pipo_ray.params import SamplingParams
+from pipo_ray.plan.pieces import SweepPlan
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where every piece lives. `residents` maps a piece that stays in RAM to (arena, byte offset); `gpu_residents` are
+    pieces that stay on the GPU; all others stream through `num_slots` slots of `slot_bytes`, and on a GPU through
+    `num_gpu_slots` more there.
+    """
+
+    slot_bytes: int
+    num_slots: int
+    arena_bytes: tuple[int, ...]
+    residents: dict[int, tuple[int, int]]
+    num_gpu_slots: int = 0
+    gpu_residents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageSetup:
+    """What loader, staging pool and compute worker must know of the run; the same for all three.
+
+    `table_ref`, `slot_refs` and `arena_refs` are object references to memory that the driver made and holds.
+    """
+
+    store: str
+    plan: SweepPlan
+    placement: Placement
+    table_ref: list[Any]
+    slot_refs: list[Any]
+    arena_refs: list[Any]
+    trace_folder: str | None = None
+    verify_checksums: bool = True
+    read_threads: int = 4
+    transfer_bytes: int = 8 << 20
+
+
+@dataclass(frozen=True)
+class ComputeSetup:
+    """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name."""
+
+    facts: ModelFacts
+    device: str
+    dtype: str
+    num_threads: int
+    gpu_memory_bytes: int | None = None
+    gpu_context_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """What the compute worker needs to sample and to write text for a sequence: sent with its first step, and again
+    when its cache is rebuilt.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    generated_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """One sequence's share of a sweep; see `SweepEntry`. With `sample` a token is chosen from the last logits. `spec`
+    comes with `start` 0.
+    """
+
+    sequence: str
+    token_ids: tuple[int, ...]
+    start: int
+    capacity: int
+    sample: bool
+    logits: WantedLogits
+    spec: SequenceSpec | None = None
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """`drop` names sequences whose caches are no longer needed."""
+
+    number: int
+    steps: tuple[SequenceStep, ...]
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a sweep made of one sequence: a token and the text it adds, or logits [tokens, vocabulary] float32, or
+    neither.
+    """
+
+    sequence: str
+    token_id: int | None = None
+    text: str = ""
+    logprob: float = 0.0
+    logprobs: dict[int, Logprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Seconds and bytes are this sweep's: `waited_s` the compute worker stood still for want of a piece."""
+
+    number: int
+    results: tuple[StepResult, ...]
+    elapsed_s: float
+    waited_s: float
+    streamed_bytes: int
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """A request as the driver submits it. `generated` holds, per sample, tokens that were already streamed out (after a
+    scheduler's death).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    score: bool = False
+    generated: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    finished: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A token of sample `index` of a request, or its end; `number` counts a client's events from 1."""
+
+    number: int
+    request_id: str
+    index: int
+    result: StepResult
+    sweeps: int
+    bytes_streamed: int
+    time_s: float
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """How a stage spent its time since it started, in seconds."""
+
+    stage: str
+    busy_s: float
+    waiting_s: float
+    total_s: float
+    details: dict[str, Any] = field(default_factory=dict)

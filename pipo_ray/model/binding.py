@@ -1,0 +1,325 @@
+"""Binding parameters to the memory of the piece they are in, just before a unit runs, and letting go behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.lanes import Lanes
+from pipo_ray.model.layout import TORCH_DTYPES
+from pipo_ray.model.streamed import FusedExperts, LookedUpTable, SplitMatrix, Unbound
+from pipo_ray.model.trace import Trace
+from pipo_ray.pipeline.weight_stream import WeightStream
+from pipo_ray.plan.pieces import CallPlan, PieceTensor, SweepPlan
+
+TableReader = Callable[[str, torch.Tensor], torch.Tensor]
+"""(stored table name, unique row ids) -> rows [len(ids), width] on the compute device."""
+
+
+@dataclass
+class _Held:
+    """An acquired piece: its memory, and how many uses (times lanes) are still to come."""
+
+    memory: torch.Tensor
+    remaining: int
+
+
+@dataclass
+class _Walk:
+    """One lane's place in the sweep: the next call, the next acquisition, and the calls it is inside of."""
+
+    call: int = 0
+    inside: list[_OpenCall] = field(default_factory=list)
+
+
+@dataclass
+class _OpenCall:
+    plan: CallPlan
+    index: int
+    first_position: int
+    next_streamed: int = 0
+    current: int | None = None
+
+
+class Binder:
+    """Binds `model`'s parameters during sweeps over `plan`, fed by `stream`.
+
+    `model` is a graph with parameters on meta (`build_graph`); `trace` and `plan` belong to it. Between `begin` and
+    `end` one forward pass runs, or several in `Lanes`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        plan: SweepPlan,
+        aliases: dict[str, str],
+        stream: WeightStream,
+        read_rows: TableReader,
+    ) -> None:
+        self._model, self._trace, self._plan, self._stream = model, trace, plan, stream
+        self._lanes: Lanes | None = None
+        self._num_lanes = 1
+        self._held: dict[int, _Held] = {}
+        self._walks: dict[int, _Walk] = {}
+        positions = _positions(plan)
+        self._first_positions = [first for _, first in positions]
+        self._whole_position = [wholes for wholes, _ in positions]
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._unbound: dict[str, torch.Tensor] = {}
+        self._handles: list[Any] = []
+        self._unit_index = {unit.module: index for index, unit in enumerate(trace.units)}
+        streamed_names = {
+            tensor.name
+            for piece in plan.pieces
+            for tensor in piece.tensors
+            if not tensor.whole or tensor.expert is not None
+        }
+        for unit in trace.units:
+            module = model.get_submodule(unit.module)
+            for alias in unit.tensors:
+                name = aliases.get(alias, alias)
+                owner_name, _, leaf = alias.rpartition(".")
+                owner = model.get_submodule(owner_name)
+                if unit.kind == "lookup":
+                    self._stand_in(owner, leaf, LookedUpTable, self._table_answer(name, read_rows))
+                elif name in streamed_names and unit.kind == "experts":
+                    self._stand_in(owner, leaf, FusedExperts, self._expert_answer(name))
+                elif name in streamed_names:
+                    self._stand_in(owner, leaf, SplitMatrix, self._rows_answer(name))
+                else:
+                    self._owners.setdefault(name, []).append((owner, leaf))
+                    meta = getattr(owner, leaf)
+                    self._unbound.setdefault(name, Unbound.make(tuple(meta.shape), meta.dtype, stream.device, None))
+                    _put(owner, leaf, self._unbound[name])
+            self._handles.append(module.register_forward_pre_hook(self._enter_hook(unit.module)))
+            self._handles.append(module.register_forward_hook(self._leave_hook(unit.module)))
+
+    # -- a sweep
+    # ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, lanes: Lanes | None = None, num_lanes: int = 1) -> None:
+        """A sweep of `num_lanes` forward passes begins."""
+        self._lanes, self._num_lanes = lanes, num_lanes
+        self._walks = {}
+        self._stream.begin_sweep()
+
+    def finish_pass(self) -> None:
+        """This lane's forward pass is over: pieces of calls that the model left out are passed by."""
+        walk = self._walk()
+        while walk.call < len(self._plan.calls):
+            self._skip_call(walk)
+
+    def end(self) -> None:
+        """All passes are over."""
+        if self._held:
+            raise UnsupportedModelError(f"{len(self._held)} pieces are still held at the end of a sweep")
+        self._stream.end_sweep()
+
+    def abandon(self) -> None:
+        """The sweep failed: let go of everything; the next one begins anew."""
+        for position in list(self._held):
+            self._bind(position, None)
+        self._held.clear()
+        self._stream.abandon()
+
+    # -- hooks
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _enter_hook(self, name: str) -> Any:
+        unit = self._unit_index[name]
+
+        def enter(module: nn.Module, args: Any) -> None:
+            walk = self._walk()
+            calls = self._plan.calls
+            while walk.call < len(calls) and calls[walk.call].unit != unit:
+                self._skip_call(walk)
+            if walk.call >= len(calls):
+                raise UnsupportedModelError(
+                    f"module {name} was called out of the traced order; this architecture cannot be streamed"
+                )
+            open_call = _OpenCall(calls[walk.call], walk.call, self._first_positions[walk.call])
+            for piece in open_call.plan.whole:
+                self._hold(self._whole_position[walk.call][piece])
+            walk.inside.append(open_call)
+            walk.call += 1
+
+        return enter
+
+    def _leave_hook(self, name: str) -> Any:
+        unit = self._unit_index[name]
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            walk = self._walk()
+            open_call = walk.inside.pop()
+            if open_call.plan.unit != unit:
+                raise UnsupportedModelError(
+                    f"module {name} was left out of order; this architecture cannot be streamed"
+                )
+            kept = self._outliving(open_call, output)
+            self._close(open_call)
+            return kept
+
+        return leave
+
+    def _outliving(self, open_call: _OpenCall, output: Any) -> Any:
+        """`output` with copies of what lies in a piece's memory: a returned parameter must outlive its piece."""
+        places = self._whole_position[open_call.index]
+        storages = {self._held[places[piece]].memory.untyped_storage().data_ptr() for piece in open_call.plan.whole}
+        return _copied_out(output, storages) if storages else output
+
+    def _close(self, open_call: _OpenCall) -> None:
+        self._pass_streamed(open_call, len(open_call.plan.streamed))
+        for piece in open_call.plan.whole:
+            self._let_go(self._whole_position[open_call.index][piece])
+
+    def _skip_call(self, walk: _Walk) -> None:
+        plan = self._plan.calls[walk.call]
+        for piece in plan.whole:
+            self._hold(self._whole_position[walk.call][piece])
+        self._close(_OpenCall(plan, walk.call, self._first_positions[walk.call]))
+        walk.call += 1
+
+    def _walk(self) -> _Walk:
+        lane = 0 if self._lanes is None else self._lanes.current
+        return self._walks.setdefault(lane, _Walk())
+
+    # -- pieces
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _hold(self, position: int) -> torch.Tensor:
+        held = self._held.get(position)
+        if held is None:
+            if self._lanes is not None:
+                self._lanes.arrive(position)
+                held = self._held.get(position)
+            if held is None:
+                memory = self._stream.acquire(position)
+                held = self._held[position] = _Held(memory, self._plan.uses[position] * self._num_lanes)
+                self._bind(position, memory)
+        return held.memory
+
+    def _let_go(self, position: int) -> None:
+        held = self._held[position]
+        held.remaining -= 1
+        if held.remaining == 0:
+            self._bind(position, None)
+            del self._held[position]
+            self._stream.release(position)
+
+    def _bind(self, position: int, memory: torch.Tensor | None) -> None:
+        for tensor in self._plan.pieces[self._plan.order[position]].tensors:
+            for owner, leaf in self._owners.get(tensor.name, ()):
+                _put(owner, leaf, self._unbound[tensor.name] if memory is None else view_of(memory, tensor))
+
+    # -- what streams through a call
+    # ----------------------------------------------------------------------------------------
+
+    def _pass_streamed(self, open_call: _OpenCall, stop: int) -> None:
+        """Release the streamed piece in hand, and take and release those before index `stop`."""
+        if open_call.current is not None:
+            self._let_go(open_call.current)
+            open_call.current = None
+        while open_call.next_streamed < stop:
+            position = self._streamed_position(open_call, open_call.next_streamed)
+            self._hold(position)
+            self._let_go(position)
+            open_call.next_streamed += 1
+
+    def _streamed_position(self, open_call: _OpenCall, index: int) -> int:
+        return open_call.first_position + index
+
+    def _take_streamed(self, open_call: _OpenCall, index: int) -> torch.Tensor:
+        """The memory of the call's streamed piece `index`; the ones before it are passed by."""
+        position = self._streamed_position(open_call, index)
+        if open_call.current != position:
+            if index < open_call.next_streamed:
+                raise UnsupportedModelError(
+                    "streamed weights were used out of order; this architecture cannot be streamed"
+                )
+            self._pass_streamed(open_call, index)
+            self._hold(position)
+            open_call.current = position
+            open_call.next_streamed = index + 1
+        return self._held[position].memory
+
+    def _stand_in(self, owner: nn.Module, leaf: str, kind: Any, answer: Any) -> None:
+        meta = owner._parameters[leaf]
+        assert meta is not None
+        owner._parameters[leaf] = kind.make(tuple(meta.shape), meta.dtype, self._stream.device, answer)
+
+    def _table_answer(self, name: str, read_rows: TableReader) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda ids: read_rows(name, ids)
+
+    def _rows_answer(self, name: str) -> Callable[[], Iterator[tuple[int, int, torch.Tensor]]]:
+        def parts() -> Iterator[tuple[int, int, torch.Tensor]]:
+            open_call = self._walk().inside[-1]
+            for index, piece in enumerate(open_call.plan.streamed):
+                for tensor in self._plan.pieces[piece].tensors:
+                    if tensor.name == name:
+                        memory = self._take_streamed(open_call, index)
+                        yield tensor.row_start, tensor.row_stop, view_of(memory, tensor)
+
+        return parts
+
+    def _expert_answer(self, name: str) -> Callable[[int], torch.Tensor]:
+        places: dict[int, tuple[int, PieceTensor]] = {}
+        for piece in self._plan.pieces:
+            for tensor in piece.tensors:
+                if tensor.name == name and tensor.expert is not None:
+                    places[tensor.expert] = (piece.index, tensor)
+
+        def slice_of(expert: int) -> torch.Tensor:
+            open_call = self._walk().inside[-1]
+            piece, tensor = places[expert]
+            memory = self._take_streamed(open_call, open_call.plan.streamed.index(piece))
+            return view_of(memory, tensor)
+
+        return slice_of
+
+
+def _copied_out(value: Any, storages: set[int]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.untyped_storage().data_ptr() in storages else value
+    if type(value) in (tuple, list):
+        return type(value)(_copied_out(part, storages) for part in value)
+    return value
+
+
+def _put(owner: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    places = owner._parameters if leaf in owner._parameters else owner._buffers
+    places[leaf] = value  # type: ignore[assignment]
+
+
+def view_of(memory: torch.Tensor, tensor: PieceTensor) -> torch.Tensor:
+    """`tensor` as a view of the piece's bytes."""
+    part = memory[tensor.offset : tensor.offset + tensor.nbytes]
+    return part.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def _positions(plan: SweepPlan) -> Sequence[tuple[dict[int, int], int]]:
+    """For each call: the position at which each of its whole pieces was acquired, and the position of its first
+    streamed piece.
+    """
+    latest: dict[int, int] = {}
+    used: dict[int, int] = {}
+    position = 0
+    result: list[tuple[dict[int, int], int]] = []
+    for call in plan.calls:
+        places: dict[int, int] = {}
+        for piece in call.whole:
+            at = latest.get(piece)
+            if at is None or used[at] == plan.uses[at]:
+                at = latest[piece] = position
+                used[at] = 0
+                position += 1
+            used[at] += 1
+            places[piece] = at
+        result.append((places, position))
+        position += len(call.streamed)
+    return result

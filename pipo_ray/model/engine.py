@@ -1,0 +1,197 @@
+"""The compute worker's engine: a sweep request in, tokens and text out."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import torch
+
+from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes, StepResult, SweepRequest, SweepResult
+from pipo_ray.model.attention import RAGGED_ATTENTION
+from pipo_ray.model.batch import SweepEntry
+from pipo_ray.model.binding import Binder
+from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
+from pipo_ray.model.graph import DTYPES, build_graph, load_config
+from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.layout import TORCH_DTYPES
+from pipo_ray.model.runner import ModelRunner
+from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
+from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
+from pipo_ray.pipeline.checksums import LookupChecksums
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.stage_memory import StageMemory
+from pipo_ray.pipeline.tracing import TraceWriter
+from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
+from pipo_ray.store.manifest import Manifest
+from pipo_ray.store.rows import RowReader
+
+
+class _Running:
+    """A sequence as the compute worker knows it: enough to sample its next token and to write its text."""
+
+    def __init__(self, spec: SequenceSpec, text: SequenceText) -> None:
+        self.spec = spec
+        self.generated = list(spec.generated_token_ids)
+        self.text = text
+        text.resume(self.generated)
+
+
+class ComputeEngine:
+    """Graph, weight stream, runner, sampler and text of one stage."""
+
+    def __init__(self, setup: StageSetup, compute: ComputeSetup, memory: StageMemory) -> None:
+        torch.set_num_threads(compute.num_threads)
+        self._facts = compute.facts
+        self._device = torch.device("cuda", 0) if compute.device == "cuda" else torch.device("cpu")
+        check_device(compute.device)
+        if compute.device == "cuda":
+            limit_gpu_memory(compute, self._device)
+        dtype = DTYPES[compute.dtype]
+        config = load_config(setup.store)
+        manifest = Manifest.load(setup.store)
+        self._lookup_checksums = self._check_lookups(setup, manifest)  # read while the graph is built
+        graph = self._build(config, dtype)
+        self._tokenizer = load_tokenizer(setup.store)
+        trace_file = f"{setup.trace_folder}/ComputeWorker-{os.getpid()}.jsonl" if setup.trace_folder else None
+        self._trace = TraceWriter(trace_file, "ComputeWorker")
+        self._stream: WeightStream
+        if self._device.type == "cuda":
+            self._stream = open_device_stream(setup, compute, memory, self._device, self._trace)
+        else:
+            self._stream = HostStream(
+                setup.plan, memory.load_order(setup), memory.table,
+                [torch.from_numpy(slot) for slot in memory.slots],
+                [torch.from_numpy(piece) for piece in memory.residents],
+                trace=self._trace,
+            )  # fmt: skip
+        self._readers: dict[str, tuple[RowReader, torch.dtype, tuple[int, ...]]] = {}
+        for unit in self._facts.units:
+            if unit.kind == "lookup":
+                for name in unit.tensors:
+                    stored = manifest.aliases.get(name, name)
+                    _, tensor = manifest.find(stored)
+                    self._readers[stored] = (
+                        RowReader(setup.store, manifest, stored),
+                        TORCH_DTYPES[tensor.dtype],
+                        tensor.shape,
+                    )
+        binder = Binder(graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows)
+        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged)
+        self._sequences: dict[str, _Running] = {}
+        self._computing_s = self._waited_s = 0.0
+        self._started = time.perf_counter()
+
+    def run_sweep(self, request: SweepRequest) -> SweepResult:
+        """Run one sweep. If it raises, the sequences in it are forgotten and must be sent from their first token."""
+        begin = time.perf_counter()
+        self.forget(request.drop)
+        entries = []
+        for step in request.steps:
+            if step.spec is not None:
+                text = SequenceText(
+                    self._tokenizer,
+                    step.spec.prompt_token_ids,
+                    step.spec.params,
+                    self._facts.eos_token_ids,
+                    step.spec.max_tokens,
+                )
+                self._sequences[step.sequence] = _Running(step.spec, text)
+            entries.append(SweepEntry(step.sequence, step.token_ids, step.start, step.capacity, step.logits))
+        waited, streamed = self._stream.times.waited_s, self._stream.times.streamed_bytes
+        try:
+            logits = self._runner.run(entries)
+        except BaseException:
+            for step in request.steps:
+                self._sequences.pop(step.sequence, None)
+            raise
+        results = self._finish(request, logits)
+        end = time.perf_counter()
+        waited = self._stream.times.waited_s - waited
+        self._waited_s += waited
+        self._computing_s += end - begin - waited
+        tokens = sum(len(step.token_ids) for step in request.steps)
+        self._trace.add(
+            "sweep", begin, end,
+            {"piece": f"sweep {request.number}", "tokens": tokens, "waited_s": waited,
+             "starts": [s.start for s in request.steps]},
+        )  # fmt: skip
+        return SweepResult(
+            request.number, tuple(results), end - begin, waited, self._stream.times.streamed_bytes - streamed
+        )
+
+    def forget(self, sequences: tuple[str, ...]) -> None:
+        """These sequences' caches and texts are no longer needed."""
+        self._runner.drop(sequences)
+        for name in sequences:
+            self._sequences.pop(name, None)
+
+    def forget_all(self) -> None:
+        """Forget every sequence: a new scheduler begins."""
+        self.forget(tuple(self._sequences))
+
+    def times(self) -> StageTimes:
+        """Busy: computing. Waiting: for a piece."""
+        total = time.perf_counter() - self._started
+        details = {"cache_bytes": self._runner.cache_bytes, **gpu_memory_in_use(self._device)}
+        return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
+
+    def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+        if self._facts.ragged:
+            return build_graph(config, dtype, attention=RAGGED_ATTENTION, device=self._device)
+        return build_graph(config, dtype, attention="eager", device=self._device)
+
+    def _check_lookups(self, setup: StageSetup, manifest: Manifest) -> LookupChecksums | None:
+        """Of the blocks that are looked up; one that streams as well (a tied embedding) is the loader's to check."""
+        names = [name for unit in self._facts.units if unit.kind == "lookup" for name in unit.tensors]
+        blocks = {block.name: block for block, _ in (manifest.find(name) for name in names)}
+        for piece in setup.plan.pieces:
+            blocks.pop(piece.block, None)
+        return LookupChecksums(tuple(blocks.values()), Drive(setup.store)) if setup.verify_checksums else None
+
+    def _read_rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        if self._lookup_checksums is not None:
+            self._lookup_checksums.wait()
+        reader, dtype, shape = self._readers[name]
+        rows = reader.read(ids.cpu().numpy().astype(np.int64, copy=False))
+        return torch.from_numpy(rows).view(dtype).view(len(ids), *shape[1:]).to(self._device)
+
+    def _finish(self, request: SweepRequest, logits: list[torch.Tensor | None]) -> list[StepResult]:
+        sampled_rows: list[torch.Tensor] = []
+        sampled: list[tuple[int, _Running]] = []
+        results: list[StepResult] = []
+        for step, rows in zip(request.steps, logits, strict=True):
+            result = StepResult(step.sequence)
+            if step.sample and rows is not None:
+                running = self._sequences[step.sequence]
+                sampled.append((len(results), running))
+                sampled_rows.append(rows[-1])
+            elif step.logits == "all" and rows is not None:
+                result = StepResult(step.sequence, logits=rows.float().cpu().numpy())
+            results.append(result)
+        if sampled:
+            choices = sample_tokens(torch.stack(sampled_rows), [self._sampling(running) for _, running in sampled])
+            for (index, running), choice in zip(sampled, choices, strict=True):
+                results[index] = self._write(request.steps[index].sequence, running, choice)
+        return results
+
+    def _sampling(self, running: _Running) -> SequenceSampling:
+        spec = running.spec
+        return SequenceSampling(
+            spec.params,
+            spec.seed,
+            spec.prompt_token_ids,
+            running.generated,
+            spec.sample_index,
+            self._facts.eos_token_ids,
+        )
+
+    def _write(self, sequence: str, running: _Running, choice: SampledToken) -> StepResult:
+        running.generated.append(choice.token_id)
+        delta = running.text.push(choice.token_id)
+        wants = running.spec.params.logprobs is not None
+        return StepResult(
+            sequence, choice.token_id, delta.text, choice.logprob,
+            decode_logprobs(self._tokenizer, choice) if wants else None, delta.finish_reason, delta.stop_reason,
+        )  # fmt: skip

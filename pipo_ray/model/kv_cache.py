@@ -1,0 +1,86 @@
+"""The KV cache of ragged rows: each sequence's keys and values, apart from everybody else's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache
+
+
+@dataclass
+class SequenceCache:
+    """Keys and values of one sequence: per layer a pair of tensors [num_key_value_heads, capacity, head_dim], of which
+    `length` are filled.
+    """
+
+    capacity: int
+    length: int = 0
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `keys`, `values` [heads, tokens, head_dim] behind the `length` tokens there are; views over all of
+        them.
+
+        `length` itself moves on only when the sweep is over (`advance`): each layer appends at the same place.
+        """
+        stop = self.length + keys.shape[1]
+        if stop > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
+        if layer not in self.layers:
+            self.layers[layer] = (
+                keys.new_empty(keys.shape[0], self.capacity, keys.shape[2]),
+                values.new_empty(values.shape[0], self.capacity, values.shape[2]),
+            )
+        all_keys, all_values = self.layers[layer]
+        all_keys[:, self.length : stop] = keys
+        all_values[:, self.length : stop] = values
+        return all_keys[:, :stop], all_values[:, :stop]
+
+    def advance(self, num_tokens: int) -> None:
+        """The sweep that appended `num_tokens` tokens to every layer is complete."""
+        self.length += num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return sum(k.nbytes + v.nbytes for k, v in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one sequence's tokens lie in the ragged row: columns `start:stop`."""
+
+    cache: SequenceCache
+    start: int
+    stop: int
+
+
+class RaggedCache(Cache):
+    """What transformers' attention modules see as `past_key_values` while one ragged row runs.
+
+    `update` keeps the row's new keys and values for the attention function, which is called next by the same layer and
+    appends them to each sequence's own cache.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        super().__init__(layers=[])
+        self.segments = segments
+        self.layer = -1
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remember the layer; the row's keys and values [1, heads, tokens, head_dim] go on unchanged."""
+        self.layer = layer_idx
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: positions are always passed in."""
+        return 0
+
+    def advance(self) -> None:
+        """The sweep is complete."""
+        for segment in self.segments:
+            segment.cache.advance(segment.stop - segment.start)

@@ -1,0 +1,136 @@
+"""One sweep: a forward pass of transformers' module graph over a batch of sequences, fed by the weight stream."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from pipo_ray.model.attention import ragged_row
+from pipo_ray.model.batch import SweepEntry
+from pipo_ray.model.binding import Binder
+from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
+from pipo_ray.model.lanes import Lanes
+
+
+class OutOfStepError(Exception):
+    """An entry does not continue what the cache holds: the caller must send the sequence again from its first token."""
+
+
+class ModelRunner:
+    """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
+    alone, in lockstep.
+    """
+
+    def __init__(self, model: PreTrainedModel, binder: Binder, device: torch.device, *, ragged: bool) -> None:
+        self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
+        self._caches: dict[str, SequenceCache] = {}
+        self._own_caches: dict[str, tuple[Any, int]] = {}
+        accepted = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in accepted
+
+    def run(self, entries: Sequence[SweepEntry]) -> list[torch.Tensor | None]:
+        """Compute `entries`; per entry its logits [tokens wanted, vocabulary] in the model's dtype on the device, None
+        if none are wanted.
+
+        If it raises, the sweep counts as not run, and the caches of its sequences are dropped.
+        """
+        for entry in entries:
+            self._check_step(entry)
+        try:
+            with torch.inference_mode():
+                result = self._run_ragged(entries) if self._ragged else self._run_lanes(entries)
+                self._binder.end()
+        except BaseException:
+            self._binder.abandon()
+            self.drop([entry.sequence for entry in entries])
+            raise
+        return result
+
+    def drop(self, sequences: Sequence[str]) -> None:
+        """Forget these sequences' caches."""
+        for sequence in sequences:
+            self._caches.pop(sequence, None)
+            self._own_caches.pop(sequence, None)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes reserved for KV caches of ragged rows."""
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def length(self, sequence: str) -> int:
+        """Number of tokens of `sequence` that are in its cache."""
+        if self._ragged:
+            return self._caches[sequence].length if sequence in self._caches else 0
+        return self._own_caches[sequence][1] if sequence in self._own_caches else 0
+
+    def _check_step(self, entry: SweepEntry) -> None:
+        if entry.start == 0:
+            self.drop([entry.sequence])
+            if self._ragged:
+                self._caches[entry.sequence] = SequenceCache(entry.capacity)
+        if self.length(entry.sequence) != entry.start:
+            raise OutOfStepError(
+                f"{entry.sequence}: cache holds {self.length(entry.sequence)} tokens, not {entry.start}"
+            )
+
+    def _run_ragged(self, entries: Sequence[SweepEntry]) -> list[torch.Tensor | None]:
+        ids: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
+        segments: list[Segment] = []
+        counts: list[int] = []
+        for entry in entries:
+            begin = len(ids)
+            ids.extend(entry.token_ids)
+            positions.extend(range(entry.start, entry.start + len(entry.token_ids)))
+            segments.append(Segment(self._caches[entry.sequence], begin, len(ids)))
+            wanted = _wanted_rows(entry)
+            keep.extend(begin + row for row in wanted)
+            counts.append(len(wanted))
+        cache = RaggedCache(tuple(segments))
+        self._binder.begin()
+        with ragged_row(cache):
+            logits = self._forward(ids, keep, cache, positions)
+        self._binder.finish_pass()
+        cache.advance()
+        return [part if len(part) else None for part in logits.split(counts)]
+
+    def _run_lanes(self, entries: Sequence[SweepEntry]) -> list[torch.Tensor | None]:
+        lanes = Lanes(len(entries))
+        self._binder.begin(lanes, len(entries))
+
+        def body(entry: SweepEntry) -> torch.Tensor | None:
+            with torch.inference_mode():
+                cache, _ = self._own_caches.get(entry.sequence, (None, 0))
+                if cache is None:
+                    cache = DynamicCache(config=self._model.config)
+                wanted = _wanted_rows(entry)
+                logits = self._forward(list(entry.token_ids), wanted, cache, None)
+                self._binder.finish_pass()
+                self._own_caches[entry.sequence] = (cache, entry.start + len(entry.token_ids))
+                return logits if wanted else None
+
+        return lanes.run([lambda entry=entry: body(entry) for entry in entries])  # type: ignore[misc]
+
+    def _forward(self, ids: list[int], keep: list[int], cache: Any, positions: list[int] | None) -> torch.Tensor:
+        """Logits [len(keep), vocabulary] of the columns `keep` of one row of tokens."""
+        arguments: dict[str, Any] = {}
+        if positions is not None:
+            arguments["position_ids"] = torch.tensor([positions], device=self._device)
+        rows = torch.tensor(keep, dtype=torch.long, device=self._device)
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = rows
+        output = self._model(
+            input_ids=torch.tensor([ids], device=self._device), past_key_values=cache, use_cache=True, **arguments
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._keeps_logits else logits[rows]
+
+
+def _wanted_rows(entry: SweepEntry) -> list[int]:
+    count = len(entry.token_ids)
+    return {"none": [], "last": [count - 1], "all": list(range(count))}[entry.logits]

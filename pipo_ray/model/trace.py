@@ -1,0 +1,202 @@
+"""The order in which a model uses its parameters, found by running it once on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.graph import build_graph, set_experts_implementation, stored_tensors
+
+TRACE_IMPLEMENTATION = "pipo_trace"
+_TRACE_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is bound together: a called module and the stored tensors that it, or a descendant never called itself,
+    owns.
+
+    `module` is its name in the graph; `tensors` are stored-tensor names in registration order.
+    """
+
+    module: str
+    tensors: tuple[str, ...]
+    kind: str  # "linear", "lookup", "experts" or "other": how the module uses its tensors
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`units` by index, and `events`: (unit index, True on entering, False on leaving) in the order of one forward
+    pass.
+    """
+
+    units: tuple[Unit, ...]
+    events: tuple[tuple[int, bool], ...]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Unit indices in the order in which one forward pass enters them."""
+        return tuple(unit for unit, enters in self.events if enters)
+
+
+class _DecideOnMeta(TorchFunctionMode):
+    """Answers questions about values that meta tensors do not have: no branch is taken, nothing is found."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            tensor = args[0]
+            if func is torch.Tensor.__bool__:
+                return False
+            if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__):
+                return 0
+            if func is torch.Tensor.__float__:
+                return 0.0
+            if func is torch.Tensor.tolist:
+                return torch.zeros(tensor.shape).tolist()
+            if func in (torch.Tensor.nonzero, torch.nonzero):
+                return torch.empty(0, tensor.dim(), dtype=torch.long, device="meta")
+            if func in (torch.Tensor.unique, torch.unique):
+                return torch.empty(0, dtype=tensor.dtype, device="meta")
+        return func(*args, **kwargs)
+
+
+def _trace_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> Any:
+    batch, heads, tokens = query.shape[:3]
+    return torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype, device="meta"), None
+
+
+def _trace_experts(module: nn.Module, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+AttentionInterface.register(TRACE_IMPLEMENTATION, _trace_attention)
+AttentionMaskInterface.register(TRACE_IMPLEMENTATION, _no_mask)
+ALL_EXPERTS_FUNCTIONS.register(TRACE_IMPLEMENTATION, _trace_experts)
+
+
+def trace_config(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Trace]:
+    """Build `config`'s graph on meta and trace it; see `trace`. Returns the meta graph, too."""
+    try:
+        model = build_graph(config, dtype, attention=TRACE_IMPLEMENTATION)
+    except UnsupportedModelError:
+        # Some architectures (Falcon) pick an attention class by name and know only the built-in names.
+        model = build_graph(config, dtype, attention="eager")
+    return model, trace(model)
+
+
+def trace(model: PreTrainedModel) -> Trace:
+    """Run `model` (all of it on meta) once and return the order in which its stored tensors are used.
+
+    Raises UnsupportedModelError if the forward pass cannot be followed.
+    """
+    called: list[tuple[str, bool]] = []
+    with _recording(model, called):
+        try:
+            with torch.no_grad(), _DecideOnMeta(), torch.device("meta"):
+                model(input_ids=torch.zeros(1, _TRACE_TOKENS, dtype=torch.long), use_cache=False)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"architecture {model.config.model_type!r}: its forward pass cannot be traced: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+    return _units_of(model, called)
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, called: list[tuple[str, bool]]) -> Iterator[None]:
+    handles = []
+
+    def recorder(name: str, enters: bool) -> Any:
+        def record(*_: Any, **__: Any) -> None:
+            called.append((name, enters))
+
+        return record
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(recorder(name, True)))
+        handles.append(module.register_forward_hook(recorder(name, False)))
+    set_experts_implementation(model, TRACE_IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        set_experts_implementation(model, "eager")
+        for handle in handles:
+            handle.remove()
+
+
+def _units_of(model: PreTrainedModel, called: list[tuple[str, bool]]) -> Trace:
+    stored = stored_tensors(model)
+    tied = set(model.state_dict()) - set(stored)
+    ever_called = {name for name, _ in called}
+    layers = layer_prefixes(model)
+    owned: dict[str, list[str]] = {}
+    for name in list(stored) + sorted(tied):
+        host = name.rpartition(".")[0]
+        while host not in ever_called and host:
+            host = host.rpartition(".")[0]
+        direct = name.rpartition(".")[0] == host
+        in_layer = any(host == p or host.startswith(p + ".") for p in layers)
+        if direct or in_layer:
+            owned.setdefault(host, []).append(name)
+    units: list[Unit] = []
+    index: dict[str, int] = {}
+    events: list[tuple[int, bool]] = []
+    for module_name, enters in called:
+        if module_name not in owned:
+            continue
+        if module_name not in index:
+            module = model.get_submodule(module_name)
+            index[module_name] = len(units)
+            units.append(Unit(module_name, tuple(owned[module_name]), _kind(module, module_name, owned[module_name])))
+        events.append((index[module_name], enters))
+    return Trace(tuple(units), tuple(events))
+
+
+def _kind(module: nn.Module, name: str, tensors: list[str]) -> str:
+    direct = all(t.rpartition(".")[0] == name for t in tensors)
+    if isinstance(module, nn.Embedding):
+        return "lookup"
+    if type(module).forward is nn.Linear.forward and direct:
+        return "linear"
+    if (
+        direct
+        and hasattr(module, "num_experts")
+        and any(p.dim() == 3 and p.shape[0] == module.num_experts for p in module.parameters(recurse=False))
+    ):
+        return "experts"
+    return "other"
+
+
+def layer_prefixes(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder layers: the children of the longest ModuleList outside any other ModuleList."""
+    best: tuple[int, str] | None = None
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in lists):
+            continue
+        lists.append(name)
+        if best is None or len(module) > best[0]:
+            best = (len(module), name)
+    if best is None:
+        raise UnsupportedModelError(
+            f"architecture {model.config.model_type!r}: no list of decoder layers was found in it"
+        )
+    return [f"{best[1]}.{i}" for i in range(best[0])]

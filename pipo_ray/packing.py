@@ -1,0 +1,337 @@
+"""Everything that needs torch before a run begins: download, look at the model, pack. Runs in a process of its own.
+
+`prepare.py` starts it (`main`), so that the memory that torch and transformers take is given back when the store is
+there. It writes one JSON object per line to stdout:
+
+    {"type": "progress", "phase": "pack", "done": BYTES, "total": BYTES}
+    {"type": "result", ...}                                             the last line of a job that succeeded
+    {"type": "error", "class": NAME, "message": ONE LINE}               the last line of one that did not
+
+Its stdin is a pipe that nobody writes to: when it closes, the parent wants no more of it or is gone, and it ends.
+"""
+
+from __future__ import annotations
+
+import _thread
+import argparse
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from pipo_ray.store.manifest import Manifest
+
+PRECISIONS = ("bfloat16", "float16", "float32")
+PACKING_SLOT_BYTES = 64 << 20
+"""What packing may take for its buffers. Larger ones were not faster: it is the disk that packing waits for."""
+
+GENERATION_CONFIG_KEY = "generation_config"
+"""In the manifest's `extra`: checksum of the generation_config.json that the facts were found with."""
+
+Progress = Callable[[str, int, int], None]
+
+_PROGRESS_INTERVAL_S = 0.1
+_STOP_DEADLINE_S = 5.0
+_NETWORK_TIMEOUT_S = 10
+_NETWORK_STALL_S = 120.0
+_SIDE_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.bpe", "*.spm"]
+
+
+# --- the work --------------------------------------------------------------------------------------------------------
+
+
+def own_precision(config: Mapping[str, Any]) -> str:
+    """What `--dtype auto` means for a checkpoint with this config.json: its own dtype, else float32."""
+    text = config.get("text_config")
+    for fields in (config, text if isinstance(text, Mapping) else {}):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(own := fields.get(name), str) and own:
+                own = own.removeprefix("torch.")
+                return own if own in PRECISIONS else "float32"
+    return "float32"
+
+
+def generation_config_checksum(folder: str | os.PathLike[str]) -> str:
+    """Checksum of the folder's generation_config.json (hex), empty if it has none."""
+    import xxhash
+
+    try:
+        return xxhash.xxh3_128(Path(folder, "generation_config.json").read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def pack_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    slot_bytes: int = PACKING_SLOT_BYTES,
+    progress: Progress | None = None,
+    wait: bool = False,
+) -> Manifest:
+    """Pack the checkpoint folder `source` into a block store at `destination`, with the model's facts in its manifest.
+
+    `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS. `progress` gets (phase, done, total): "inspect" with
+    a total of 0, then "pack" in bytes. `wait` for another process that packs to the same place, or raise. Imports torch
+    and transformers into this process; `prepare_store` does it in another.
+
+    Raises what cannot be packed before anything is written: CheckpointError, UnsupportedModelError, BudgetError for the
+    disk; see `pack` in `store/pack.py` for the rest.
+    """
+    from pipo_ray.store.checkpoint import Checkpoint
+
+    report: Progress = progress or (lambda phase, done, total: None)
+    report("inspect", 0, 0)
+    with Checkpoint.open(source) as checkpoint:
+        precision = own_precision(checkpoint.config) if dtype == "auto" else dtype
+        from pipo_ray.model.graph import load_config, resolve_dtype
+        from pipo_ray.model.inspect import find_facts
+        from pipo_ray.model.layout import block_layout
+        from pipo_ray.store.pack import pack
+        from pipo_ray.store.source import TensorSource
+
+        config = load_config(checkpoint.folder)
+        torch_dtype = resolve_dtype(precision, config)
+        try:
+            model, trace, facts = find_facts(config, torch_dtype, checkpoint.folder)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{checkpoint.folder} cannot be run: {error}; choose another model") from error
+        tensors = TensorSource(model, checkpoint, torch_dtype)
+        blocks = block_layout(model, trace, tensors.aliases)
+        return pack(
+            blocks,
+            tensors,
+            destination,
+            checkpoint=checkpoint,
+            aliases=tensors.aliases,
+            architecture=checkpoint.architecture,
+            model_type=checkpoint.model_type,
+            precision=tensors.precision,
+            slot_bytes=slot_bytes,
+            progress=lambda done, total: report("pack", done, total),
+            extra={"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)},
+            wait=wait,
+        )
+
+
+def download(model_id: str, progress: Progress | None = None) -> Path:
+    """Fetch a hub model's configuration, tokenizer and safetensors weights into the usual cache; the snapshot's folder.
+
+    The configuration comes first: an architecture that cannot be run is refused before its weights are downloaded.
+    Raises ResourceError without a network, InputError for an id that the hub does not know or give,
+    UnsupportedModelError, CheckpointError for a model without safetensors weights.
+    """
+    from pipo_ray.store.checkpoint import INDEX_NAME, SINGLE_NAME
+
+    report: Progress = progress or (lambda phase, done, total: None)
+    report("download", 0, 0)
+    folder = _snapshot(model_id, None, _SIDE_PATTERNS, report)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"hub model {model_id} has no config.json: choose a transformers checkpoint")
+    from pipo_ray.model.graph import load_config
+
+    load_config(folder)
+    wanted = [SINGLE_NAME]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        wanted += sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+    folder = _snapshot(model_id, folder.name, _SIDE_PATTERNS + wanted, report)
+    if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        raise CheckpointError(
+            f"hub model {model_id} has no safetensors weights (neither {SINGLE_NAME} nor {INDEX_NAME}); choose one "
+            "that has, or convert it with transformers' save_pretrained where you trust its pickles"
+        )
+    return folder
+
+
+def _snapshot(model_id: str, revision: str | None, patterns: list[str], report: Progress) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """Shows nothing; reports the bytes."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self.counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **(kwargs | {"file": sink, "mininterval": 3600}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            changed: bool | None = super().update(n)
+            if self.counts_bytes:
+                report("download", int(self.n), int(self.total or 0))
+            return changed
+
+    with open(os.devnull, "w") as sink:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    model_id,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*"],
+                    etag_timeout=_NETWORK_TIMEOUT_S,
+                    tqdm_class=Bar,
+                )
+            )
+        except errors.GatedRepoError as error:
+            raise InputError(
+                f"hub model {model_id} is only given to who has accepted its terms; accept them at "
+                f"huggingface.co/{model_id} and log in with `hf auth login`"
+            ) from error
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            raise InputError(
+                f"the hub does not know the model {model_id} (and there is no such folder); check the name, or log in "
+                "with `hf auth login` if it is private"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            offline = huggingface_hub.constants.HF_HUB_OFFLINE
+            reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+            raise ResourceError(
+                f"model {model_id} is not a folder and not in the hub's cache, and {reason}; "
+                f"{'unset it' if offline else 'connect to the network'}, or give the folder of a checkpoint"
+            ) from error
+        except PipoError:
+            raise
+        except Exception as error:  # httpx's, the hub's and the disk's errors have no base of their own
+            raise ResourceError(
+                f"downloading the hub model {model_id} failed ({type(error).__name__}: {_one_line(error)}); run it "
+                "again: it goes on where it stopped, or give the folder of a checkpoint"
+            ) from error
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+class _Stopped(BaseException):
+    """The parent is gone, or wants no more."""
+
+
+class _Channel:
+    """The parent's end of our stdout. Thread-safe: progress comes from the writing thread, too."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._sent: tuple[str, float] = ("", 0.0)
+        self.last_progress = time.monotonic()
+
+    def send(self, **message: Any) -> None:
+        with self._lock, contextlib.suppress(BrokenPipeError):
+            self._stream.write(json.dumps(message) + "\n")
+            self._stream.flush()
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """As often as a person can see, and always the first and the last of a phase."""
+        now = self.last_progress = time.monotonic()
+        before, when = self._sent
+        if phase != before or done >= total or now - when >= _PROGRESS_INTERVAL_S:
+            self._sent = (phase, now)
+            self.send(type="progress", phase=phase, done=done, total=total)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do one job. Returns the exit status."""
+    _obey_parent()
+    # Whatever a library prints belongs to stderr: stdout is the protocol's.
+    channel = _Channel(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+    try:
+        channel.send(type="result", **_job(_arguments(arguments), channel))
+        return 0
+    except _Stopped:
+        return 130
+    except PipoError as error:
+        traceback.print_exc()
+        channel.send(**{"type": "error", "class": type(error).__name__, "message": _one_line(error)})
+        return error.exit_status
+    except MemoryError:
+        message = "packing ran out of memory; close other programs or raise the memory limit, and run it again"
+        channel.send(**{"type": "error", "class": "ResourceError", "message": message})
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        message = f"preparing the model failed: {type(error).__name__}: {_one_line(error)}"
+        channel.send(**{"type": "error", "class": "PipoError", "message": message})
+        return 1
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pipo_ray.packing")
+    jobs = parser.add_subparsers(dest="job", required=True)
+    packing = jobs.add_parser("pack")
+    packing.add_argument("source")
+    packing.add_argument("destination")
+    packing.add_argument("--dtype", default="auto")
+    packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
+    packing.add_argument("--wait", action="store_true")
+    jobs.add_parser("facts").add_argument("store")
+    jobs.add_parser("download").add_argument("model_id")
+    return parser.parse_args(arguments)
+
+
+def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
+    if options.job == "pack":
+        manifest = pack_checkpoint(
+            options.source,
+            options.destination,
+            dtype=options.dtype,
+            slot_bytes=options.slot_bytes,
+            progress=channel.progress,
+            wait=options.wait,
+        )
+        return {"total_bytes": manifest.total_bytes}
+    if options.job == "facts":
+        channel.progress("inspect", 0, 0)
+        from pipo_ray.model.inspect import facts_of_store
+        from pipo_ray.store.manifest import Manifest
+
+        return {"facts": facts_of_store(options.store, Manifest.load(options.store)).to_json()}
+    threading.Thread(target=_watch_network, args=(options.model_id, channel), daemon=True).start()
+    return {"folder": str(download(options.model_id, channel.progress))}
+
+
+def _obey_parent() -> None:
+    """End when stdin closes. The terminal's Ctrl-C reaches us, too, but the parent is the one to act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    _thread.interrupt_main(signal.SIGTERM)
+    time.sleep(_STOP_DEADLINE_S)
+    os._exit(130)
+
+
+def _watch_network(model_id: str, channel: _Channel) -> None:
+    """A server that accepts and then says nothing must not hold us for ever."""
+    while time.monotonic() - channel.last_progress < _NETWORK_STALL_S:
+        time.sleep(1)
+    message = (
+        f"downloading the hub model {model_id}: nothing came for {_NETWORK_STALL_S:.0f} s; check the network and run "
+        "it again, it goes on where it stopped"
+    )
+    channel.send(**{"type": "error", "class": "ResourceError", "message": message})
+    os._exit(2)
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise _Stopped
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

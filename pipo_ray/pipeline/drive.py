@@ -1,0 +1,118 @@
+"""Reading a block store's files: O_DIRECT where the file system allows it, otherwise buffered with the page cache
+dropped behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+from pipo_ray.errors import StoreError
+
+PAGE = 4096
+_RETRIES = 3
+
+
+class Drive:
+    """Open descriptors of the files in `folder`, shared by read threads. `direct` tells whether O_DIRECT is in use for
+    all of them.
+    """
+
+    def __init__(self, folder: str | Path, *, direct: bool = True) -> None:
+        self._folder = Path(folder)
+        self._lock = threading.Lock()
+        self._descriptors: dict[str, int] = {}
+        self._retired: list[int] = []
+        self.direct = direct
+        self.why_buffered = "" if direct else "asked for"
+        self.retries = 0
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the files are in."""
+        return self._folder
+
+    def read_into(self, memory: memoryview, file: str, offset: int) -> None:
+        """Fill `memory` (4096-aligned address and length) from `file` at `offset` (4096-aligned).
+
+        A file may end within the last page, whose rest is then undefined. Errors that may pass are tried again;
+        StoreError names file, offset and cause, also for a file that ends earlier than that.
+        """
+        done = 0
+        attempts = 0
+        while done < len(memory):
+            direct = self.direct  # another thread may find out, while this one reads, that O_DIRECT is refused
+            descriptor = self._descriptor(file)
+            try:
+                count = os.preadv(descriptor, [memory[done:]], offset + done)
+                if direct and count % PAGE and offset + done + count < os.fstat(descriptor).st_size:
+                    count -= count % PAGE  # interrupted between two sectors: O_DIRECT goes on from a page
+                    if not count:
+                        raise OSError(errno.EIO, "nothing but a part of a page was read")
+            except OSError as error:
+                if error.errno == errno.EINVAL and direct:
+                    self._go_buffered(str(error.strerror))
+                    continue
+                attempts += 1
+                self.retries += 1
+                if error.errno in (errno.EIO, errno.EAGAIN, errno.EINTR) and attempts <= _RETRIES:
+                    continue
+                raise StoreError(
+                    f"{self._folder / file}: reading {len(memory)} bytes at offset {offset} failed: {error.strerror} "
+                    f"(after {attempts} attempts); check the drive, then run `pipo verify {self._folder}`"
+                ) from error
+            if count == 0:
+                break
+            if not self.direct:
+                os.posix_fadvise(descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
+            done += count
+            if done % PAGE and self.direct:
+                break  # a short read that ends within a page ends at the end of the file
+        if len(memory) - done >= PAGE:
+            raise StoreError(
+                f"{self._folder / file}: ends at byte {offset + done}, but {len(memory)} bytes are wanted from "
+                f"{offset}: it was truncated; pack the checkpoint again"
+            )
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        with self._lock:
+            for descriptor in [*self._descriptors.values(), *self._retired]:
+                os.close(descriptor)
+            self._descriptors.clear()
+            self._retired.clear()
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                path = self._folder / file
+                try:
+                    self._descriptors[file] = self._open(path)
+                except OSError as error:
+                    raise StoreError(
+                        f"{path}: cannot be opened: {error.strerror}; is the block store still there?"
+                    ) from error
+            return self._descriptors[file]
+
+    def _open(self, path: Path) -> int:
+        if self.direct:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.direct = False
+                self.why_buffered = f"the file system of {path.parent} refuses O_DIRECT"
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _go_buffered(self, cause: str) -> None:
+        with self._lock:
+            if not self.direct:
+                return
+            self.direct = False
+            self.why_buffered = f"O_DIRECT read refused ({cause})"
+            # Kept open until close(): another thread may be reading from them.
+            self._retired.extend(self._descriptors.values())
+            self._descriptors.clear()

@@ -1,0 +1,287 @@
+"""The loader's engine: runs through the sweeps' pieces for ever, as far ahead as slots are free, with several reads in
+flight.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipo_ray.errors import PipoError, StoreError
+from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.order import LoadOrder
+from pipo_ray.pipeline.slots import U8, SlotState, SlotTable, StoppedError
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
+from pipo_ray.plan.pieces import Piece
+
+
+@dataclass
+class LoaderCounters:
+    """Totals since the loader started. `reading_s`: at least one read was in flight; `waiting_for_slots_s`: none was,
+    for want of a free slot. `bytes_read` are bytes read from the drive.
+    """
+
+    bytes_read: int = 0
+    pieces_read: int = 0
+    waiting_for_slots_s: float = 0.0
+    reading_s: float = 0.0
+    running_s: float = 0.0
+    retries: int = 0
+    direct: bool = True
+
+
+class _Fill:
+    """A piece being read in several transfers; the last one to end finishes it."""
+
+    def __init__(self, parts: int, done: Callable[[Exception | None], None]) -> None:
+        self._left = parts
+        self._lock = threading.Lock()
+        self._done = done
+        self._error: Exception | None = None
+
+    def part_done(self, error: Exception | None) -> None:
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            last = self._left == 0
+        if last:
+            self._done(self._error)
+
+
+class Loader:
+    """Fills `slots` and `residents` (uint8 views, 4096-aligned) with the pieces of `loads.order`, and keeps `table` up
+    to date.
+
+    In a preloading epoch the order is that of `preloads`, the pieces that stay on the GPU. A slot is filled only when
+    it is FREE, so the table is all the credit there is. Every block is checked against its checksum the first time it
+    is read, unless `checksums` is None.
+    """
+
+    def __init__(
+        self,
+        drive: Drive,
+        pieces: Sequence[Piece],
+        loads: LoadOrder,
+        table: SlotTable,
+        slots: Sequence[U8],
+        residents: Sequence[U8],
+        *,
+        checksums: BlockChecksums | None,
+        threads: int = 4,
+        transfer_bytes: int = 8 << 20,
+        preloads: LoadOrder | None = None,
+        trace: TraceWriter = NO_TRACE,
+    ) -> None:
+        self._drive, self._pieces, self._loads, self._table = drive, pieces, loads, table
+        self._main_loads, self._preloads = loads, preloads
+        self._slots = [slot.data for slot in slots]
+        self._residents = [resident.data for resident in residents]
+        self._checksums = checksums
+        self._transfer_bytes = transfer_bytes // 4096 * 4096
+        self._trace = trace
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._filling_residents: set[int] = set()
+        self._in_flight = 0
+        self._in_flight_changed = threading.Condition()
+        self._started = time.perf_counter()
+        self._busy_since: float | None = None
+        self._waiting_since: tuple[float, float] | None = None  # and what had been read by then, in seconds
+        self.counters = LoaderCounters()
+        self.error: PipoError | None = None
+        self._readers = [
+            threading.Thread(target=self._read_loop, name=f"read-{i}", daemon=True) for i in range(threads)
+        ]
+        self._dispatcher = threading.Thread(target=self._dispatch, name="dispatch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read ahead."""
+        for thread in self._readers:
+            thread.start()
+        self._dispatcher.start()
+
+    def stop(self) -> None:
+        """End all threads; the table must have been stopped."""
+        self._dispatcher.join()
+        for _ in self._readers:
+            self._tasks.put(None)
+        for thread in self._readers:
+            thread.join()
+        self._drive.close()
+
+    # -- dispatch
+    # -------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        # A predecessor that was killed may have left slots that say FILLING: nobody fills them any more.
+        for slot in range(self._table.num_slots):
+            if self._table.view(slot).state in (SlotState.FILLING, SlotState.FAILED):
+                self._table.reset_slot(slot)
+        epoch = self._table.epoch_seen
+        while not self._table.stopped:
+            try:
+                if epoch != self._table.epoch:
+                    self._wait_idle()
+                    epoch = self._table.epoch
+                    self._table.clear_slots()
+                    self._table.acknowledge_epoch(epoch)
+                self._run_epoch(epoch)
+            except StoppedError:
+                continue
+
+    def _run_epoch(self, epoch: int) -> None:
+        preloading = self._table.preloading and self._preloads is not None
+        self._loads = self._preloads if preloading and self._preloads is not None else self._main_loads
+        per_sweep = self._loads.loads_per_sweep
+        next_load = self._table.consumed
+        sweep_base = self._table.first_load
+        if per_sweep:
+            sweep_base = next_load // per_sweep * per_sweep
+        while True:
+            for position in range(len(self._loads.order)):
+                if self._loads.is_elsewhere(position):
+                    continue
+                load = self._loads.load_number(sweep_base, position)
+                piece = self._pieces[self._loads.order[position]]
+                if load is None:
+                    self._fill_resident(position, piece)
+                elif load >= next_load:
+                    self._fill_slot(load, piece, epoch)
+                if self._table.stopped or self._table.epoch != epoch:
+                    raise StoppedError
+            sweep_base += per_sweep
+            if not per_sweep:  # everything is resident: nothing to do until a new epoch
+                self._table.wait_epoch_change(epoch)
+                raise StoppedError
+
+    def _fill_resident(self, position: int, piece: Piece) -> None:
+        row = self._loads.resident_row(position)
+        if row in self._filling_residents or self._table.resident_ready(row):
+            return
+        self._filling_residents.add(row)
+
+        def done(error: Exception | None) -> None:
+            self._note(error)
+            self._table.finish_resident(row, failed=error is not None)
+            self._filling_residents.discard(row)
+
+        self._read(piece, self._residents[row][: piece.read_bytes], done, {"piece": piece.block, "resident": row})
+
+    def _fill_slot(self, load: int, piece: Piece, epoch: int) -> None:
+        slot = self._loads.slot(load)
+        if self._table.is_loaded(slot, load):
+            return
+        self._waiting_since = (time.perf_counter(), self._reading_s())
+        try:
+            self._table.wait_free(slot, epoch)
+        finally:
+            self.counters.waiting_for_slots_s = self._waiting_s()
+            self._waiting_since = None
+        self._table.begin_fill(slot, load)
+
+        def done(error: Exception | None) -> None:
+            self._note(error)
+            self._table.finish_fill(slot, load, failed=error is not None)
+
+        self._read(
+            piece, self._slots[slot][: piece.read_bytes], done, {"piece": piece.block, "slot": slot, "load": load}
+        )
+
+    # -- reading
+    # --------------------------------------------------------------------------------------------------------
+
+    def _read(
+        self, piece: Piece, memory: memoryview, done: Callable[[Exception | None], None], labels: Mapping[str, object]
+    ) -> None:
+        begin = time.perf_counter()
+        with self._in_flight_changed:
+            if self._in_flight == 0:
+                self._busy_since = begin
+            self._in_flight += 1
+
+        def finish(error: Exception | None) -> None:
+            if error is None and self._checksums is not None:
+                try:
+                    self._checksums.check(piece, np.frombuffer(memory, np.uint8))
+                except Exception as mismatch:
+                    error = _as_pipo_error(mismatch, piece)
+            now = time.perf_counter()
+            self.counters.bytes_read += piece.read_bytes
+            self.counters.pieces_read += 1
+            self._trace.add("weight load", begin, now, {**labels, "bytes": piece.read_bytes})
+            done(error)
+            with self._in_flight_changed:
+                self._in_flight -= 1
+                if self._in_flight == 0 and self._busy_since is not None:
+                    self.counters.reading_s += now - self._busy_since
+                    self._busy_since = None
+                self._in_flight_changed.notify_all()
+
+        step = self._transfer_bytes
+        starts = range(0, len(memory), step)
+        fill = _Fill(len(starts), finish)
+        for start in starts:
+            self._tasks.put(self._transfer(piece, memory, start, min(start + step, len(memory)), fill))
+
+    def _transfer(self, piece: Piece, memory: memoryview, start: int, stop: int, fill: _Fill) -> Callable[[], None]:
+        def transfer() -> None:
+            error: Exception | None = None
+            try:
+                self._drive.read_into(memory[start:stop], piece.file, piece.file_offset + start)
+            except Exception as failure:  # whatever it is, the compute worker must hear of it instead of waiting
+                error = _as_pipo_error(failure, piece)
+            fill.part_done(error)
+
+        return transfer
+
+    def _read_loop(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task is None:
+                return
+            task()
+
+    def _wait_idle(self) -> None:
+        with self._in_flight_changed:
+            while self._in_flight:
+                self._in_flight_changed.wait()
+
+    def _note(self, error: Exception | None) -> None:
+        if isinstance(error, PipoError) and self.error is None:
+            self.error = error
+
+    def snapshot(self) -> LoaderCounters:
+        """The counters now."""
+        return replace(
+            self.counters,
+            reading_s=self._reading_s(),
+            waiting_for_slots_s=self._waiting_s(),
+            running_s=time.perf_counter() - self._started,
+            retries=self._drive.retries,
+            direct=self._drive.direct,
+        )
+
+    def _reading_s(self) -> float:
+        with self._in_flight_changed:
+            since = self._busy_since
+            return self.counters.reading_s + (0.0 if since is None else time.perf_counter() - since)
+
+    def _waiting_s(self) -> float:
+        """What was waited for slots while nothing was being read, up to now."""
+        since = self._waiting_since
+        if since is None:
+            return self.counters.waiting_for_slots_s
+        begin, read_before = since
+        idle = time.perf_counter() - begin - (self._reading_s() - read_before)
+        return self.counters.waiting_for_slots_s + max(0.0, idle)
+
+
+def _as_pipo_error(error: Exception, piece: Piece) -> PipoError:
+    if isinstance(error, PipoError):
+        return error
+    return StoreError(f"{piece.file}: reading block {piece.block} failed: {type(error).__name__}: {error}")

@@ -1,0 +1,121 @@
+"""Where the compute worker gets its pieces from: the slots, in place (CPU), or copies of them on the GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pipo_ray.pipeline.order import LoadOrder
+from pipo_ray.pipeline.slots import SlotTable
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
+from pipo_ray.plan.pieces import SweepPlan
+
+
+@dataclass
+class StreamTimes:
+    """What a stream did since it was last asked: seconds waiting for the loader, acquisitions, and bytes that had been
+    streamed.
+    """
+
+    waited_s: float = 0.0
+    acquired: int = 0
+    streamed_bytes: int = 0
+
+
+class WeightStream(Protocol):
+    """Gives the pieces of a sweep in order. Positions count the acquisitions of a sweep from 0."""
+
+    device: torch.device
+    times: StreamTimes
+
+    def begin_sweep(self) -> None:
+        """A sweep begins at position 0."""
+
+    def acquire(self, position: int) -> torch.Tensor:
+        """The bytes (uint8) of the piece at `position`, on `device`; waits for them. Positions must come in order."""
+
+    def release(self, position: int) -> None:
+        """The piece at `position` is used up."""
+
+    def end_sweep(self) -> None:
+        """All positions have been acquired and released."""
+
+    def abandon(self) -> None:
+        """The sweep is given up in the middle: the next one begins at position 0 again."""
+
+
+class HostStream:
+    """Pieces used in place: the slot's own memory, seen as a CPU tensor."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        loads: LoadOrder,
+        table: SlotTable,
+        slots: Sequence[torch.Tensor],
+        residents: Sequence[torch.Tensor],
+        stopped: Callable[[], bool] = lambda: False,
+        trace: TraceWriter = NO_TRACE,
+    ) -> None:
+        self.device = torch.device("cpu")
+        self.times = StreamTimes()
+        self._plan, self._loads, self._table = plan, loads, table
+        self._slots, self._residents, self._stopped = slots, residents, stopped
+        self._trace = trace
+        self._acquired_at: dict[int, float] = {}
+        self._base = table.restart_sweep(loads.loads_per_sweep)
+        table.wait_epoch_seen(table.epoch, stopped)
+
+    def begin_sweep(self) -> None:
+        """A sweep begins at position 0."""
+
+    def acquire(self, position: int) -> torch.Tensor:
+        """The bytes of the piece at `position`; waits until the loader has them."""
+        self.times.acquired += 1
+        if self._trace.enabled:
+            begin = time.perf_counter()
+            memory = self._wait(position)
+            self._acquired_at[position] = end = time.perf_counter()
+            if end - begin > 1e-4:
+                self._trace.add("wait for weights", begin, end, {"piece": self._name(position)})
+            return memory
+        return self._wait(position)
+
+    def _name(self, position: int) -> str:
+        return self._plan.pieces[self._loads.order[position]].block
+
+    def _wait(self, position: int) -> torch.Tensor:
+        load = self._loads.load_number(self._base, position)
+        if load is None:
+            row = self._loads.resident_row(position)
+            self.times.waited_s += self._table.wait_resident(row, self._stopped)
+            return self._residents[row]
+        slot = self._loads.slot(load)
+        self.times.waited_s += self._table.wait_ready(slot, load, self._stopped)
+        self.times.streamed_bytes += self._plan.pieces[self._loads.order[position]].read_bytes
+        return self._slots[slot]
+
+    def release(self, position: int) -> None:
+        """The piece at `position` is used up: its slot is free."""
+        if self._trace.enabled:
+            self._trace.add(
+                "compute", self._acquired_at.pop(position), time.perf_counter(), {"piece": self._name(position)}
+            )
+        load = self._loads.load_number(self._base, position)
+        if load is not None:
+            self._table.release(self._loads.slot(load), load)
+
+    def end_sweep(self) -> None:
+        """The next sweep's loads follow this one's."""
+        self._base += self._loads.loads_per_sweep
+
+    def abandon(self) -> None:
+        """Start the next sweep at its first piece; what was read ahead is dropped."""
+        self._base = self._table.restart_sweep(self._loads.loads_per_sweep)
+        begin = time.perf_counter()
+        self._table.wait_epoch_seen(self._table.epoch, self._stopped)
+        self.times.waited_s += time.perf_counter() - begin

@@ -1,0 +1,339 @@
+"""From budgets to a placement: what a given amount of memory is spent on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipo_ray.errors import BudgetError
+from pipo_ray.messages import Placement
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
+from pipo_ray.session.memory import format_least, format_size
+from pipo_ray.store.manifest import Manifest
+
+MIB = 1 << 20
+
+PROCESS_BYTES = 1150 * MIB
+"""Driver, Ray and the four actors with torch and transformers loaded, without weights, KV and activations
+(benchmarks/footprint.py).
+"""
+
+CUDA_PROCESS_BYTES = 2600 * MIB
+"""The same with CUDA's libraries loaded in the compute worker."""
+
+_WANTED_GPU_SLOTS = 4
+_ARENA_BYTES = 512 * MIB
+_WANTED_SLOT_BYTES = 32 * MIB
+_WANTED_SLOTS = 8
+_STAGING_SHARE = 0.3
+_KV_SHARE = 0.2
+_WANTED_KV_TOKENS = 16384
+_LEAST_KV_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the run does with its memory. All sizes in bytes.
+
+    `weight_bytes` is slots plus resident pieces; `kv_tokens` how many tokens of KV cache `kv_bytes` hold;
+    `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
+    """
+
+    sweep: SweepPlan
+    placement: Placement
+    memory_bytes: int
+    weight_bytes: int
+    model_bytes: int
+    resident_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    max_batch_tokens: int
+    activation_bytes: int
+    streamed_bytes_per_sweep: int
+    explanation: tuple[str, ...]
+
+
+def plan_run(
+    manifest: Manifest,
+    facts: ModelFacts,
+    *,
+    memory_bytes: int,
+    weight_memory_bytes: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    gpu_context_bytes: int = 0,
+    max_batch_tokens: int = 512,
+    max_model_len: int | None = None,
+) -> RunPlan:
+    """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
+    that is given).
+
+    With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
+    cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
+    """
+    if gpu_memory_bytes is not None:
+        return _plan_gpu_run(
+            manifest,
+            facts,
+            memory_bytes,
+            weight_memory_bytes,
+            gpu_memory_bytes,
+            gpu_context_bytes,
+            max_batch_tokens,
+            max_model_len,
+        )
+    context = min(facts.context_length, max_model_len or facts.context_length)
+    itemsize = 4 if manifest.precision == "float32" else 2
+    activations = activation_bytes(facts, max_batch_tokens, itemsize)
+    whole = whole_bytes(manifest, facts)
+    least_weights = min(whole, least_weight_bytes(manifest, facts))
+    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token
+    fixed = PROCESS_BYTES + activations
+    if weight_memory_bytes is not None:
+        if weight_memory_bytes < least_weights:
+            raise BudgetError(
+                f"--weight-memory {format_size(weight_memory_bytes)} is too low: at least "
+                f"{format_least(least_weights)} would do: the largest matrix part that must be in memory at once, and "
+                "what always stays"
+            )
+        # More than the whole model is never used.
+        weight_memory_bytes = min(weight_memory_bytes, whole)
+    wanted_weights = least_weights if weight_memory_bytes is None else weight_memory_bytes
+    if memory_bytes < fixed + least_kv + wanted_weights:
+        lower = "; or lower --weight-memory" if wanted_weights > least_weights else ""
+        raise BudgetError(
+            f"--memory {format_size(memory_bytes)} is too low: at least "
+            f"{format_least(fixed + least_kv + wanted_weights)} would do: processes {format_size(PROCESS_BYTES)}, "
+            f"activations {format_size(activations)}, KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
+            f"weights {format_size(wanted_weights)}{lower}"
+        )
+    spare = memory_bytes - fixed - wanted_weights
+    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), max(_WANTED_KV_TOKENS, context) * facts.kv_bytes_per_token))
+    weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
+    sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes)
+    if weight_memory_bytes is not None:
+        kv_bytes = min(spare, max(kv_bytes, 0))
+    elif used < weight_bytes:  # the whole model fits: what is left may hold KV
+        kv_bytes = min(memory_bytes - fixed - used, max(_WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token)
+    kv_tokens = max(1, kv_bytes // max(1, facts.kv_bytes_per_token))
+    model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
+    return RunPlan(
+        sweep=sweep,
+        placement=placement,
+        memory_bytes=memory_bytes,
+        weight_bytes=used,
+        model_bytes=model_bytes,
+        resident_bytes=resident,
+        kv_bytes=kv_bytes,
+        kv_tokens=int(kv_tokens),
+        max_batch_tokens=max_batch_tokens,
+        activation_bytes=activations,
+        streamed_bytes_per_sweep=streamed,
+        explanation=(
+            f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
+            f"{format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, processes "
+            f"{format_size(PROCESS_BYTES)}",
+            f"model {format_size(manifest.total_bytes)}: "
+            + (f"{format_size(streamed)} stream from the drive in every sweep" if streamed else "nothing has to stream")
+            + _looked_up_line(manifest),
+        ),
+    )
+
+
+def _plan_gpu_run(
+    manifest: Manifest,
+    facts: ModelFacts,
+    memory_bytes: int,
+    weight_memory_bytes: int | None,
+    gpu_memory_bytes: int,
+    gpu_context_bytes: int,
+    max_batch_tokens: int,
+    max_model_len: int | None,
+) -> RunPlan:
+    context = min(facts.context_length, max_model_len or facts.context_length)
+    itemsize = 4 if manifest.precision == "float32" else 2
+    activations = activation_bytes(facts, max_batch_tokens, itemsize)
+    least_slot = largest_uncut_bytes(manifest.blocks)
+    least_sweep = sweep_plan(manifest, facts, least_slot)
+    always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
+    least_gpu = (least_sweep.max_held + 1) * least_slot + always
+    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token
+    fixed = gpu_context_bytes + activations
+    if gpu_memory_bytes < fixed + least_kv + least_gpu:
+        raise BudgetError(
+            f"--gpu-memory {format_size(gpu_memory_bytes)} is too low: at least "
+            f"{format_least(fixed + least_kv + least_gpu)} would do: CUDA context {format_size(gpu_context_bytes)}, "
+            f"activations {format_size(activations)}, KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
+            f"weights {format_size(least_gpu)}; or lower --max-batch-tokens"
+        )
+    spare = gpu_memory_bytes - fixed - least_gpu
+    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), max(_WANTED_KV_TOKENS, context) * facts.kv_bytes_per_token))
+    gpu_weights = gpu_memory_bytes - fixed - kv_bytes
+    least_host = 2 * least_slot
+    if weight_memory_bytes is not None and weight_memory_bytes < least_host:
+        raise BudgetError(
+            f"--weight-memory {format_size(weight_memory_bytes)} is too low: at least {format_least(least_host)} would "
+            "do: two slots for the largest matrix part that must be in one"
+        )
+    if memory_bytes < CUDA_PROCESS_BYTES + least_host:
+        raise BudgetError(
+            f"--memory {format_size(memory_bytes)} is too low: at least "
+            f"{format_least(CUDA_PROCESS_BYTES + least_host)} would do: processes with CUDA "
+            f"{format_size(CUDA_PROCESS_BYTES)}, slots {format_size(least_host)}"
+        )
+    host = memory_bytes - CUDA_PROCESS_BYTES
+    if weight_memory_bytes is not None:
+        host = min(host, weight_memory_bytes)
+    slot_bytes = max(least_slot, min(_WANTED_SLOT_BYTES, int(gpu_weights * _STAGING_SHARE) // _WANTED_GPU_SLOTS,
+                                     int(host * _STAGING_SHARE) // _WANTED_SLOTS) // 4096 * 4096)  # fmt: skip
+    sweep = sweep_plan(manifest, facts, slot_bytes)
+    model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
+    whole = model_bytes <= gpu_weights
+    gpu_slots = 0 if whole else max(sweep.max_held + 1, min(_WANTED_GPU_SLOTS, gpu_weights // slot_bytes))
+    on_gpu = choose_residents(sweep.pieces, gpu_weights - gpu_slots * slot_bytes)
+    off_gpu = [piece for piece in sweep.pieces if piece.index not in set(on_gpu)]
+    num_slots = max(2, min(_WANTED_SLOTS, int(host * _STAGING_SHARE) // slot_bytes))
+    left = host - num_slots * slot_bytes
+    in_ram = choose_residents(off_gpu, left)
+    arenas, places = _pack_arenas(sweep.pieces, in_ram)
+    resident = sum(sweep.pieces[i].read_bytes for i in in_ram)
+    gpu_resident = sum(sweep.pieces[i].read_bytes for i in on_gpu)
+    kept = set(on_gpu) | set(in_ram)
+    streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
+    copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
+    kv_tokens = max(1, kv_bytes // max(1, facts.kv_bytes_per_token))
+    used = num_slots * slot_bytes + resident
+    return RunPlan(
+        sweep=sweep,
+        placement=Placement(slot_bytes, num_slots, arenas, places, gpu_slots, tuple(on_gpu)),
+        memory_bytes=memory_bytes,
+        weight_bytes=used,
+        model_bytes=model_bytes,
+        resident_bytes=resident + gpu_resident,
+        kv_bytes=kv_bytes,
+        kv_tokens=int(kv_tokens),
+        max_batch_tokens=max_batch_tokens,
+        activation_bytes=activations,
+        streamed_bytes_per_sweep=streamed,
+        explanation=(
+            f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, processes with CUDA "
+            f"{format_size(CUDA_PROCESS_BYTES)}",
+            f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
+            f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
+            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, CUDA "
+            f"context {format_size(gpu_context_bytes)}",
+            f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
+            f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
+        ),
+    )
+
+
+def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> str:
+    if not num_slots:
+        return f"{format_size(used)} (all resident)"
+    return f"{format_size(used)} ({num_slots} slots of {format_size(slot_bytes)}, {format_size(resident)} resident)"
+
+
+def _looked_up_line(manifest: Manifest) -> str:
+    looked_up = sum(block.nbytes for block in manifest.blocks if block.kind == "embedding")
+    return f"; of the embedding table ({format_size(looked_up)}) only the rows needed are read" if looked_up else ""
+
+
+def activation_bytes(facts: ModelFacts, max_batch_tokens: int, itemsize: int) -> int:
+    """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, plus logits of 32
+    rows in float32.
+    """
+    per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
+    return int(max_batch_tokens * per_token + 3 * 32 * facts.vocab_size * 4 + 64 * MIB)
+
+
+def least_weight_bytes(manifest: Manifest, facts: ModelFacts) -> int:
+    """Slots and always-resident pieces at the smallest slot size."""
+    slot_bytes = largest_uncut_bytes(manifest.blocks)
+    sweep = sweep_plan(manifest, facts, slot_bytes)
+    return (sweep.max_held + 1) * slot_bytes + sum(p.read_bytes for p in sweep.pieces if p.kind == "rest")
+
+
+def whole_bytes(manifest: Manifest, facts: ModelFacts) -> int:
+    """What the model takes when all of it is resident."""
+    slot_bytes = max(largest_uncut_bytes(manifest.blocks), _WANTED_SLOT_BYTES)
+    return sum(piece.read_bytes for piece in sweep_plan(manifest, facts, slot_bytes).pieces)
+
+
+def sweep_plan(manifest: Manifest, facts: ModelFacts, slot_bytes: int) -> SweepPlan:
+    """The sweep with blocks cut for slots of `slot_bytes`."""
+    pieces = cut_pieces(manifest.blocks, slot_bytes)
+    tensors = [() if unit.kind == "lookup" else unit.tensors for unit in facts.units]
+    return plan_sweep(pieces, tensors, facts.events, manifest.aliases)
+
+
+def place(manifest: Manifest, facts: ModelFacts, weight_bytes: int) -> tuple[SweepPlan, Placement, int, int, int]:
+    """Choose slot size, number of slots and resident pieces for `weight_bytes`.
+
+    Returns (sweep plan, placement, bytes used, resident bytes, streamed bytes per sweep). Raises BudgetError.
+    """
+    least = largest_uncut_bytes(manifest.blocks)
+    slot_bytes = max(least, _WANTED_SLOT_BYTES)
+    sweep = sweep_plan(manifest, facts, slot_bytes)
+    used = sum(piece.read_bytes for piece in sweep.pieces)
+    if used <= weight_bytes:
+        arenas, places = _pack_arenas(sweep.pieces, range(len(sweep.pieces)))
+        return sweep, Placement(slot_bytes, 0, arenas, places), used, used, 0
+    staging = int(weight_bytes * _STAGING_SHARE)
+    slot_bytes = max(least, min(_WANTED_SLOT_BYTES, staging // _WANTED_SLOTS) // 4096 * 4096)
+    while True:
+        sweep = sweep_plan(manifest, facts, slot_bytes)
+        always = sum(p.read_bytes for p in sweep.pieces if p.kind == "rest")
+        num_slots = max(sweep.max_held + 1, min(_WANTED_SLOTS, max(staging // slot_bytes, 2)))
+        if num_slots * slot_bytes + always <= weight_bytes:
+            break
+        if slot_bytes == least:
+            num_slots = sweep.max_held + 1
+            if num_slots * slot_bytes + always > weight_bytes:
+                raise BudgetError(
+                    f"weights need at least {format_least(num_slots * slot_bytes + always)}, "
+                    f"{format_size(weight_bytes)} are given; raise --memory or --weight-memory"
+                )
+            break
+        slot_bytes = max(least, slot_bytes // 2 // 4096 * 4096)
+    chosen = choose_residents(sweep.pieces, weight_bytes - num_slots * slot_bytes)
+    arenas, places = _pack_arenas(sweep.pieces, chosen)
+    resident = sum(sweep.pieces[i].read_bytes for i in chosen)
+    streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in places)
+    placement = Placement(slot_bytes, num_slots, arenas, places)
+    return sweep, placement, num_slots * slot_bytes + resident, resident, streamed
+
+
+def choose_residents(pieces: Sequence[Piece], budget: int) -> list[int]:
+    """Pieces that stay, `budget` bytes at most: what must stay, then others spread evenly over the sweep.
+
+    Evenly, because read-ahead reaches only as far as there are slots: the drive is to have something to do behind every
+    resident piece.
+    """
+    chosen = [piece.index for piece in pieces if piece.kind == "rest"]
+    left = budget - sum(pieces[i].read_bytes for i in chosen)
+    others = [piece for piece in pieces if piece.kind != "rest"]
+    total = sum(piece.read_bytes for piece in others)
+    if left >= total:
+        return sorted([*chosen, *(piece.index for piece in others)])
+    share = max(0.0, left / total) if total else 0.0
+    owed = 0.0
+    for piece in others:
+        owed += share * piece.read_bytes
+        if owed >= piece.read_bytes and left >= piece.read_bytes:
+            chosen.append(piece.index)
+            owed -= piece.read_bytes
+            left -= piece.read_bytes
+    return sorted(chosen)
+
+
+def _pack_arenas(pieces: Sequence[Piece], chosen: Sequence[int]) -> tuple[tuple[int, ...], dict[int, tuple[int, int]]]:
+    arenas: list[int] = []
+    places: dict[int, tuple[int, int]] = {}
+    for index in chosen:
+        nbytes = pieces[index].read_bytes
+        if not arenas or arenas[-1] + nbytes > _ARENA_BYTES:
+            arenas.append(0)
+        places[index] = (len(arenas) - 1, arenas[-1])
+        arenas[-1] += nbytes
+    return tuple(arenas), places

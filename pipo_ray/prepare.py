@@ -1,0 +1,335 @@
+"""From what the user names (a folder, a store, a hub id) to a packed block store, without importing torch.
+
+What needs torch runs in a child process (`packing.py`), so the driver stays small. A checkpoint is packed once into
+the cache folder:
+
+    $PIPO_CACHE, else $XDG_CACHE_HOME/pipo, else ~/.cache/pipo
+        stores/<name>-<dtype>-<key>/    the block store; the key changes with checkpoint, dtype and format
+        facts/<key>.json                facts of a store found anew for the installed transformers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipo_ray import errors
+from pipo_ray.errors import BudgetError, CheckpointError, InputError, PipoError, ResourceError, StoreError
+from pipo_ray.model.facts import FACTS_KEY, ModelFacts, installed_transformers
+from pipo_ray.model.registry import require_supported
+from pipo_ray.packing import GENERATION_CONFIG_KEY, PRECISIONS, generation_config_checksum, own_precision
+from pipo_ray.store.checkpoint import Checkpoint
+from pipo_ray.store.manifest import FORMAT_VERSION, JOURNAL_NAME, MANIFEST_NAME, Manifest, is_store, require_free_place
+
+DTYPES = ("auto", *PRECISIONS)
+Progress = Callable[[str, int, int], None]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED = "give a checkpoint folder, a block store, or a hub id such as org/name"
+_STOP_DEADLINE_S = 10.0
+# `-m` would put the current folder in front of the path, where any random.py would be taken for Python's own.
+_CHILD = "import os, sys; sys.path[:] = os.environ.pop('PIPO_PYTHONPATH').split(os.pathsep); " + (
+    "from pipo_ray.packing import main; sys.exit(main())"
+)
+
+
+@dataclass(frozen=True)
+class PreparedStore:
+    """A block store that is ready to run. `packed_now`: it was packed by this call."""
+
+    folder: Path
+    manifest: Manifest
+    facts: ModelFacts
+    packed_now: bool
+
+
+def prepare_store(
+    model: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    on_progress: Progress | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> PreparedStore:
+    """The block store of `model`: a checkpoint folder, a block store, or a hub id such as "org/name".
+
+    `dtype` is one of DTYPES. `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
+    "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`.
+
+    Raises InputError and its children, all with one line; what the child process found wrong comes as the class that it
+    raised there.
+    """
+    check_dtype(dtype)
+    folder = find_model(model, on_progress)
+    root = Path(cache) if cache is not None else cache_folder()
+    if (folder / MANIFEST_NAME).exists() or (folder / JOURNAL_NAME).exists():
+        manifest = Manifest.load(folder)
+        if dtype not in ("auto", manifest.precision):
+            raise InputError(
+                f"--dtype {dtype}: the block store {folder} holds {manifest.precision}; leave --dtype out, or pack the "
+                f"checkpoint again with `pipo pack --dtype {dtype}`"
+            )
+        return PreparedStore(folder, manifest, _facts(folder, manifest, root, on_progress), packed_now=False)
+    return _prepare_checkpoint(folder, dtype, root, on_progress)
+
+
+def pack_store(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    on_progress: Progress | None = None,
+) -> Manifest:
+    """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process.
+
+    Raises as `prepare_store` does.
+    """
+    check_dtype(dtype)
+    folder = find_model(source, on_progress)
+    # What is wrong with it is known at once, and torch takes seconds to import.
+    with Checkpoint.open(folder) as checkpoint:
+        require_supported(checkpoint.config, folder / "config.json")
+    require_free_place(Path(destination).absolute())
+    _run_child(["pack", str(folder), str(Path(destination).absolute()), "--dtype", dtype], on_progress)
+    return Manifest.load(destination)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError for a dtype that is not one of DTYPES."""
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}")
+
+
+def cache_folder() -> Path:
+    """Where checkpoints are packed to; see the head of this file."""
+    if named := os.environ.get("PIPO_CACHE"):
+        return Path(named).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is invalid and ignored.
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pipo"
+    except RuntimeError as error:
+        raise ResourceError("there is no home folder for the cache; set PIPO_CACHE to a folder") from error
+
+
+def find_model(model: str | os.PathLike[str], on_progress: Progress | None = None) -> Path:
+    """The folder that `model` names, absolute; a hub id is downloaded.
+
+    Raises InputError if it is neither, ResourceError if the hub cannot be reached.
+    """
+    text = os.fspath(model)
+    if not text or "\0" in text:
+        raise InputError(f"MODEL is {text!r}; {_WANTED}")
+    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    try:
+        if path.is_dir():
+            return path.absolute()
+        exists = os.path.lexists(path)
+    except OSError as error:
+        raise CheckpointError(f"{text[:200]} cannot be read: {error.strerror}; check the path") from error
+    if exists:
+        what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file, not a folder"
+        raise CheckpointError(f"{text} is {what}; give the folder that has the model's config.json")
+    if _is_hub_id(text):
+        return Path(_run_child(["download", text], on_progress)["folder"])
+    raise CheckpointError(f"no such folder: {text}; {_WANTED}")
+
+
+def _is_hub_id(text: str) -> bool:
+    """Whether it is meant for the hub: `org/name`, and the first part is no folder here."""
+    return bool(_HUB_ID.fullmatch(text)) and not os.path.lexists(text.partition("/")[0])
+
+
+# --- a checkpoint, packed once ---------------------------------------------------------------------------------------
+
+
+def _prepare_checkpoint(folder: Path, dtype: str, root: Path, on_progress: Progress | None) -> PreparedStore:
+    with Checkpoint.open(folder) as checkpoint:
+        require_supported(checkpoint.config, folder / "config.json")
+        precision = own_precision(checkpoint.config) if dtype == "auto" else dtype
+        store = root / "stores" / _store_name(checkpoint, precision)
+        if (manifest := _cached(store)) is not None:
+            _refresh_side_files(checkpoint, store)
+            with contextlib.suppress(StoreError):  # packed for another transformers: packed again below
+                return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=False)
+        _remove(store)
+    try:
+        _run_child(["pack", str(folder), str(store), "--dtype", precision, "--wait"], on_progress)
+    except BudgetError as error:
+        raise BudgetError(f"{error} (packed models go to {root}; PIPO_CACHE sets another folder)") from error
+    manifest = Manifest.load(store)
+    return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=True)
+
+
+def _store_name(checkpoint: Checkpoint, precision: str) -> str:
+    import xxhash
+
+    key = xxhash.xxh3_128(json.dumps([checkpoint.fingerprint(), precision, FORMAT_VERSION]).encode()).hexdigest()
+    name = checkpoint.folder.name
+    for parent in checkpoint.folder.parents:
+        if parent.name.startswith("models--"):  # a snapshot in the hub's cache is named by its commit
+            name = parent.name.removeprefix("models--")
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name).strip('-.')[:60] or 'model'}-{precision}-{key[:16]}"
+
+
+def _cached(store: Path) -> Manifest | None:
+    """The manifest of a sound store in the cache."""
+    if not is_store(store):
+        return None
+    try:
+        return Manifest.load(store)
+    except StoreError:
+        return None
+
+
+def _remove(store: Path) -> None:
+    """Make room for a store in our own cache: what lies there is damaged or of no use with this transformers."""
+    try:
+        if store.exists():
+            shutil.rmtree(store)
+    except OSError as error:
+        raise ResourceError(f"{store} cannot be removed: {error.strerror}; remove it, or set PIPO_CACHE") from error
+
+
+def _refresh_side_files(checkpoint: Checkpoint, store: Path) -> None:
+    """Carry over what changed in the checkpoint's tokenizer or chat template since it was packed.
+
+    A cache that cannot be written is used as it is.
+    """
+    with contextlib.suppress(OSError):
+        for path in checkpoint.side_files:
+            source, target = checkpoint.folder / path, store / path
+            if target.is_file() and filecmp.cmp(source, target, shallow=False):
+                continue
+            target.parent.mkdir(exist_ok=True)
+            scratch = target.with_name(f".{target.name}.{os.getpid()}")
+            shutil.copyfile(source, scratch)
+            os.replace(scratch, target)
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def _facts(folder: Path, manifest: Manifest, root: Path, on_progress: Progress | None) -> ModelFacts:
+    """The manifest's facts if they hold for what is installed; else found anew in a child process, and cached."""
+    generation = generation_config_checksum(folder)
+    if manifest.extra.get(GENERATION_CONFIG_KEY, generation) == generation:
+        facts = _parse_facts(manifest.extra.get(FACTS_KEY))
+        if facts is not None and facts.transformers_version == installed_transformers():
+            return facts
+    path = root / "facts" / f"{_facts_key(folder, generation)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        if (facts := _parse_facts(json.loads(path.read_text(encoding="utf-8")))) is not None:
+            return facts
+    raw = _run_child(["facts", str(folder)], on_progress)["facts"]
+    with contextlib.suppress(OSError):  # without a cache they are found anew every time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(json.dumps(raw), encoding="utf-8")
+        os.replace(scratch, path)
+    return ModelFacts.from_json(raw)
+
+
+def _facts_key(folder: Path, generation: str) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128((folder / MANIFEST_NAME).read_bytes())
+    with contextlib.suppress(OSError):
+        digest.update((folder / "config.json").read_bytes())
+    digest.update(f"{generation} {installed_transformers()}".encode())
+    return digest.hexdigest()
+
+
+def _parse_facts(raw: object) -> ModelFacts | None:
+    """None for something else: facts of another version of pipo_ray, or damaged."""
+    try:
+        return ModelFacts.from_json(raw) if isinstance(raw, dict) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+# --- the child process -----------------------------------------------------------------------------------------------
+
+
+def _run_child(arguments: list[str], on_progress: Progress | None) -> dict[str, Any]:
+    """Run a job of `packing.py`; its result. Raises the error that it reports; ends it when interrupted."""
+    debug = os.environ.get("PIPO_DEBUG", "") not in ("", "0")
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if debug else stderr,
+                env=_child_environment(arguments[0]),
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise ResourceError(f"no process can be started: {error.strerror}; free some memory") from error
+        last: dict[str, Any] = {}
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                last = json.loads(line)
+                if last["type"] == "progress" and on_progress is not None:
+                    on_progress(last["phase"], last["done"], last["total"])
+            status = child.wait()
+        finally:
+            _end(child)
+        if last.get("type") == "result" and status == 0:
+            return last
+        if last.get("type") == "error":
+            raise _error_class(last["class"])(last["message"])
+        raise _death(arguments, status, stderr)
+
+
+def _child_environment(job: str) -> Mapping[str, str]:
+    # No GPU is needed, and a CUDA context would take half a GB of it. Only a download may use the network.
+    offline = {} if job == "download" else {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    own = {"PIPO_PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | own | offline
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """The child sees its stdin close and stops; what it has finished stays for the next run."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.stdin.close()
+            child.wait(_STOP_DEADLINE_S)
+    finally:
+        child.kill()  # does nothing to one that has ended
+        child.wait()
+        child.stdout.close()
+
+
+def _error_class(name: str) -> type[PipoError]:
+    found = getattr(errors, name, PipoError)
+    return found if isinstance(found, type) and issubclass(found, PipoError) else PipoError
+
+
+def _death(arguments: list[str], status: int, stderr: IO[bytes]) -> PipoError:
+    what = f"{'downloading' if arguments[0] == 'download' else 'preparing'} {arguments[1]}"
+    if status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        memory = ", most likely because memory ran out; close other programs or raise the memory limit, and"
+        return ResourceError(
+            f"{what}: the process was ended by {name}{memory if -status == signal.SIGKILL else ';'} run it again: it "
+            "goes on where it stopped"
+        )
+    stderr.seek(0)
+    lines = stderr.read().decode(errors="replace").split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return PipoError(f"{what}: the process ended with status {status}: {said[:300]}")

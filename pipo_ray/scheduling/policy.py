@@ -1,0 +1,85 @@
+"""Who takes part in the next sweep, and with how many tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from pipo_ray.messages import SequenceStep
+from pipo_ray.scheduling.sequences import Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`kv_tokens`: tokens of KV cache that the budget holds. `max_batch_tokens`: tokens per sweep. `chunked`: prompts
+    may be split.
+
+    `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
+    """
+
+    kv_tokens: int
+    max_batch_tokens: int
+    chunked: bool = True
+    rebuild_length: int | None = None
+
+
+def admit(waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
+    """Move sequences from `waiting` to `running`, first come first served, as long as the KV budget holds all they can
+    become.
+    """
+    reserved = sum(sequence.capacity for sequence in running)
+    while waiting and reserved + waiting[0].capacity <= limits.kv_tokens:
+        sequence = waiting.popleft()
+        reserved += sequence.capacity
+        running.append(sequence)
+
+
+def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
+    """The steps of the next sweep: first one token of every decoding sequence, then prompts, in chunks, as far as the
+    tokens reach.
+
+    A prompt that may not be split comes whole, alone if it is larger than a sweep. There is always a step if anything
+    is running.
+    """
+    for sequence in running:
+        if limits.rebuild_length is not None and sequence.cached <= limits.rebuild_length < sequence.length:
+            sequence.cached = 0
+    steps: list[SequenceStep] = []
+    left = limits.max_batch_tokens
+    for sequence in running:
+        if sequence.decoding:
+            steps.append(_step(sequence, 1))
+            left -= 1
+    for sequence in running:
+        if sequence.decoding:
+            continue
+        wanted = sequence.length - sequence.cached
+        if limits.chunked and wanted > left:
+            if left < min(wanted, _least_chunk(limits)) and steps:
+                break
+            wanted = max(1, min(wanted, left))
+        elif wanted > left and steps:
+            break
+        steps.append(_step(sequence, wanted))
+        left -= wanted
+    return steps
+
+
+def _least_chunk(limits: Limits) -> int:
+    # A sweep streams all weights whatever it computes: a few tokens more are nearly free, but a chunk of a few tokens
+    # delays the rest.
+    return max(1, limits.max_batch_tokens // 8)
+
+
+def _step(sequence: Sequence, num_tokens: int) -> SequenceStep:
+    stop = sequence.cached + num_tokens
+    last = stop == sequence.length
+    return SequenceStep(
+        sequence=sequence.name,
+        token_ids=sequence.tokens(sequence.cached, stop),
+        start=sequence.cached,
+        capacity=sequence.capacity,
+        sample=last and not sequence.score,
+        logits="all" if sequence.score else "last" if last else "none",
+        spec=sequence.spec() if sequence.cached == 0 else None,
+    )

@@ -1,0 +1,55 @@
+"""The scheduler's state: sequences that wait, run, or have ended. No Ray, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipo_ray.messages import SequenceSpec
+from pipo_ray.params import SamplingParams
+
+
+@dataclass
+class Sequence:
+    """One sample of a request on its way through the sweeps.
+
+    `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the KV tokens reserved
+    for it.
+    """
+
+    name: str
+    request_id: str
+    client: str
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    score: bool = False
+    generated: list[int] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def length(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that it can have."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all but the newest token are cached: the next step is one token."""
+        return self.cached > 0 and self.length - self.cached == 1
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Token ids at positions start:stop."""
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return tuple(self.generated[start - prompt : stop - prompt])
+        return self.prompt[start:stop] + tuple(self.generated[: max(0, stop - prompt)])
+
+    def spec(self) -> SequenceSpec:
+        """What the compute worker needs to go on with it."""
+        return SequenceSpec(self.prompt, tuple(self.generated), self.params, self.seed, self.index, self.max_tokens)

@@ -1,0 +1,184 @@
+"""A stage: one machine's loader, staging pool and compute worker, with their scheduler, started and watched by the
+driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pipo_ray.errors import ActorFailedError, PipoError
+from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes
+from pipo_ray.pipeline.roll import ACTORS, WINDOW_S, ActorRoll
+from pipo_ray.pipeline.slots import SlotTable
+from pipo_ray.pipeline.stage_memory import StageMemory
+from pipo_ray.plan.budget import RunPlan
+from pipo_ray.scheduling.policy import Limits
+from pipo_ray.session.memory import format_size, proportional_size
+from pipo_ray.session.oom import oom_kills
+from pipo_ray.session.session import Session
+from pipo_ray.session.slots import SharedBuffer, object_store_bytes
+
+_START_PATIENCE_S = 120.0
+_SUPERVISE_S = 0.05
+
+
+def store_bytes(plan: RunPlan) -> int:
+    """Bytes of object store that the stage's buffers need."""
+    placement = plan.placement
+    table = SlotTable.nbytes(placement.num_slots, len(placement.residents))
+    return object_store_bytes([table, *[placement.slot_bytes] * placement.num_slots, *placement.arena_bytes])
+
+
+class Stage:
+    """Creates slots and resident memory, then the four actors under their names.
+
+    The driver holds every buffer, so that any actor may die and find its memory again.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        store: Path,
+        plan: RunPlan,
+        compute: ComputeSetup,
+        limits: Limits,
+        *,
+        trace: bool = False,
+        verify_checksums: bool = True,
+    ) -> None:
+        import ray
+
+        from pipo_ray.actors.compute_worker import ComputeWorker
+        from pipo_ray.actors.nvme_loader import NvmeLoader
+        from pipo_ray.actors.scheduler import Scheduler
+        from pipo_ray.actors.staging_pool import StagingPool
+
+        self._session, self._plan = session, plan
+        self._oom_kills = oom_kills()
+        self._supervisor_error: Exception | None = None
+        placement = plan.placement
+        self.trace_folder = Path(session.path) / "trace" if trace else None
+        if self.trace_folder is not None:
+            self.trace_folder.mkdir(exist_ok=True)
+        self._table_buffer = session.allocate(SlotTable.nbytes(placement.num_slots, len(placement.residents)))
+        self._buffers: list[SharedBuffer] = [session.allocate(placement.slot_bytes) for _ in range(placement.num_slots)]
+        self._arenas: list[SharedBuffer] = [session.allocate(nbytes) for nbytes in placement.arena_bytes]
+        setup = StageSetup(
+            store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
+            slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
+            trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
+        )  # fmt: skip
+        self._setup = setup
+        self.memory = StageMemory.attach(setup)
+        self.roll = ActorRoll.create(Path(session.path) / "roll")
+
+        def actor(kind: Any, name: str, **options: Any) -> Any:
+            return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(kind).options(name=name)
+
+        roll = self.roll.path
+        self.staging_pool = actor(StagingPool, "StagingPool", max_concurrency=8).remote(roll, plan.weight_bytes)
+        self.nvme_loader = actor(NvmeLoader, "NvmeLoader", max_concurrency=2).remote(roll)
+        self.compute_worker = actor(ComputeWorker, "ComputeWorker", concurrency_groups={"text": 1}).remote(
+            roll, compute
+        )
+        self.scheduler = actor(Scheduler, "Scheduler", max_concurrency=64).remote(roll, limits)
+        self._closing = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._supervisor.start()
+
+    def wait_until_ready(self) -> None:
+        """Wait until all four actors answer. Raises the PipoError that one of them reports."""
+        self.call(self.nvme_loader, "ready")
+        self.call(self.scheduler, "ready")
+        self.call(self.compute_worker, "set_up")
+
+    def call(self, actor: Any, method: str, *arguments: Any, patience_s: float = _START_PATIENCE_S) -> Any:
+        """Call an actor and wait; asks again while it is being restarted. Errors of ours come back as themselves."""
+        import ray
+
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.check()
+            reference = getattr(actor, method).remote(*arguments)
+            try:
+                while True:
+                    done, _ = ray.wait([reference], timeout=1.0)
+                    if done:
+                        return ray.get(reference)
+                    self.check()
+            except ray.exceptions.RayTaskError as error:
+                self.check()  # that an actor died for good is why the others stopped
+                if isinstance(error.cause, PipoError):
+                    raise error.cause from None
+                raise ActorFailedError(f"{method}: {type(error.cause).__name__}: {error.cause}") from error
+            except ray.exceptions.RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise ActorFailedError(f"an actor did not come back within {patience_s:.0f} s: {error}") from error
+                time.sleep(0.1)
+
+    def check(self) -> None:
+        """Raise ActorFailedError if an actor has died too often."""
+        lost = self.roll.lost()
+        if lost is not None:
+            in_use = proportional_size(self._session.pids())
+            raise ActorFailedError(
+                f"actor {lost} died for the third time within {WINDOW_S:.0f} s ({self._reason(lost)}); "
+                f"memory budget {format_size(self._plan.memory_bytes)}, in use now {format_size(in_use)}; "
+                "lower --max-batch-tokens or raise --memory"
+            )
+
+    def pids(self) -> dict[str, int]:
+        """The actors' pids by name."""
+        return {name: self.roll.pid(name) for name in ACTORS}
+
+    def times(self) -> list[StageTimes]:
+        """How each stage has spent its time."""
+        result = []
+        for actor in (self.nvme_loader, self.staging_pool, self.compute_worker, self.scheduler):
+            with contextlib.suppress(PipoError):
+                times = self.call(actor, "times", patience_s=10.0)
+                if times is not None:
+                    result.append(times)
+        return result
+
+    def close(self) -> None:
+        """End the actors and give the memory back."""
+        import ray
+
+        self._closing.set()
+        self.memory.table.stop()
+        self._supervisor.join()
+        for actor in (self.scheduler, self.compute_worker, self.nvme_loader, self.staging_pool):
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
+        for buffer in [*self._buffers, *self._arenas, self._table_buffer]:
+            buffer.release()
+        # Any view keeps the whole object store's memory taken, as long as somebody keeps this object.
+        del self.memory, self._setup
+
+    def _supervise(self) -> None:
+        """Open the staging pool whenever it was started; stop the pipeline when an actor has died too often."""
+        import ray
+
+        opened = 0
+        while not self._closing.wait(_SUPERVISE_S):
+            if self.roll.lost() is not None:
+                self.memory.table.stop()
+                return
+            starts = self.roll.starts("StagingPool")
+            if starts > opened:
+                try:
+                    ray.get(self.staging_pool.open.remote(self._setup), timeout=_START_PATIENCE_S)
+                    opened = starts
+                except ray.exceptions.RayError as error:
+                    self._supervisor_error = error
+
+    def _reason(self, lost: str) -> str:
+        kills = oom_kills() - self._oom_kills
+        if kills:
+            return f"the kernel's out-of-memory killer has ended {kills} processes of this memory group"
+        return "its process was killed from outside or crashed; see the logs in the session folder"

@@ -1,0 +1,308 @@
+"""`manifest.json`: what a block store holds and where. Needs no torch and no numpy: every actor can read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pipo_ray.errors import StoreError
+from pipo_ray.model.blocks import BlockKind, Cut
+from pipo_ray.store.dtypes import DTYPE_BITS, num_bytes
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "packing.journal"
+"""Present only while a store is being packed: a folder that has it is not a store."""
+
+_Type = TypeVar("_Type")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a block: `offset` is absolute in the block's file, in bytes. See TensorSpec for the other fields."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    expert: int | None
+    cut: Cut
+    offset: int
+    nbytes: int
+
+    @property
+    def key(self) -> str:
+        """The tensor's name in its safetensors file."""
+        return stored_key(self.name, self.expert)
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A contiguous byte range of one file: the tensors of a block in the order of use, padding included.
+
+    `offset` and `nbytes` are multiples of 4096, so that a block can be read with O_DIRECT as it is. `checksum` is the
+    xxh3_128 of the range in hex.
+    """
+
+    name: str
+    kind: BlockKind
+    layer: int | None
+    file: str
+    offset: int
+    nbytes: int
+    checksum: str
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a block store's table of contents.
+
+    `source` is where it was packed from, `precision` a torch dtype such as "bfloat16", `aliases` maps a tied tensor
+    to the stored one, `total_bytes` is the sum of the blocks' `nbytes`, `fingerprint` identifies checkpoint and
+    layout (see `store/pack.py`), `extra` is JSON of the caller's.
+    """
+
+    format_version: int
+    source: str
+    architecture: str
+    model_type: str
+    precision: str
+    aliases: dict[str, str]
+    blocks: tuple[StoredBlock, ...]
+    total_bytes: int
+    fingerprint: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Size in bytes of each file, in order of first use: a file ends with its last block."""
+        sizes: dict[str, int] = {}
+        for block in self.blocks:
+            sizes[block.file] = max(sizes.get(block.file, 0), block.offset + block.nbytes)
+        return sizes
+
+    def find(self, name: str, expert: int | None = None) -> tuple[StoredBlock, StoredTensor]:
+        """The stored tensor of this name, through `aliases`, and its block. Raises KeyError."""
+        name = self.aliases.get(name, name)
+        for block in self.blocks:
+            for tensor in block.tensors:
+                if tensor.name == name and tensor.expert == expert:
+                    return block, tensor
+        raise KeyError(stored_key(name, expert))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `manifest.json` into `folder`: whole or not at all, and on the disk when this returns."""
+        folder = Path(folder)
+        scratch = folder / (MANIFEST_NAME + ".new")
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self), ensure_ascii=False))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, folder / MANIFEST_NAME)
+        sync_folder(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Read the manifest of the store in `folder`, and check all that a reader will rely on, but for the checksums.
+
+        Raises StoreError: no such folder, a checkpoint or another folder that is not a store, a store half packed or
+        of a newer format, a file missing or truncated, an entry that contradicts itself or lies outside its file.
+        """
+        folder = Path(folder)
+        return _Reader(folder, _read_json(folder)).manifest()
+
+
+def stored_key(name: str, expert: int | None) -> str:
+    """The name under which a tensor, or an expert's slice of one, is kept in a safetensors file."""
+    return name if expert is None else f"{name}.expert.{expert}"
+
+
+def is_store(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` looks like a finished block store; `Manifest.load` tells whether it is a sound one."""
+    return (Path(folder) / MANIFEST_NAME).is_file() and not (Path(folder) / JOURNAL_NAME).exists()
+
+
+def require_free_place(destination: Path) -> None:
+    """Raise StoreError if a store cannot be made at `destination` because something else is there."""
+    if destination.is_dir():
+        if is_store(destination) or not any(destination.iterdir()):
+            return
+    elif not os.path.lexists(destination):
+        return
+    raise StoreError(f"destination {destination} exists and is no block store; choose another, or move it away")
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """fsync a folder, so that a rename or a new file in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_json(folder: Path) -> Any:
+    path = folder / MANIFEST_NAME
+    try:
+        if not folder.is_dir():
+            raise StoreError(f"block store {folder} is not a folder; check the path")
+        if (folder / JOURNAL_NAME).exists():
+            raise StoreError(f"block store {folder} is half packed; run `pipo pack` again, it goes on where it stopped")
+        if not path.exists() and (folder / "config.json").exists():
+            raise StoreError(
+                f"{folder} is a checkpoint, not a block store (it has no {MANIFEST_NAME}); pack it with `pipo pack`"
+            )
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder} is not a block store: it has no {MANIFEST_NAME}; check the path") from error
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; check path and rights") from error
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not JSON ({str(error)[:100]}); pack the checkpoint again") from error
+
+
+class _Reader:
+    """Turns JSON into a Manifest, checking every field. All errors name the manifest and the entry."""
+
+    def __init__(self, folder: Path, raw: Any) -> None:
+        self.folder, self.raw = folder, raw
+
+    def fail(self, what: str) -> StoreError:
+        return StoreError(f"{self.folder / MANIFEST_NAME}: {what}; pack the checkpoint again")
+
+    def get(self, entry: Any, name: str, kind: type[_Type], where: str) -> _Type:
+        value = entry.get(name) if isinstance(entry, dict) else None
+        # `type(x) is`, because JSON's true is an int to isinstance.
+        if type(value) is not kind:
+            raise self.fail(f"{where} has {name} {str(value)[:60]!r}, which is no {kind.__name__}")
+        return value
+
+    def size(self, entry: Any, name: str, where: str) -> int:
+        value = self.get(entry, name, int, where)
+        if value < 0:
+            raise self.fail(f"{where} has {name} {value}, below 0")
+        return value
+
+    def optional_size(self, entry: Any, name: str, where: str) -> int | None:
+        return None if isinstance(entry, dict) and entry.get(name) is None else self.size(entry, name, where)
+
+    def choice(self, entry: Any, name: str, choices: tuple[str, ...], where: str) -> Any:
+        value = self.get(entry, name, str, where)
+        if value not in choices:
+            raise self.fail(f"{where} has {name} {value!r}; known are {', '.join(choices)}")
+        return value
+
+    def manifest(self) -> Manifest:
+        raw, top = self.raw, "the manifest"
+        version = self.get(raw, "format_version", int, top)
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"block store {self.folder} has format version {version}, this pipo_ray reads up to {FORMAT_VERSION}; "
+                "update pipo_ray or pack the checkpoint again"
+            )
+        if version < 1:
+            raise self.fail(f"format version {version} does not exist")
+        blocks = tuple(self.block(entry) for entry in self.get(raw, "blocks", list, top))
+        manifest = Manifest(
+            format_version=version,
+            source=self.get(raw, "source", str, top),
+            architecture=self.get(raw, "architecture", str, top),
+            model_type=self.get(raw, "model_type", str, top),
+            precision=self.get(raw, "precision", str, top),
+            aliases=self.get(raw, "aliases", dict, top),
+            blocks=blocks,
+            total_bytes=self.size(raw, "total_bytes", top),
+            fingerprint=self.get(raw, "fingerprint", str, top),
+            extra=self.get(raw, "extra", dict, top),
+        )
+        self.check_names(manifest)
+        self.check_files(manifest)
+        if manifest.total_bytes != (total := sum(block.nbytes for block in blocks)):
+            raise self.fail(f"total_bytes is {manifest.total_bytes}, its blocks have {total}")
+        return manifest
+
+    def block(self, entry: Any) -> StoredBlock:
+        name = self.get(entry, "name", str, "a block")
+        where = f"block {name!r}"
+        file = self.get(entry, "file", str, where)
+        if not file.endswith(".safetensors") or file != os.path.basename(file):
+            raise self.fail(f"{where} is in file {file!r}, which is no name of a safetensors file in the folder")
+        checksum = self.get(entry, "checksum", str, where)
+        if not re.fullmatch("[0-9a-f]{32}", checksum):
+            raise self.fail(f"{where} has checksum {checksum[:60]!r}, which is no xxh3_128")
+        offset, nbytes = self.size(entry, "offset", where), self.size(entry, "nbytes", where)
+        tensors = tuple(self.tensor(tensor, where) for tensor in self.get(entry, "tensors", list, where))
+        end = offset
+        for tensor in tensors:
+            if tensor.offset < end or tensor.offset + tensor.nbytes > offset + nbytes:
+                raise self.fail(
+                    f"tensor {tensor.key!r} at bytes {tensor.offset} to {tensor.offset + tensor.nbytes} overlaps "
+                    "another or "
+                    f"leaves {where} at {offset} to {offset + nbytes}"
+                )
+            end = tensor.offset + tensor.nbytes
+        kind = self.choice(entry, "kind", get_args(BlockKind), where)
+        return StoredBlock(
+            name, kind, self.optional_size(entry, "layer", where), file, offset, nbytes, checksum, tensors
+        )
+
+    def tensor(self, entry: Any, where: str) -> StoredTensor:
+        name = self.get(entry, "name", str, f"a tensor of {where}")
+        where = f"tensor {name!r} of {where}"
+        shape = tuple(self.get(entry, "shape", list, where))
+        if any(type(item) is not int or item < 0 for item in shape):
+            raise self.fail(f"{where} has shape {str(shape)[:60]}; sizes are integers from 0 up")
+        dtype = self.choice(entry, "dtype", tuple(DTYPE_BITS), where)
+        nbytes = self.size(entry, "nbytes", where)
+        if nbytes * 8 != DTYPE_BITS[dtype] * math.prod(shape):
+            raise self.fail(
+                f"{where} has {nbytes} bytes, {dtype} of shape {list(shape)} takes {num_bytes(dtype, shape)}"
+            )
+        expert, offset = self.optional_size(entry, "expert", where), self.size(entry, "offset", where)
+        return StoredTensor(name, dtype, shape, expert, self.choice(entry, "cut", get_args(Cut), where), offset, nbytes)
+
+    def check_names(self, manifest: Manifest) -> None:
+        names: set[str] = set()
+        keys: set[tuple[str, int | None]] = set()
+        for block in manifest.blocks:
+            if block.name in names:
+                raise self.fail(f"block {block.name!r} comes twice")
+            names.add(block.name)
+            for tensor in block.tensors:
+                if (tensor.name, tensor.expert) in keys:
+                    raise self.fail(f"tensor {tensor.key!r} comes twice")
+                keys.add((tensor.name, tensor.expert))
+        stored = {name for name, _ in keys}
+        for alias, name in manifest.aliases.items():
+            if not isinstance(name, str) or name not in stored or alias in stored:
+                raise self.fail(f"alias {alias!r} names {name!r}, which is not stored, or is stored itself")
+
+    def check_files(self, manifest: Manifest) -> None:
+        ends: dict[str, tuple[int, str]] = {}
+        for block in sorted(manifest.blocks, key=lambda block: (block.file, block.offset, block.nbytes)):
+            end, before = ends.get(block.file, (0, ""))
+            if block.offset < end:
+                raise self.fail(f"blocks {before!r} and {block.name!r} overlap in {block.file}")
+            ends[block.file] = block.offset + block.nbytes, block.name
+        for file, (end, name) in ends.items():
+            path = self.folder / file
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise StoreError(
+                    f"block store {self.folder}: {file} with block {name!r} cannot be read: {error.strerror}; "
+                    "pack the checkpoint again"
+                ) from error
+            if size < end:
+                raise StoreError(
+                    f"block store {self.folder}: {file} has {size} bytes, block {name!r} ends at {end}; it is "
+                    "truncated: "
+                    "pack the checkpoint again"
+                )

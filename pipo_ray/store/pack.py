@@ -1,0 +1,414 @@
+"""Checkpoint to block store: streaming, resumable, and visible only when complete.
+
+Everything happens in `<destination>.partial`, next to the destination, which is renamed when all of it is on the
+disk. A file is written from front to back, its blocks' checksums go to the journal when it is on the disk; after a
+kill the next run verifies the finished files and goes on with the first that is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import xxhash
+
+from pipo_ray.errors import BudgetError, CheckpointError, StoreError
+from pipo_ray.model.blocks import BlockSpec, TensorSpec
+from pipo_ray.store.checkpoint import Checkpoint
+from pipo_ray.store.checksum import range_checksum
+from pipo_ray.store.journal import FinishedFile, Journal
+from pipo_ray.store.layout import FILE_BYTES, FileLayout, plan_files
+from pipo_ray.store.manifest import (
+    FORMAT_VERSION,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    StoredBlock,
+    StoredTensor,
+    is_store,
+    require_free_place,
+    sync_folder,
+)
+from pipo_ray.store.writer import SequentialFile, WriteBuffers
+
+_Item = TypeVar("_Item")
+PARTIAL_SUFFIX = ".partial"
+Progress = Callable[[int, int], None]
+
+_CHUNK_LIMIT_BYTES = 8 << 20
+_BUFFER_LIMIT_BYTES = 64 << 20
+_SPARE_BYTES = 8 << 20
+"""For the manifest, the journal and the file system's own needs."""
+_POLL_S = 0.2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class BlockSource(Protocol):
+    """What is packed: see TensorSource."""
+
+    def require(self, blocks: Sequence[BlockSpec]) -> None: ...
+
+    def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor: ...
+
+
+def pack(
+    blocks: Sequence[BlockSpec],
+    source: BlockSource,
+    destination: str | os.PathLike[str],
+    *,
+    checkpoint: Checkpoint,
+    aliases: dict[str, str],
+    architecture: str,
+    model_type: str,
+    precision: str,
+    slot_bytes: int,
+    progress: Progress | None = None,
+    extra: dict[str, Any] | None = None,
+    wait: bool = False,
+    file_bytes: int = FILE_BYTES,
+) -> Manifest:
+    """Pack `blocks`, read from `source`, into a block store at `destination`, and return its manifest.
+
+    Takes no more memory than `slot_bytes` plus a constant and what `source` needs for one conversion. `progress`
+    gets (bytes done, bytes in all), from this thread and from the writing one. `extra` is JSON for the manifest. If
+    `destination` is the store of the same checkpoint and the same blocks already, nothing is done. If another
+    process packs to `destination`, `wait` for it or raise.
+
+    Raises BudgetError if the disk is too small (before anything is written) or fills up (what is finished is kept);
+    StoreError if `destination` is something else; CheckpointError from `source`, and then nothing is left behind,
+    but for a file that cannot be read: then what is finished is kept, too.
+    """
+    destination = Path(destination).absolute()
+    files = plan_files(blocks, file_bytes)
+    fingerprint = plan_fingerprint(files, checkpoint, aliases, precision)
+    json.dumps(extra)  # what cannot be written shall fail now, not after hours
+    partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
+    total_bytes = sum(file.size for file in files)
+
+    def finish(done: dict[str, FinishedFile]) -> Manifest:
+        stored = tuple(block for file in files for block in _with_checksums(file, done[file.name]))
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            source=str(checkpoint.folder.absolute()),
+            architecture=architecture,
+            model_type=model_type,
+            precision=precision,
+            aliases=dict(aliases),
+            blocks=stored,
+            total_bytes=sum(block.nbytes for block in stored),
+            fingerprint=fingerprint,
+            extra=dict(extra or {}),
+        )
+
+    try:
+        if (existing := _existing(destination, fingerprint)) is not None:
+            return existing
+        source.require(blocks)
+        side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
+        _require_space(partial, total_bytes + side_bytes)
+        with _locked(partial, wait):
+            # Another process may have finished while this one waited.
+            if (existing := _existing(destination, fingerprint)) is not None:
+                return existing
+            if is_store(partial) and (whole := Manifest.load(partial)).fingerprint == fingerprint:
+                # Killed between the last two steps.
+                os.rename(partial, destination)
+                sync_folder(destination.parent)
+                return whole
+            packer = _Packer(partial, files, source, slot_bytes, progress)
+            try:
+                manifest = finish(packer.run(fingerprint, checkpoint))
+                manifest.save(partial)
+            except CheckpointError as error:
+                # A checkpoint that must change first makes the finished part worthless; an unreadable disk does not.
+                if not isinstance(error.__cause__, OSError):
+                    shutil.rmtree(partial)
+                raise
+            packer.journal.remove()
+            os.rename(partial, destination)
+            sync_folder(destination.parent)
+            return manifest
+    except OSError as error:
+        raise _explain(error, partial, total_bytes) from error
+
+
+def plan_fingerprint(
+    files: Sequence[FileLayout], checkpoint: Checkpoint, aliases: dict[str, str], precision: str
+) -> str:
+    """Identifies a store: the checkpoint's files, and every block's place and form (hex)."""
+    digest = xxhash.xxh3_128(
+        json.dumps([FORMAT_VERSION, checkpoint.fingerprint(), precision, sorted(aliases.items())]).encode()
+    )
+    for file in files:
+        digest.update(repr(file).encode())
+    return digest.hexdigest()
+
+
+class _Packer:
+    """One run over the files of a plan."""
+
+    def __init__(
+        self,
+        partial: Path,
+        files: Sequence[FileLayout],
+        source: BlockSource,
+        slot_bytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self.partial, self.files, self.source, self.progress = partial, files, source, progress
+        self.journal = Journal(partial)
+        # Half of the slot for the two write buffers; the rest for two chunks of rows, each also in the source's dtype.
+        self.buffer_bytes = min(slot_bytes // 2, _BUFFER_LIMIT_BYTES)
+        self.chunk_bytes = max(1, min(slot_bytes // 8, _CHUNK_LIMIT_BYTES))
+        self.done_bytes = 0
+        self.total_bytes = sum(file.size for file in files)
+
+    def advance(self, count: int) -> None:
+        self.done_bytes += count
+        if self.progress is not None:
+            self.progress(self.done_bytes, self.total_bytes)
+
+    def run(self, fingerprint: str, checkpoint: Checkpoint) -> dict[str, FinishedFile]:
+        """Write what is not there yet. The finished files by name."""
+        before = self.journal.read(fingerprint)
+        if before is None:
+            _empty(self.partial)
+            self.journal.start(fingerprint)
+        for path in checkpoint.side_files:
+            (self.partial / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, self.partial / path)
+            _sync_file(self.partial / path)
+        done: dict[str, FinishedFile] = {}
+        buffers = WriteBuffers(self.buffer_bytes)
+        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-read")
+        try:
+            for file in self.files:
+                finished = (before or {}).get(file.name)
+                if finished is None or not self.still_good(file, finished, buffers.pair[0]):
+                    finished = self.write(file, buffers, reader)
+                    self.journal.add(finished)
+                done[file.name] = finished
+        finally:
+            reader.shutdown(wait=True)
+            buffers.close()
+        return done
+
+    def still_good(self, file: FileLayout, finished: FinishedFile, buffer: memoryview) -> bool:
+        """Whether a file of an earlier run is whole: its size, its header and all its checksums."""
+        before = self.done_bytes
+        try:
+            with open(self.partial / file.name, "rb", buffering=0) as opened:
+                descriptor = opened.fileno()
+                good = os.fstat(descriptor).st_size == file.size == finished.size
+                good = good and opened.read(len(file.header)) == file.header
+                if good:
+                    self.advance(len(file.header))
+                    good = all(
+                        range_checksum(descriptor, block.offset, block.nbytes, buffer, self.advance)
+                        == finished.checksums.get(block.name)
+                        for block in file.blocks
+                    )
+        except (OSError, EOFError):
+            good = False
+        if not good:
+            self.done_bytes = before
+        return good
+
+    def write(self, file: FileLayout, buffers: WriteBuffers, reader: ThreadPoolExecutor) -> FinishedFile:
+        path = self.partial / file.name
+        output = SequentialFile(path, buffers, self.advance)
+        checksums = {block.name: xxhash.xxh3_128().hexdigest() for block in file.blocks}
+        try:
+            output.write(memoryview(file.header))
+            parts = _one_ahead(self.parts(file), reader)
+            with closing(parts):
+                for block, group in itertools.groupby(parts, key=lambda part: part[0]):
+                    digest = xxhash.xxh3_128()
+                    for _, data in group:
+                        digest.update(data)
+                        output.write(data)
+                    checksums[block] = digest.hexdigest()
+            output.finish()
+        except BaseException:
+            # Half a file is of no use to the next run, and a full disk needs the room.
+            output.abandon()
+            path.unlink(missing_ok=True)
+            raise
+        sync_folder(self.partial)
+        return FinishedFile(file.name, file.size, checksums)
+
+    def parts(self, file: FileLayout) -> Iterator[tuple[str, memoryview]]:
+        """Everything behind the header, in order, padding included: (name of the block, bytes)."""
+        for block in file.blocks:
+            position = block.offset
+            for tensor in block.tensors:
+                if position < tensor.offset:
+                    yield block.name, memoryview(bytes(tensor.offset - position))
+                for data in self.chunks(tensor):
+                    yield block.name, data
+                position = tensor.offset + tensor.nbytes
+            if position < block.offset + block.nbytes:
+                yield block.name, memoryview(bytes(block.offset + block.nbytes - position))
+
+    def chunks(self, tensor: StoredTensor) -> Iterator[memoryview]:
+        """The tensor's bytes, some rows at a time: as many as fit, but at least one."""
+        if not tensor.nbytes:
+            return
+        spec = TensorSpec(tensor.name, tensor.shape, tensor.dtype, tensor.expert, tensor.cut)
+        rows = spec.shape[0] if spec.shape else 1
+        step = max(1, self.chunk_bytes * rows // tensor.nbytes)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            data = self.source.read(spec, start, stop)
+            expected = tensor.nbytes // rows * (stop - start)
+            if data.numel() * data.element_size() != expected:
+                raise ValueError(f"rows {start} to {stop} of {spec} were read as {tuple(data.shape)} of {data.dtype}")
+            yield data.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _one_ahead(items: Iterator[_Item], thread: ThreadPoolExecutor) -> Generator[_Item, None, None]:
+    """`items`, the next of which is made in `thread` while the caller works on the one before."""
+    pending = thread.submit(next, items, None)
+    try:
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
+            yield item
+    finally:
+        pending.exception()  # nobody may still be reading when the caller cleans up
+
+
+def _existing(destination: Path, fingerprint: str) -> Manifest | None:
+    """The wanted store if it is at `destination`, None if nothing is; StoreError if something else is."""
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return None
+    require_free_place(destination)
+    try:
+        manifest = Manifest.load(destination)
+    except StoreError as error:
+        raise StoreError(f"destination {destination} exists and is damaged ({error}); remove it first") from error
+    if manifest.fingerprint != fingerprint:
+        raise StoreError(
+            f"destination {destination} is the block store of another checkpoint, version or precision "
+            f"({manifest.source}, {manifest.precision}); remove it or choose another destination"
+        )
+    return manifest
+
+
+def _with_checksums(file: FileLayout, finished: FinishedFile) -> Iterator[StoredBlock]:
+    for block in file.blocks:
+        yield replace(block, checksum=finished.checksums[block.name])
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def _used_bytes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _require_space(partial: Path, total_bytes: int) -> None:
+    # What an earlier run left is kept or overwritten: both give its room to this one.
+    need = total_bytes + _SPARE_BYTES - _used_bytes(partial)
+    free = _free_bytes(partial)
+    if need > free:
+        raise BudgetError(
+            f"packing to {partial.parent} needs {_size(need)} of disk, {_size(free)} are free; free some, or choose a "
+            "destination on another disk"
+        )
+
+
+def _explain(error: OSError, partial: Path, total_bytes: int) -> BudgetError | StoreError:
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        kept = _used_bytes(partial)
+        return BudgetError(
+            f"disk full while packing into {partial} ({reason}): {_size(_free_bytes(partial))} are free, "
+            f"{_size(max(0, total_bytes - kept))} of {_size(total_bytes)} are still to be written; free some and "
+            f"run it again: the {_size(kept)} that are finished are kept"
+        )
+    return StoreError(f"{error.filename or partial} cannot be used: {reason}; check the disk, the path and its rights")
+
+
+@contextmanager
+def _locked(partial: Path, wait: bool) -> Iterator[None]:
+    """Make `partial` and hold it alone. The lock is on the folder itself, so that no lock file stays behind."""
+    while (descriptor := _lock(partial)) is None:
+        if not wait:
+            raise StoreError(
+                f"another process is packing into {partial}; wait until it is done, or choose another destination"
+            )
+        time.sleep(_POLL_S)
+    try:
+        _refuse_foreign(partial)
+        yield
+    finally:
+        with suppress(OSError):
+            partial.rmdir()  # only if it is empty: there is nothing to go on with
+        os.close(descriptor)
+
+
+def _lock(partial: Path) -> int | None:
+    """An open and locked descriptor of the folder, or None if another process has it."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have renamed or removed what was opened here.
+            if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _refuse_foreign(partial: Path) -> None:
+    names = {path.name for path in partial.iterdir()}
+    if names and not names & {JOURNAL_NAME, MANIFEST_NAME}:
+        raise StoreError(f"{partial} exists and is no half-packed store; move it away, or choose another destination")
+
+
+def _empty(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != JOURNAL_NAME:  # it marks the folder as ours until it is written anew
+            path.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

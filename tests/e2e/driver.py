@@ -1,0 +1,33 @@
+"""A program that uses LLM, for the tests that kill it: `driver.py CHECKPOINT MODE`. It says on stdout how far it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from pipo_ray import LLM, SamplingParams
+
+
+def on_progress(phase: str, done: int, total: int) -> None:
+    """Say that packing has begun."""
+    if phase == "pack":
+        print("packing", flush=True)
+
+
+def main() -> None:
+    """MODE is "generate" (for ever), "idle" or "end"."""
+    folder, mode = sys.argv[1:]
+    print("begun", flush=True)
+    with LLM(folder, memory="3GiB", weight_memory="400KiB", ray_address="local", on_progress=on_progress) as llm:
+        print("started", flush=True)
+        params = SamplingParams(temperature=0.0, max_tokens=3 if mode == "end" else 400, ignore_eos=True)
+        while mode != "idle":
+            for _ in llm.stream([[5, 6, 7], [9] * 20], params):
+                print("generating", flush=True)
+            if mode == "end":
+                return
+        time.sleep(300)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The pipeline in one process, without Ray: pack, plan, slot table, loader threads, slots, binder, model."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from pipo_ray.model.attention import RAGGED_ATTENTION
+from pipo_ray.model.batch import SweepEntry, WantedLogits
+from pipo_ray.model.binding import Binder
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.model.graph import build_graph, load_config
+from pipo_ray.model.inspect import find_facts, trace_of
+from pipo_ray.model.layout import TORCH_DTYPES, block_layout
+from pipo_ray.model.runner import ModelRunner
+from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.device_ops import CudaOps, DeviceOps
+from pipo_ray.pipeline.device_stream import DeviceStream
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.order import LoadOrder
+from pipo_ray.pipeline.slots import U8, SlotTable
+from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
+from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
+from pipo_ray.store.checkpoint import Checkpoint
+from pipo_ray.store.manifest import Manifest
+from pipo_ray.store.pack import pack
+from pipo_ray.store.rows import RowReader
+from pipo_ray.store.source import TensorSource
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Followed:
+    """`logits` [tokens, vocabulary] of a sequence, as last computed; `choices` its greedy tokens as first computed."""
+
+    logits: torch.Tensor
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A block store made from a checkpoint, and what is known of its model."""
+
+    folder: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    manifest: Manifest
+    facts: ModelFacts
+
+    @cached_property
+    def least_slot_bytes(self) -> int:
+        """The least slot size."""
+        return largest_uncut_bytes(self.manifest.blocks)
+
+
+def pack_checkpoint(checkpoint: Path, destination: Path, dtype: torch.dtype) -> PackedModel:
+    """Trace, probe and pack the checkpoint."""
+    config = load_config(checkpoint)
+    model, trace, facts = find_facts(config, dtype, checkpoint)
+    with Checkpoint.open(checkpoint) as opened:
+        source = TensorSource(model, opened, dtype)
+        manifest = pack(
+            block_layout(model, trace, source.aliases), source, destination,
+            checkpoint=opened, aliases=source.aliases, architecture=opened.architecture, model_type=opened.model_type,
+            precision=source.precision, slot_bytes=1 << 20, extra={"facts": facts.to_json()},
+        )  # fmt: skip
+    return PackedModel(destination, config, dtype, manifest, ModelFacts.from_json(manifest.extra["facts"]))
+
+
+def aligned(num_bytes: int) -> U8:
+    """Zeroed page-aligned memory."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+
+
+class Pipeline:
+    """Everything between a packed model and its logits, at work. A context manager; leaving it ends all threads.
+
+    `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
+    The pieces of kind "rest" and `resident_pieces` others, taken from the middle, stay in memory. Prompts go in chunks
+    of `chunk` tokens if the architecture allows it.
+    """
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        *,
+        slot_bytes: int | None = None,
+        spare_slots: int = 0,
+        resident_pieces: int = 2,
+        chunk: int | None = 5,
+        threads: int = 2,
+        checksums: bool = True,
+        device: torch.device = CPU,
+        num_gpu_slots: int | None = None,
+        gpu_resident_pieces: int = 0,
+        ops: DeviceOps | None = None,
+    ) -> None:
+        self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
+        facts, manifest = packed.facts, packed.manifest
+        slot_bytes = slot_bytes or packed.least_slot_bytes
+        self.pieces: tuple[Piece, ...] = cut_pieces(manifest.blocks, slot_bytes)
+        trace = trace_of(facts)
+        tensors = [() if unit.kind == "lookup" else unit.tensors for unit in trace.units]
+        self.plan: SweepPlan = plan_sweep(self.pieces, tensors, trace.events, manifest.aliases)
+        rest = [piece.index for piece in self.pieces if piece.kind == "rest"]
+        others = [piece.index for piece in self.pieces if piece.kind != "rest"]
+        middle = len(others) // 2
+        self.resident_rows: Mapping[int, int] = {
+            piece: row for row, piece in enumerate(rest + others[middle : middle + resident_pieces])
+        }
+        self.device = device
+        self._ops = ops
+        free = [piece for piece in others if piece not in self.resident_rows]
+        self.gpu_residents = tuple(free[-gpu_resident_pieces:]) if gpu_resident_pieces else ()
+        self.num_slots = self.plan.max_held + spare_slots
+        self.table = SlotTable(
+            aligned(SlotTable.nbytes(self.num_slots, len(self.resident_rows))), self.num_slots, len(self.resident_rows)
+        )
+        self._slots = [aligned(slot_bytes) for _ in range(self.num_slots)]
+        self._residents = [aligned(self.pieces[piece].read_bytes) for piece in self.resident_rows]
+        self._drive = Drive(packed.folder)
+        blocks = {block.name: block for block in manifest.blocks}
+        self.loader = Loader(
+            self._drive, self.pieces, self.loads(), self.table, self._slots, self._residents, threads=threads,
+            preloads=self.preloads(),
+            checksums=BlockChecksums(blocks, self._drive) if checksums else None,
+        )  # fmt: skip
+        self.loader.start()
+        self._readers: dict[str, RowReader] = {}
+        try:
+            self.stream: WeightStream = self._open_stream(slot_bytes, num_gpu_slots)
+            self.model = build_graph(
+                packed.config, packed.dtype, attention=RAGGED_ATTENTION if facts.ragged else "eager", device=device
+            )
+            self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows)
+            self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged)
+        except BaseException:
+            self.close()
+            raise
+
+    def loads(self) -> LoadOrder:
+        """A load order of one's own."""
+        # Slots that are copied from are free in the order of the copies.
+        copied = self.device.type == "cuda" or self._ops is not None
+        releases = range(len(self.plan.order)) if copied else self.plan.releases
+        return LoadOrder(self.plan.order, releases, self.resident_rows, self.num_slots, elsewhere=self.gpu_residents)
+
+    def _open_stream(self, slot_bytes: int, num_gpu_slots: int | None) -> WeightStream:
+        slots = [torch.from_numpy(slot) for slot in self._slots]
+        residents = [torch.from_numpy(part) for part in self._residents]
+        if self.device.type == "cpu" and self._ops is None:
+            return HostStream(self.plan, self.loads(), self.table, slots, residents)
+        ops = self._ops or CudaOps(self.device)
+        gpu_slots = num_gpu_slots or self.plan.max_held + 1
+        return DeviceStream(
+            self.plan, self.loads,
+            lambda: LoadOrder(self.plan.order, self.plan.releases, {}, gpu_slots, elsewhere=self.gpu_residents),
+            self.preloads(), self.table, slots, residents, slot_bytes, gpu_slots,
+            {piece: ops.allocate(self.pieces[piece].read_bytes) for piece in self.gpu_residents}, ops,
+        )  # fmt: skip
+
+    def preloads(self) -> LoadOrder | None:
+        """The order in which pieces that stay on the GPU are loaded."""
+        pieces = self.gpu_residents
+        return LoadOrder(pieces, range(len(pieces)), {}, self.num_slots) if pieces else None
+
+    def follow(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], joins: Sequence[int] | None = None
+    ) -> list[Followed]:
+        """Run `sequences` token by token behind their prompts, sequence i from sweep `joins[i]` on."""
+        joins = joins or [0] * len(sequences)
+        logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+        choices: list[list[int]] = [[] for _ in sequences]
+        done = [0] * len(sequences)
+        sweep = 0
+        while any(at < len(tokens) for at, tokens in zip(done, sequences, strict=True)):
+            chosen = [i for i, tokens in enumerate(sequences) if done[i] < len(tokens) and joins[i] <= sweep]
+            entries = []
+            for i in chosen:
+                start, stop = self._next_step(done[i], prompt_lengths[i])
+                entries.append(
+                    SweepEntry(str(i), tuple(sequences[i][start:stop]), start, len(sequences[i]), logits="all")
+                )
+            for i, entry, output in zip(chosen, entries, self.runner.run(entries), strict=True):
+                assert output is not None
+                logits[i] = [*logits[i], output] if entry.start else [output]
+                done[i] = entry.start + len(entry.token_ids)
+                choices[i] += output.argmax(-1).tolist()[len(choices[i]) - entry.start :]
+            sweep += 1
+        self.runner.drop([str(i) for i in range(len(sequences))])
+        return [Followed(torch.cat(parts), tuple(made)) for parts, made in zip(logits, choices, strict=True)]
+
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The greedy continuations of `prompts`, all in one batch."""
+        tokens = [list(prompt) for prompt in prompts]
+        done = [0] * len(prompts)
+        while unfinished := [i for i, prompt in enumerate(prompts) if len(tokens[i]) < len(prompt) + num_tokens]:
+            entries = []
+            for i in unfinished:
+                start, stop = self._next_step(done[i], len(prompts[i]))
+                wanted: WantedLogits = "last" if stop == len(tokens[i]) else "none"
+                capacity = len(prompts[i]) + num_tokens
+                entries.append(SweepEntry(str(i), tuple(tokens[i][start:stop]), start, capacity, wanted))
+            for i, entry, output in zip(unfinished, entries, self.runner.run(entries), strict=True):
+                done[i] = entry.start + len(entry.token_ids)
+                if output is not None:
+                    tokens[i].append(int(output[-1].argmax()))
+        self.runner.drop([str(i) for i in range(len(prompts))])
+        return [sequence[len(prompt) :] for sequence, prompt in zip(tokens, prompts, strict=True)]
+
+    def _next_step(self, done: int, prompt_length: int) -> tuple[int, int]:
+        """The tokens start:stop that come next, as the scheduler chooses them."""
+        stop = (
+            done + 1
+            if done >= prompt_length
+            else prompt_length
+            if self.chunk is None
+            else min(done + self.chunk, prompt_length)
+        )
+        rebuild = self.packed.facts.rebuild_length
+        return (0, stop) if rebuild is not None and done <= rebuild < stop else (done, stop)
+
+    def _read_rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        reader = self._readers.setdefault(name, RowReader(self.packed.folder, self.packed.manifest, name))
+        rows = torch.from_numpy(reader.read(ids.cpu().numpy()))
+        return rows.view(TORCH_DTYPES[reader.dtype]).view(len(ids), -1).to(self.device)
+
+    def close(self) -> None:
+        """End all threads and close all files. Raises what the loader could not cure."""
+        self.table.stop()
+        self.loader.stop()
+        for reader in self._readers.values():
+            reader.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if kind is None and self.loader.error is not None:
+            raise self.loader.error
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 5) -> list[list[int]]:
+    """Prompts of random tokens, special ones left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def relative_errors(got: torch.Tensor, expected: torch.Tensor) -> Iterator[float]:
+    """max|a-b| / max|b| per position of logits [tokens, vocabulary]."""
+    difference = (got.double() - expected.double()).abs().amax(-1)
+    yield from (difference / expected.double().abs().amax(-1)).tolist()

@@ -1,0 +1,94 @@
+"""A loader in a process of its own, as an actor has it: python loader_process.py SPECIFICATION.pickle TRACE"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.order import LoadOrder
+from pipo_ray.pipeline.slots import U8, SlotTable
+from pipo_ray.pipeline.tracing import TraceWriter
+from pipo_ray.plan.pieces import SweepPlan
+from pipo_ray.store.manifest import StoredBlock
+
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Table, slots and residents in one file that several processes map."""
+
+    file: Path
+    num_slots: int
+    slot_bytes: int
+    resident_bytes: tuple[int, ...] = ()
+
+    @property
+    def table_bytes(self) -> int:
+        return -(-SlotTable.nbytes(self.num_slots, len(self.resident_bytes)) // PAGE) * PAGE
+
+    def create(self) -> None:
+        total = self.table_bytes + self.num_slots * self.slot_bytes + sum(self.resident_bytes)
+        self.file.write_bytes(bytes(total))
+
+    def open(self) -> tuple[SlotTable, list[U8], list[U8]]:
+        with open(self.file, "r+b") as file:
+            memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+        table = SlotTable(memory[: self.table_bytes], self.num_slots, len(self.resident_bytes))
+        at = self.table_bytes
+        parts = []
+        for size in [self.slot_bytes] * self.num_slots + list(self.resident_bytes):
+            parts.append(memory[at : at + size])
+            at += size
+        return table, parts[: self.num_slots], parts[self.num_slots :]
+
+
+@dataclass(frozen=True)
+class Specification:
+    """All that a loader needs."""
+
+    store: Path
+    blocks: tuple[StoredBlock, ...]
+    plan: SweepPlan
+    resident_rows: dict[int, int]
+    shared: Shared
+
+
+def main() -> None:
+    with open(sys.argv[1], "rb") as file:
+        arguments = pickle.load(file)
+    specification = Specification(**arguments | {"shared": Shared(**arguments["shared"])})
+    shared, plan = specification.shared, specification.plan
+    table, slots, residents = shared.open()
+    drive = Drive(specification.store)
+    loads = LoadOrder(plan.order, plan.releases, specification.resident_rows, shared.num_slots)
+    checksums = BlockChecksums({block.name: block for block in specification.blocks}, drive)
+    trace = TraceWriter(sys.argv[2], "loader")
+    loader = Loader(
+        drive,
+        plan.pieces,
+        loads,
+        table,
+        slots,
+        residents,
+        checksums=checksums,
+        threads=3,
+        transfer_bytes=16 << 10,
+        trace=trace,
+    )
+    loader.start()
+    print("started", flush=True)
+    loader.stop()
+    assert loader.error is None, loader.error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Blocks are checked against their checksums piece by piece."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pipeline.fake_store import FakeStore, make_store
+
+from pipo_ray.errors import StoreError
+from pipo_ray.pipeline.checksums import BlockChecksums, LookupChecksums
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.plan.pieces import Piece
+
+SIZES = [(20_000, 20_000, 30_000, 5_000, 61_000, 100), (10,), (50_001, 40_000)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FakeStore:
+    return make_store(tmp_path / "store", SIZES)
+
+
+class CountingDrive(Drive):
+    """Counts the bytes that are read for a second time."""
+
+    num_bytes = 0
+
+    def read_into(self, memory: memoryview, file: str, offset: int) -> None:
+        self.num_bytes += len(memory)
+        super().read_into(memory, file, offset)
+
+
+def fed(store: FakeStore, pieces: list[Piece]) -> int:
+    """Feed `pieces`; the bytes that had to be read again."""
+    drive = CountingDrive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    try:
+        for piece in pieces:
+            checksums.check(piece, np.frombuffer(store.content(piece), np.uint8))
+    finally:
+        drive.close()
+    return drive.num_bytes
+
+
+def flip(store: FakeStore, offset: int) -> None:
+    path = store.folder / store.blocks[0].file
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x80
+    path.write_bytes(data)
+
+
+def test_in_order_nothing_is_read_again(store: FakeStore) -> None:
+    assert len([piece for piece in store.pieces if piece.block == "block0"]) >= 3
+    assert fed(store, [*store.pieces, *store.pieces]) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_order_will_do(seed: int, store: FakeStore) -> None:
+    pieces = [*store.pieces, *store.pieces]
+    random.Random(seed).shuffle(pieces)
+    # At most each block once more.
+    assert fed(store, pieces) <= sum(block.nbytes for block in store.blocks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("where", ["first tensor", "last tensor", "padding"])
+def test_a_flipped_byte_is_found_in_any_order(seed: int, where: str, store: FakeStore) -> None:
+    block = store.blocks[0]
+    end = block.tensors[-1].offset + block.tensors[-1].nbytes
+    flip(store, {"first tensor": block.offset + 3, "last tensor": end - 1, "padding": end + 1}[where])
+    pieces = list(store.pieces)
+    random.Random(seed).shuffle(pieces)
+    with pytest.raises(StoreError, match=f"block block0 in {block.file} is damaged: .*{block.checksum}"):
+        fed(store, pieces)
+
+
+def test_a_damaged_block_is_found_again(store: FakeStore) -> None:
+    """Whoever goes on after the first report gets another one."""
+    flip(store, store.blocks[0].offset)
+    drive = Drive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    *first, last = [piece for piece in store.pieces if piece.block == "block0"]
+    for _ in range(2):
+        for piece in first:
+            checksums.check(piece, np.frombuffer(store.content(piece), np.uint8))
+        with pytest.raises(StoreError, match="is damaged"):
+            checksums.check(last, np.frombuffer(store.content(last), np.uint8))
+    drive.close()
+
+
+def test_several_threads(store: FakeStore) -> None:
+    drive = Drive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    failures: list[Exception] = []
+
+    def feed(seed: int) -> None:
+        pieces = list(store.pieces)
+        random.Random(seed).shuffle(pieces)
+        try:
+            for piece in pieces:
+                checksums.check(piece, np.frombuffer(store.content(piece), np.uint8))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=feed, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    drive.close()
+    assert not failures
+
+
+def test_blocks_that_are_looked_up_are_read_whole(store: FakeStore) -> None:
+    LookupChecksums(store.blocks, Drive(store.folder)).wait()
+    block = store.blocks[2]
+    flip(store, block.offset + block.nbytes - 1)
+    checksums = LookupChecksums(store.blocks, Drive(store.folder))
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"block {block.name} in {block.file} is damaged: .*{block.checksum}"):
+            checksums.wait()

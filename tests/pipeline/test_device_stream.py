@@ -1,0 +1,116 @@
+"""The GPU's stream with the CPU in the part of the device: copies are done late, on a thread of their own, in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import BY_SLUG
+from harness import CPU, Pipeline, pack_checkpoint, random_prompts
+
+from pipo_ray.pipeline.device_ops import Event
+
+
+class LateEvent:
+    """Happens when its work has been done."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def synchronize(self) -> None:
+        assert self.done.wait(30)
+
+
+class LateCopies:
+    """A copy engine with a queue. What is asked for is done `delay_s` later; a target is poisoned in between."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.device = CPU
+        self._delay_s = delay_s
+        self._queue: list[Callable[[], None]] = []
+        self._condition = threading.Condition()
+        self._pending = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Event | None) -> Event:
+        event = LateEvent()
+
+        def work() -> None:
+            if after is not None:
+                after.synchronize()
+            target.fill_(0xFF)
+            time.sleep(self._delay_s)
+            target.copy_(source)
+            event.done.set()
+
+        with self._condition:
+            self._queue.append(work)
+            self._pending += 1
+            self._condition.notify_all()
+        return event
+
+    def compute_waits_for(self, event: Event) -> None:
+        event.synchronize()
+
+    def record_on_compute(self) -> Event:
+        event = LateEvent()
+        event.done.set()
+        return event
+
+    def synchronize(self) -> None:
+        with self._condition:
+            while self._pending:
+                self._condition.wait(30)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._queue:
+                    self._condition.wait()
+                work = self._queue.pop(0)
+            work()
+            with self._condition:
+                self._pending -= 1
+                self._condition.notify_all()
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt-oss", "qwen3-next"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    folder = tmp_path_factory.mktemp(request.param)
+    BY_SLUG[request.param].save(folder / "checkpoint")
+    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
+
+
+@pytest.mark.parametrize("gpu_resident_pieces", [0, 4])
+@pytest.mark.parametrize("delay_s", [0.0, 0.001])
+def test_text_is_that_of_the_host_stream(packed: object, gpu_resident_pieces: int, delay_s: float) -> None:
+    prompts = random_prompts(packed.facts.vocab_size, (5, 17))  # type: ignore[attr-defined]
+    with Pipeline(packed) as pipeline:  # type: ignore[arg-type]
+        wanted = pipeline.greedy(prompts, 4)
+    with Pipeline(packed, ops=LateCopies(delay_s), gpu_resident_pieces=gpu_resident_pieces) as pipeline:  # type: ignore[arg-type]
+        assert pipeline.greedy(prompts, 4) == wanted
+        streamed = pipeline.stream.times.streamed_bytes
+        assert streamed >= 4 * sum(p.read_bytes for p in pipeline.pieces if p.index not in pipeline.gpu_residents)
+
+
+def test_a_sweep_given_up_in_the_middle_is_begun_anew(packed: object) -> None:
+    prompts = random_prompts(packed.facts.vocab_size, (5, 9))  # type: ignore[attr-defined]
+    with Pipeline(packed, ops=LateCopies(0.0005), gpu_resident_pieces=3) as pipeline:  # type: ignore[arg-type]
+        wanted = pipeline.greedy(prompts, 4)
+        layers = [name for name, _ in pipeline.model.named_modules() if name.endswith(".1")]
+        for name in layers[:1]:
+            handle = pipeline.model.get_submodule(name).register_forward_pre_hook(_fail)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                pipeline.greedy(prompts, 2)
+            handle.remove()
+            assert pipeline.greedy(prompts, 4) == wanted
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("on purpose")

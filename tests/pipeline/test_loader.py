@@ -1,0 +1,316 @@
+"""The loader at work: what is in a slot is the right piece, whatever is killed, restarted or broken."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
+from pipeline.loader_process import Shared
+
+from pipo_ray.errors import StoreError
+from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.slots import SlotTable, StoppedError
+from pipo_ray.pipeline.weight_stream import HostStream
+
+# Blocks of one and of several pieces, small and up to a slot, tensors that end within a page.
+SIZES = [(30_000, 30_000, 100), (60_000,), (50_001, 40_000), (10,), (20_000, 20_001, 20_002, 20_003), (61_000,)]
+PROCESS = Path(__file__).with_name("loader_process.py")
+
+
+class Pipeline:
+    """A loader in this process, and the compute side's stream."""
+
+    def __init__(
+        self,
+        store: FakeStore,
+        num_slots: int = 2,
+        resident: Sequence[int] = (),
+        *,
+        threads: int = 3,
+        checked: bool = True,
+    ) -> None:
+        rows = {piece: row for row, piece in enumerate(resident)}
+        self.store = store
+        self.table = SlotTable(aligned(SlotTable.nbytes(num_slots, len(rows))), num_slots, len(rows))
+        self.slots = [aligned(SLOT_BYTES) for _ in range(num_slots)]
+        self.residents = [aligned(store.pieces[piece].read_bytes) for piece in resident]
+        drive = Drive(store.folder)
+        self.loader = Loader(
+            drive, store.pieces, store.loads(num_slots, rows), self.table, self.slots, self.residents, threads=threads,
+            checksums=BlockChecksums({b.name: b for b in store.blocks}, drive) if checked else None,
+            transfer_bytes=16 << 10,
+        )  # fmt: skip
+        self.loader.start()
+        self.stream = HostStream(
+            store.plan, store.loads(num_slots, rows), self.table, [torch.from_numpy(slot) for slot in self.slots],
+            [torch.from_numpy(part) for part in self.residents],
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.table.stop()
+        self.loader.stop()
+
+
+@contextmanager
+def pipeline_of(store: FakeStore, *args: int | Sequence[int], **options: int) -> Iterator[Pipeline]:
+    pipeline = Pipeline(store, *args, **options)  # type: ignore[arg-type]
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def check_sweep(stream: HostStream, store: FakeStore, pause_s: float = 0.0, stop: int | None = None) -> None:
+    """One sweep, or its first `stop` pieces: each holds what the file has, until it is released."""
+    stream.begin_sweep()
+    for position, index in enumerate(store.plan.order[:stop]):
+        memory = stream.acquire(position).numpy()
+        expected = store.content(store.pieces[index])
+        assert memory[: len(expected)].tobytes() == expected, f"position {position}"
+        if pause_s:
+            time.sleep(pause_s)
+            assert memory[: len(expected)].tobytes() == expected, f"position {position} was overwritten"
+        stream.release(position)
+    if stop is None:
+        stream.end_sweep()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FakeStore:
+    return make_store(tmp_path / "store", SIZES)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 20])
+@pytest.mark.parametrize("resident", [(), (1, 3), (0,)])
+def test_every_sweep_gets_every_piece(num_slots: int, resident: tuple[int, ...], store: FakeStore) -> None:
+    with pipeline_of(store, num_slots, resident) as pipeline:
+        for _ in range(8):
+            check_sweep(pipeline.stream, store)
+        assert pipeline.loader.error is None
+
+
+def test_all_resident(store: FakeStore) -> None:
+    with pipeline_of(store, 1, range(len(store.pieces))) as pipeline:
+        for _ in range(3):
+            check_sweep(pipeline.stream, store)
+        pipeline.stream.abandon()
+        check_sweep(pipeline.stream, store)
+        assert pipeline.loader.snapshot().pieces_read == len(store.pieces)
+
+
+def test_reading_and_waiting_for_slots_do_not_overlap(store: FakeStore) -> None:
+    with pipeline_of(store, 2) as pipeline:
+        deadline = time.monotonic() + 10
+        while pipeline.loader.snapshot().waiting_for_slots_s < 0.2:  # both slots are full, nobody computes
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found = pipeline.loader.snapshot()
+        assert 0 < found.reading_s < found.running_s
+        assert found.reading_s + found.waiting_for_slots_s <= found.running_s
+
+
+def test_resident_pieces_are_read_once(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the loader is a sweep ahead before the first read is through."""
+    real = Drive.read_into
+    reads: Counter[tuple[str, int]] = Counter()
+    first = store.pieces[0]
+
+    def slow(self: Drive, memory: memoryview, file: str, offset: int) -> None:
+        reads[file, offset] += 1
+        if (file, offset) == (first.file, first.file_offset):
+            time.sleep(0.2)  # time enough for three sweeps of read-ahead
+        real(self, memory, file, offset)
+
+    monkeypatch.setattr(Drive, "read_into", slow)
+    with pipeline_of(store, 3 * len(store.pieces), (0,), checked=False) as pipeline:
+        for _ in range(4):
+            check_sweep(pipeline.stream, store)
+    assert reads[first.file, first.file_offset] == 1
+
+
+def test_abandoned_sweeps_begin_anew(store: FakeStore) -> None:
+    rng = random.Random(3)
+    with pipeline_of(store, 3, (2,)) as pipeline:
+        for _ in range(25):
+            check_sweep(pipeline.stream, store, stop=rng.randrange(len(store.plan.order)))
+            pipeline.stream.abandon()
+            if rng.random() < 0.5:
+                check_sweep(pipeline.stream, store)
+        assert pipeline.loader.error is None
+
+
+def test_a_new_compute_worker_starts_where_its_predecessor_was_killed(store: FakeStore) -> None:
+    with pipeline_of(store, 2) as pipeline:
+        for killed_at in (0, 3, 5):
+            check_sweep(pipeline.stream, store)
+            for position in range(killed_at):  # acquired and not released: it was killed with the slots in hand
+                pipeline.stream.acquire(position)
+                if position >= 1:
+                    pipeline.stream.release(position - 1)
+            pipeline.stream = HostStream(
+                store.plan, store.loads(2), pipeline.table, [torch.from_numpy(slot) for slot in pipeline.slots], []
+            )
+        check_sweep(pipeline.stream, store)
+
+
+def test_stop_ends_a_loader_that_waits_for_slots_and_a_compute_that_waits_for_pieces(store: FakeStore) -> None:
+    pipeline = Pipeline(store, 1)
+    pipeline.stream.acquire(0)
+    ended: list[str] = []
+
+    def wait() -> None:
+        try:
+            pipeline.stream.acquire(1)  # there is one slot, and it is held
+        except StoppedError:
+            ended.append("stopped")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    time.sleep(0.05)
+    begin = time.perf_counter()
+    pipeline.close()
+    thread.join(5)
+    assert ended == ["stopped"]
+    assert time.perf_counter() - begin < 3
+
+
+# --- a drive that fails -----------------------------------------------------------------------------------------------
+
+
+def flip(store: FakeStore, block: int) -> Path:
+    stored = store.blocks[block]
+    path = store.folder / stored.file
+    data = bytearray(path.read_bytes())
+    data[stored.tensors[-1].offset + 5] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("block", [0, 1, 4])
+@pytest.mark.parametrize("resident", [(), (0, 1, 2, 3)])
+def test_a_flipped_byte_is_reported_at_the_first_load(block: int, resident: tuple[int, ...], store: FakeStore) -> None:
+    path = flip(store, block)
+    with pipeline_of(store, 2, resident) as pipeline:
+        with pytest.raises(OSError, match="could not read this piece"):
+            check_sweep(pipeline.stream, store)
+        error = pipeline.loader.error
+    assert isinstance(error, StoreError)
+    assert str(error).startswith(f"block block{block} in {path.name} is damaged: its checksum is ")
+
+
+def test_a_drive_that_breaks_fails_the_sweep_and_the_next_one_succeeds(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+    broken = threading.Event()
+
+    def maybe(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if broken.is_set():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", maybe)
+    with pipeline_of(store, 1) as pipeline:
+        check_sweep(pipeline.stream, store)
+        broken.set()
+        with suppress(OSError):
+            check_sweep(pipeline.stream, store)  # what had been read ahead
+        pipeline.stream.abandon()
+        with pytest.raises(OSError, match="could not read this piece"):
+            check_sweep(pipeline.stream, store)
+        broken.clear()
+        pipeline.stream.abandon()
+        check_sweep(pipeline.stream, store)
+        assert "Input/output error (after 4 attempts)" in str(pipeline.loader.error)
+
+
+# --- a loader that is killed ------------------------------------------------------------------------------------------
+
+
+def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
+    """SIGKILL a loader process again and again; what its successor finds READY is not read again, everything else
+    is."""
+    store = make_store(tmp_path / "store", SIZES)
+    resident = {1: 0, 4: 1}
+    shared = Shared(tmp_path / "memory", 3, SLOT_BYTES, tuple(store.pieces[piece].read_bytes for piece in resident))
+    shared.create()
+    specification = tmp_path / "specification.pickle"
+    # No class of this module's: the process has another name for it.
+    specification.write_bytes(
+        pickle.dumps(
+            {
+                "store": store.folder,
+                "blocks": store.blocks,
+                "plan": store.plan,
+                "resident_rows": resident,
+                "shared": asdict(shared),
+            }
+        )
+    )
+    trace = tmp_path / "trace"
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, str(PROCESS), str(specification), str(trace)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    table, slots, residents = shared.open()
+    processes = [start()]
+    finished = threading.Event()
+    rng = random.Random(11)
+    num_kills = 5
+
+    def kill_and_restart() -> None:
+        for _ in range(num_kills):
+            processes[-1].stdout.readline()  # type: ignore[union-attr]
+            time.sleep(rng.uniform(0.02, 0.15))
+            processes[-1].kill()
+            processes[-1].wait()
+            processes.append(start())
+        finished.set()
+
+    killer = threading.Thread(target=kill_and_restart, daemon=True)
+    killer.start()
+    loads = store.loads(3, resident)
+    try:
+        stream = HostStream(
+            store.plan, store.loads(3, resident), table, [torch.from_numpy(slot) for slot in slots],
+            [torch.from_numpy(part) for part in residents], stopped=lambda: processes[-1].poll() not in (None, -9),
+        )  # fmt: skip
+        num_sweeps = 0
+        while not finished.is_set() or num_sweeps < 3:
+            check_sweep(stream, store, pause_s=0.003)
+            num_sweeps += 1
+        check_sweep(stream, store)
+    finally:
+        table.stop()
+        killer.join(30)
+        status = processes[-1].wait(timeout=30)
+    assert status == 0
+    times: Counter[int] = Counter()
+    for line in trace.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill, and the next process wrote behind it
+        if "load" in event.get("labels", {}):
+            times[event["labels"]["load"]] += 1
+    assert sum(times.values()) >= num_sweeps * loads.loads_per_sweep - 2 * num_kills
+    # Read twice is only what was in a reading thread's hands when it was killed.
+    assert sum(count - 1 for count in times.values()) <= 3 * num_kills

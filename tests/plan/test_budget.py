@@ -1,0 +1,128 @@
+"""Budgets: the least that an error states is the least that works, and what is given is never exceeded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipo_ray.errors import BudgetError
+from pipo_ray.model.blocks import BlockSpec, TensorSpec
+from pipo_ray.model.facts import ModelFacts, UnitFacts
+from pipo_ray.plan.budget import PROCESS_BYTES, RunPlan, plan_run, whole_bytes
+from pipo_ray.session.memory import parse_size
+from pipo_ray.store.layout import plan_files
+from pipo_ray.store.manifest import FORMAT_VERSION, Manifest
+
+GIB = 1 << 30
+
+
+def model(layers: int, width: int, vocabulary: int) -> tuple[Manifest, ModelFacts]:
+    """One matrix and one vector per layer, an embedding, a head."""
+    blocks = [BlockSpec("embedding", "embedding", None, (TensorSpec("embed", (vocabulary, width), "F32"),))]
+    units = [UnitFacts("embed", ("embed",), "lookup")]
+    for layer in range(layers):
+        matrix, vector = f"{layer}.matrix", f"{layer}.vector"
+        specs = (
+            TensorSpec(vector, (width,), "F32"),
+            TensorSpec(matrix, (4 * width, width), "F32", cut="rows"),
+        )
+        blocks.append(BlockSpec(f"layer{layer}", "mlp", layer, specs))
+        units += [UnitFacts(matrix, (matrix,), "plain"), UnitFacts(vector, (vector,), "plain")]
+    blocks.append(BlockSpec("rest", "rest", None, (TensorSpec("norm", (width,), "F32"),)))
+    blocks.append(BlockSpec("head", "head", None, (TensorSpec("head", (vocabulary, width), "F32", cut="rows"),)))
+    units += [UnitFacts("norm", ("norm",), "plain"), UnitFacts("head", ("head",), "plain")]
+    stored = tuple(block for file in plan_files(blocks) for block in file.blocks)
+    total = sum(block.nbytes for block in stored)
+    manifest = Manifest(FORMAT_VERSION, "", "", "", "float32", {}, stored, total, "", {})
+    events = tuple((unit, enters) for unit in range(len(units)) for enters in (True, False))
+    facts = ModelFacts("", "", tuple(units), events, True, True, "", None, 8 * width, 512, vocabulary, width, 4 * width,
+                       layers, ())  # fmt: skip
+    return manifest, facts
+
+
+MODELS = st.builds(model, st.integers(1, 3), st.sampled_from([8, 64, 1000]), st.sampled_from([100, 1000]))
+FEW = settings(max_examples=20)  # with the least slots a model has thousands of pieces
+
+
+def plan(one: tuple[Manifest, ModelFacts], **options: Any) -> RunPlan:
+    return plan_run(*one, **{"memory_bytes": 100 * GIB, **options})
+
+
+def least_of(error: BudgetError) -> int:
+    found = re.search(r"is too low: at least (\S+ \S+) would do: ", str(error))
+    assert found, error
+    return parse_size(found[1])
+
+
+@FEW
+@given(MODELS)
+def test_the_least_memory_that_is_stated_works_and_no_less_does(one: tuple[Manifest, ModelFacts]) -> None:
+    with pytest.raises(BudgetError, match=r"--memory 1\.0 MiB is too low.*processes.*activations.*KV cache") as caught:
+        plan(one, memory_bytes=1 << 20)
+    least = least_of(caught.value)
+    assert plan(one, memory_bytes=least).kv_tokens >= 256
+    with pytest.raises(BudgetError, match="--memory"):
+        plan(one, memory_bytes=least * 98 // 100)
+
+
+@FEW
+@given(MODELS)
+def test_the_least_weight_memory_that_is_stated_works_and_no_less_does(one: tuple[Manifest, ModelFacts]) -> None:
+    with pytest.raises(BudgetError, match=r"--weight-memory 1 B is too low") as caught:
+        plan(one, weight_memory_bytes=1)
+    least = least_of(caught.value)
+    assert plan(one, weight_memory_bytes=least).weight_bytes <= least
+    with pytest.raises(BudgetError, match="--weight-memory"):
+        plan(one, weight_memory_bytes=least * 98 // 100)
+
+
+@FEW
+@given(MODELS, st.integers(1, 1 << 32))
+def test_both_together_state_a_memory_that_works(one: tuple[Manifest, ModelFacts], weights: int) -> None:
+    try:
+        plan(one, weight_memory_bytes=weights, memory_bytes=PROCESS_BYTES)
+    except BudgetError as error:
+        if "--weight-memory" not in str(error).split(" is too low")[0]:
+            plan(one, weight_memory_bytes=weights, memory_bytes=least_of(error))
+
+
+@FEW
+@given(MODELS, st.integers(1, 200 << 20))
+def test_weights_stay_within_their_budget(one: tuple[Manifest, ModelFacts], weights: int) -> None:
+    try:
+        found = plan(one, weight_memory_bytes=weights)
+    except BudgetError:
+        return
+    placement = found.placement
+    assert found.weight_bytes == placement.num_slots * placement.slot_bytes + sum(placement.arena_bytes) <= weights
+    assert found.resident_bytes + found.streamed_bytes_per_sweep == found.model_bytes
+
+
+@FEW
+@given(MODELS)
+def test_a_model_that_fits_is_resident_and_more_is_not_asked_for(one: tuple[Manifest, ModelFacts]) -> None:
+    whole = whole_bytes(*one)
+    fitting, plenty = (
+        plan(one, weight_memory_bytes=whole),
+        plan(one, weight_memory_bytes=90 * GIB, memory_bytes=3 * GIB),
+    )
+    for found in (fitting, plenty):
+        assert found.placement.num_slots == found.streamed_bytes_per_sweep == 0
+        assert found.weight_bytes == whole
+        assert "(all resident)" in found.explanation[0]
+        assert "nothing has to stream" in found.explanation[1]
+
+
+def test_on_a_gpu_each_budget_is_told_by_its_name() -> None:
+    one = model(2, 64, 1000)
+    gpu = {"gpu_memory_bytes": GIB, "gpu_context_bytes": 500 << 20, "memory_bytes": 4 * GIB}
+    for option in ("gpu_memory_bytes", "memory_bytes", "weight_memory_bytes"):
+        name = "--" + option.removesuffix("_bytes").replace("_", "-")
+        with pytest.raises(BudgetError, match=f"^{name} 4.0 KiB is too low") as caught:
+            plan(one, **gpu | {option: 4096})
+        found = plan(one, **gpu | {option: least_of(caught.value)})
+        assert found.weight_bytes <= found.memory_bytes

@@ -1,0 +1,110 @@
+"""Rules of the project that are cheap to check."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 500
+# Written in two parts, so that this file does not break the rule it checks.
+REGISTRY_HOSTS = [
+    f"{name}.{end}"
+    for name, end in (
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("download.pytorch", "org"),
+        ("pypi.nvidia", "com"),
+        ("anaconda", "org"),
+        ("npmjs", "org"),
+        ("crates", "io"),
+        ("deb.debian", "org"),
+    )
+]
+
+
+def _project_files() -> list[Path]:
+    """Files under version control, and new ones that are not ignored."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
+def _make_variable(name: str) -> str:
+    printed = subprocess.run(
+        ["make", "-s", "-f", "Makefile", "-f", "-", "print"],
+        input=f"print:\n\t@echo '$({name})'\n",
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return printed.stdout.strip()
+
+
+def test_benchmarks_say_how_to_run_them() -> None:
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"]
+    silent = [path for path in scripts if path.name not in (ast.get_docstring(ast.parse(path.read_text())) or "")]
+    assert not silent, f"no docstring with the command that runs it: {_names(silent)}"
+
+
+def test_make_bench_names_scripts_that_exist() -> None:
+    missing = [name for name in _make_variable("BENCHMARKS").split() if not (ROOT / name).is_file()]
+    assert not missing
+
+
+def test_readme_names_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme
+    assert "make test" in readme
+
+
+def test_demo_streams() -> None:
+    """The weight budget of `make demo` is smaller than the bundled model."""
+    number, unit = re.fullmatch(r"(\d+)\s*([KM]iB)", _make_variable("DEMO_WEIGHT_MEMORY")).groups()  # type: ignore[union-attr]
+    budget = int(number) << {"KiB": 10, "MiB": 20}[unit]
+    assert budget < sum(path.stat().st_size for path in (ROOT / "pipo_ray" / "bundled").glob("*.safetensors"))
+
+
+def test_files_stay_small_enough_to_hold_in_the_head() -> None:
+    sources = [*(ROOT / "pipo_ray").rglob("*.py"), *(ROOT / "actors").rglob("*.py")]
+    long = [path for path in sources if len(path.read_text().splitlines()) > MAX_LINES]
+    assert not long, f"more than {MAX_LINES} lines: {_names(long)}"
+
+
+def test_no_package_registry_is_named() -> None:
+    named = [path for path in _project_files() if any(host.encode() in path.read_bytes() for host in REGISTRY_HOSTS)]
+    assert not named, f"names a package registry's host: {_names(named)}"
+
+
+def test_changelog_has_the_version() -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    assert f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_pins_lie_in_the_declared_ranges() -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {}
+    for pin in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        (specifier,) = pin.specifier
+        pins[canonicalize_name(pin.name)] = specifier.version
+    declared = re.findall(r'"([a-zA-Z_\[\]-]+>=[0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert len(declared) > 10
+    for requirement in map(Requirement, declared):
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
