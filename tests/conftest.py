@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -30,6 +31,9 @@ with contextlib.suppress(ImportError):  # the GPU machine has pytest but not hyp
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before anything of ours, torch or transformers is imported. Ray's processes inherit it."""
+    # A shell starts what runs in its background deaf to Ctrl-C, and the programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[CACHE] = Path(tempfile.mkdtemp(prefix="pytest-pipo-"))
     os.environ |= {
         "PIPO_TEST_RUN": TEST_RUN,
