@@ -75,7 +75,7 @@ class LLM:
         ray_address: str | None = None,
         trace: str | os.PathLike[str] | None = None,
         max_model_len: int | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         on_progress: OnProgress | None = None,
         dashboard: bool = False,
         verify_checksums: bool = True,
@@ -89,7 +89,7 @@ class LLM:
         self._news, self._polling = threading.Condition(), False
         self._sweeps_before = self._bytes_before = self._sweeps = self._bytes = 0
         self._started_s = time.perf_counter()
-        if max_batch_tokens < 1:
+        if max_batch_tokens is not None and max_batch_tokens < 1:
             raise InputError(f"max_batch_tokens {max_batch_tokens} is below 1")
         if max_model_len is not None and max_model_len < 1:
             raise InputError(f"max_model_len {max_model_len} is below 1")
@@ -110,7 +110,11 @@ class LLM:
         self._lines = [budget_line, *self._plan.explanation]
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
-        self._max_model_len = min(self._facts.context_length, max_model_len or self._facts.context_length)
+        self._max_model_len = min(
+            self._facts.context_length,
+            max_model_len or self._facts.context_length,
+            self._plan.max_length or self._facts.context_length,
+        )
         if on_progress is not None:
             on_progress("start", 0, 0)
         try:
@@ -129,7 +133,10 @@ class LLM:
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
                     chosen.context_bytes,
                 ),
-                Limits(self._plan.kv_tokens, max_batch_tokens, self._facts.chunked, self._facts.rebuild_length),
+                Limits(
+                    self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,
+                    self._plan.max_sequences, self._plan.max_scored_tokens, self._plan.state_tokens,
+                ),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
             )  # fmt: skip
             self._stack.callback(self._stage.close)
@@ -285,12 +292,16 @@ class LLM:
         room = self._max_model_len - prompt
         if room < (0 if score else 1):
             raise InputError(
-                f"{which} of {prompt} tokens leaves no room for an answer: the context is {self._max_model_len} "
-                f"tokens; shorten the prompt to at most {self._max_model_len - 1} tokens"
-                + ("" if self._max_model_len == self._facts.context_length else ", or raise --max-model-len")
+                f"{which} of {prompt} tokens leaves no room for an answer: {self._what_bounds_length()}; shorten the "
+                f"prompt to at most {self._max_model_len - 1} tokens{self._how_to_lengthen()}"
+            )
+        if score and not self._facts.chunked and prompt > self._plan.max_scored_tokens:
+            raise InputError(
+                f"{which} of {prompt} tokens cannot be scored: this architecture computes a prompt as a whole, and the "
+                f"memory budget holds the logits of {self._plan.max_scored_tokens} tokens; shorten it"
             )
         most = 1 if score else room if params.max_tokens is None else min(params.max_tokens, room)
-        budget = self._plan.kv_tokens
+        budget = self._plan.kv_tokens - self._plan.state_tokens
         if params.max_tokens is None:
             most = min(most, max(1, budget - prompt))
         if prompt + most > budget:
@@ -299,6 +310,21 @@ class LLM:
                 f"budget holds {budget}; raise --memory, lower --weight-memory, or ask for fewer tokens"
             )
         return most
+
+    def _what_bounds_length(self) -> str:
+        if self._max_model_len == self._plan.max_length:
+            return (
+                f"this architecture computes a sequence as a whole, and a sweep holds {self._max_model_len} tokens of "
+                "activations"
+            )
+        return f"the context is {self._max_model_len} tokens"
+
+    def _how_to_lengthen(self) -> str:
+        if self._max_model_len == self._facts.context_length:
+            return ""
+        return ", or raise " + (
+            "--max-batch-tokens" if self._max_model_len == self._plan.max_length else "--max-model-len"
+        )
 
     def _follow(self, identifiers: Sequence[str]) -> Iterator[RequestOutput]:
         requests = {identifier: self._requests[identifier] for identifier in identifiers}

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from pipo_ray.model.attention import RAGGED_ATTENTION
 from pipo_ray.model.batch import SweepEntry, WantedLogits
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.facts import ModelFacts
@@ -139,9 +138,7 @@ class Pipeline:
         self._readers: dict[str, RowReader] = {}
         try:
             self.stream: WeightStream = self._open_stream(slot_bytes, num_gpu_slots)
-            self.model = build_graph(
-                packed.config, packed.dtype, attention=RAGGED_ATTENTION if facts.ragged else "eager", device=device
-            )
+            self.model = build_graph(packed.config, packed.dtype, attention=facts.attention, device=device)
             self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows)
             self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged)
         except BaseException:

@@ -1,6 +1,6 @@
-"""Attention over a ragged row: every sequence attends to itself alone.
+"""Attention over a ragged row: every sequence attends to itself alone; or over the row of a single sequence.
 
-Registered with transformers under the name `pipo_ragged`, with a mask entry that makes no mask: what a token may see
+Registered with transformers under the name RAGGED_ATTENTION, with a mask entry that makes no mask: what a token may see
 follows from the segments. Grouped heads, sliding windows, soft-capped scores (Gemma 2) and attention sinks (gpt-oss)
 are arguments that transformers' attention modules pass in.
 """
@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from pipo_ray.model.facts import RAGGED_ATTENTION
 from pipo_ray.model.kv_cache import RaggedCache
-
-RAGGED_ATTENTION = "pipo_ragged"
 
 # Scores are made for at most this many elements at a time, so that a long prompt's [heads, tokens, keys] never exists
 # as a whole.
 _MAX_SCORES = 1 << 24
 
-_current: ContextVar[RaggedCache] = ContextVar("ragged_cache")
+_current: ContextVar[RaggedCache | None] = ContextVar("ragged_cache", default=None)
 
 
 @contextmanager
@@ -53,10 +52,13 @@ def ragged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer. `query` [1, heads, tokens, head_dim], `key` and `value` [1, kv_heads, tokens, head_dim].
 
-    Returns [1, tokens, heads, value_head_dim].
+    Outside `ragged_row` the row is one sequence's, which keeps its cache itself: `key` and `value` are all of it, and
+    `query` its last tokens. Returns [1, tokens, heads, value_head_dim].
     """
     cache = _current.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if cache is None:
+        return attend(query[0], key[0], value[0], scale, sliding_window, softcap, s_aux).transpose(0, 1)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     for segment in cache.segments:
         columns = slice(segment.start, segment.stop)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes, StepResult, SweepRequest, SweepResult
-from pipo_ray.model.attention import RAGGED_ATTENTION
+from pipo_ray.model import attention as attention  # registers ours with transformers
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
@@ -138,9 +138,7 @@ class ComputeEngine:
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-        if self._facts.ragged:
-            return build_graph(config, dtype, attention=RAGGED_ATTENTION, device=self._device)
-        return build_graph(config, dtype, attention="eager", device=self._device)
+        return build_graph(config, dtype, attention=self._facts.attention, device=self._device)
 
     def _check_lookups(self, setup: StageSetup, manifest: Manifest) -> LookupChecksums | None:
         """Of the blocks that are looked up; one that streams as well (a tied embedding) is the loader's to check."""

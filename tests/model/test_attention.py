@@ -155,7 +155,10 @@ def test_sequences_in_a_row_do_not_see_each_other(
         torch.testing.assert_close(torch.cat(parts).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_there_is_no_row_outside_a_sweep() -> None:
-    query = torch.randn(1, 2, 3, 4)
-    with pytest.raises(LookupError):
-        ragged_attention(torch.nn.Module(), query, query, query)
+@pytest.mark.parametrize("window", [None, 3])
+def test_outside_a_shared_row_there_is_one_sequence_with_a_cache_of_its_own(window: int | None) -> None:
+    query, key, value = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    made, _ = ragged_attention(torch.nn.Module(), query, key, value, sliding_window=window)
+    padded = torch.cat([torch.zeros(4, 5, 8), query[0]], dim=1)  # the two last of seven tokens
+    expected = naive(padded, key[0], value[0], 1 / math.sqrt(8), window, None, None)[:, 5:].transpose(0, 1)
+    torch.testing.assert_close(made[0].double(), expected, rtol=1e-5, atol=1e-5)
