@@ -25,6 +25,7 @@ from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.prepare import prepare_store
+from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.memory import (
     available_memory,
@@ -39,7 +40,6 @@ from pipo_ray.session.ray_node import check_address
 from pipo_ray.session.session import Session
 from pipo_ray.stage import Stage, store_bytes
 
-Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 Size: TypeAlias = "int | str | None"
 OnProgress = Callable[[str, int, int], None]
 
@@ -58,7 +58,8 @@ class LLM:
     starts a private Ray (an error if another runs on this machine), "local" starts one in any case, "auto" or
     "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
     plus answer in tokens, `max_batch_tokens` the tokens that a sweep computes. `on_progress(phase, done, total)` hears
-    of packing, and with phase "start" when Ray and the actors start.
+    of packing, and with phase "start" when Ray and the actors start. `before_start(llm)` is called before that, when
+    model and budgets are known: `check_prompts` works then, and what it raises ends the construction.
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line.
     """
@@ -79,6 +80,7 @@ class LLM:
         on_progress: OnProgress | None = None,
         dashboard: bool = False,
         verify_checksums: bool = True,
+        before_start: Callable[[LLM], None] | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -115,6 +117,8 @@ class LLM:
             max_model_len or self._facts.context_length,
             self._plan.max_length or self._facts.context_length,
         )
+        if before_start is not None:
+            before_start(self)
         if on_progress is not None:
             on_progress("start", 0, 0)
         try:
@@ -151,32 +155,38 @@ class LLM:
     # -------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete `prompts` (one, or a list: a string, a list of token ids, or {"prompt_token_ids": [...]}) and return
         their outputs in order.
         """
         last: dict[str, RequestOutput] = {}
-        identifiers = self._submit(prompts, params)
+        identifiers = self._submit(prompts, sampling_params)
         for output in self._follow(identifiers):
             last[output.request_id] = output
         return [last[identifier] for identifier in identifiers]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """Like `generate`, but yields a request's output, all of it so far, each time there is more of it."""
-        return self._follow(self._submit(prompts, params))
+        return self._follow(self._submit(prompts, sampling_params))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> list[RequestOutput]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
         """Answer a conversation ([{"role": ..., "content": ...}, ...]) in the checkpoint's chat template."""
-        return self.generate(self._chat_prompt(messages), params)
+        return self.generate(self._chat_prompt(messages), sampling_params)
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Like `chat`, yielding the answer as it grows."""
-        return self.stream(self._chat_prompt(messages), params)
+        return self.stream(self._chat_prompt(messages), sampling_params)
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[npt.NDArray[np.float32]]:
         """Logits [tokens, vocabulary] of every position of each prompt: for perplexity and for comparisons."""
@@ -185,6 +195,20 @@ class LLM:
         for _ in self._follow(identifiers):
             pass
         return [np.concatenate(request.logits) for request in requests]
+
+    def check_prompts(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> None:
+        """Raise InputError for prompts of token ids that this model or this budget cannot serve; asks no actor. Text is
+        not looked at: the tokenizer is the compute worker's.
+        """
+        listed = list_prompts(prompts)
+        for number, (prompt, one) in enumerate(zip(listed, list_params(sampling_params, len(listed)), strict=True), 1):
+            ids = check_token_ids(prompt, number, len(listed), self._facts.vocab_size)
+            if ids is not None:
+                self._most_new_tokens(name_prompt(number, len(listed)), len(ids), one, score=False)
 
     def abort(self, request_id: str) -> None:
         """End a request; what it has generated stays in its last output, with finish reason "abort"."""
@@ -267,14 +291,13 @@ class LLM:
         *,
         score: bool = False,
     ) -> list[str]:
-        listed = _as_list(prompts)
-        chosen = _as_params(params, len(listed))
+        listed = list_prompts(prompts)
+        chosen = list_params(params, len(listed))
         encoded = self._stage.call(self._stage.compute_worker, "encode", listed)
         self._stage.call(self._stage.compute_worker, "check_params", chosen)
         specs, texts = [], []
         for number, ((token_ids, text), one) in enumerate(zip(encoded, chosen, strict=True), start=1):
-            which = "a prompt" if len(encoded) == 1 else f"prompt {number} (of {len(encoded)})"
-            most = self._most_new_tokens(which, len(token_ids), one, score)
+            most = self._most_new_tokens(name_prompt(number, len(encoded)), len(token_ids), one, score)
             seed = one.seed if one.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
             identifier = str(next(self._numbers))
             specs.append(RequestSpec(identifier, tuple(token_ids), one, seed, most, score))
@@ -453,29 +476,6 @@ def _gpu_budget(gpu_memory: Size, device: Device) -> int | None:
             "lower it"
         )
     return budget
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    listed = list(prompts)
-    if listed and isinstance(listed[0], (int, np.integer)):
-        return [listed]
-    if not listed:
-        raise InputError("no prompt was given; give a string, a list of token ids, or several of them")
-    return listed
-
-
-def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InputError(
-            f"{count} prompts but {len(params)} sampling parameters were given; give one, or one per prompt"
-        )
-    return list(params)
 
 
 def _num_threads() -> int:

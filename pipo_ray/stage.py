@@ -51,6 +51,7 @@ class Stage:
         verify_checksums: bool = True,
     ) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from pipo_ray.actors.compute_worker import ComputeWorker
         from pipo_ray.actors.nvme_loader import NvmeLoader
@@ -76,8 +77,13 @@ class Stage:
         self.memory = StageMemory.attach(setup)
         self.roll = ActorRoll.create(Path(session.path) / "roll")
 
+        # Slots are shared memory of this node, and so is the store's place in the file system: nowhere else, not even
+        # after a restart.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
         def actor(kind: Any, name: str, **options: Any) -> Any:
-            return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(kind).options(name=name)
+            made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(kind)
+            return made.options(name=name, scheduling_strategy=here)
 
         roll = self.roll.path
         self.staging_pool = actor(StagingPool, "StagingPool", max_concurrency=8).remote(roll, plan.weight_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     folder = find_folder(options.model)
     _require_tokenizer(folder, options.model, prompts)
     output = Output()
-    with output.reserved(), open_llm(str(folder), arguments) as llm:
+    check = partial(_check_prompts, prompts=prompts, params=params)
+    with output.reserved(), open_llm(str(folder), arguments, check) as llm:
         if options.json:
             outputs = llm.generate(prompts, params)
         elif len(prompts) == 1 and params.n == 1:
@@ -77,6 +79,10 @@ def run(options: argparse.Namespace) -> int:
     else:
         print_table(stderr_console(), outputs, report)
     return 0
+
+
+def _check_prompts(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> None:
+    llm.check_prompts(prompts, params)
 
 
 def _require_tokenizer(folder: Path, model: str, prompts: list[Prompt]) -> None:

@@ -20,6 +20,7 @@ from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
+from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
@@ -57,8 +58,10 @@ class ComputeEngine:
         trace_file = f"{setup.trace_folder}/ComputeWorker-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._trace = TraceWriter(trace_file, "ComputeWorker")
         self._stream: WeightStream
+        self._ops: CudaOps | None = None
         if self._device.type == "cuda":
-            self._stream = open_device_stream(setup, compute, memory, self._device, self._trace)
+            self._ops = CudaOps(self._device)
+            self._stream = open_device_stream(setup, memory, self._ops, self._trace)
         else:
             self._stream = HostStream(
                 setup.plan, memory.load_order(setup), memory.table,
@@ -135,6 +138,8 @@ class ComputeEngine:
         """Busy: computing. Waiting: for a piece."""
         total = time.perf_counter() - self._started
         details = {"cache_bytes": self._runner.cache_bytes, **gpu_memory_in_use(self._device)}
+        if self._ops is not None:
+            details |= {"pinned_bytes": self._ops.pinned_bytes, "unpinned_bytes": self._ops.refused_bytes}
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]
