@@ -49,6 +49,7 @@ class Stage:
         *,
         trace: bool = False,
         verify_checksums: bool = True,
+        background: bool = False,
     ) -> None:
         import ray
 
@@ -84,6 +85,7 @@ class Stage:
             store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
             slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
             trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
+            background=background,
         )  # fmt: skip
         self._setup = setup
         self.memory = StageMemory.attach(setup)

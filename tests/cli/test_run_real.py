@@ -54,7 +54,7 @@ def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a second, longer one"}\n{"prompt_token_ids": [5, 6, 7]}\n')
     done = pipo(
         "run", store, "-p", "first", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "6", "--ignore-eos",
-        "--logprobs", "2", "--json", "--trace", str(tmp_path / "trace.json"), *BUDGET,
+        "--logprobs", "2", "--json", "--explain", "--background", "--trace", str(tmp_path / "trace.json"), *BUDGET,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -70,6 +70,8 @@ def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> 
     assert document["sweeps"] >= 6
     assert 0 < document["peak_memory_bytes"] <= document["memory_budget_bytes"] == 2 << 30
     assert {stage["stage"] for stage in document["stages"]} >= {"NvmeLoader", "ComputeWorker"}
+    assert "limit" in document["explanation"]
+    assert document["explanation"].endswith(".")
     assert all(f"  {key}" in JSON_KEYS or f", {key}" in JSON_KEYS for key in ("sweeps", "bytes_streamed", "stages"))
     assert json.loads((tmp_path / "trace.json").read_text())
     assert_nothing_left()
