@@ -27,6 +27,7 @@ from pipo_ray.plan.budget import plan_run
 from pipo_ray.prepare import prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.scheduling.policy import Limits
+from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import (
     available_memory,
     default_budget,
@@ -59,7 +60,9 @@ class LLM:
     "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
     plus answer in tokens, `max_batch_tokens` the tokens that a sweep computes. `on_progress(phase, done, total)` hears
     of packing, and with phase "start" when Ray and the actors start. `before_start(llm)` is called before that, when
-    model and budgets are known: `check_prompts` works then, and what it raises ends the construction.
+    model and budgets are known: `check_prompts` works then, and what it raises ends the construction. With `background`
+    Ray and the actors have the lowest priority, and reading pauses while others use the disk; the calling process keeps
+    its priority.
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line.
     """
@@ -81,6 +84,7 @@ class LLM:
         dashboard: bool = False,
         verify_checksums: bool = True,
         before_start: Callable[[LLM], None] | None = None,
+        background: bool = False,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -128,6 +132,8 @@ class LLM:
             )  # fmt: skip
             self._stack.callback(session.close)
             self._session = session
+            if background:
+                give_way(session.node.pids())  # the actors are started by one of them
             self._peak = PeakSampler(session.pids)
             self._peak.start()
             self._stack.callback(self._peak.stop)
@@ -142,11 +148,14 @@ class LLM:
                     self._plan.max_sequences, self._plan.max_scored_tokens, self._plan.state_tokens,
                 ),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
+                background=background,
             )  # fmt: skip
             self._stack.callback(self._stage.close)
             if self._trace is not None:
                 self._stack.callback(self._write_trace)
             self._stage.wait_until_ready()
+            if background:
+                give_way(session.node.pids())  # on a cluster that was joined, the actors
         except BaseException:
             self.close()
             raise
@@ -233,7 +242,7 @@ class LLM:
 
     def report(self) -> dict[str, Any]:
         """What the run did so far; bytes and seconds. `stages` has per actor the shares of time busy, waiting (for the
-        next one in line) and starved (of work), which add up to 1.
+        next one in line) and starved (of work), which add up to 1; and `busy_s`, `waiting_s` in seconds.
         """
         stages = []
         for times in self._stage.times():
@@ -246,6 +255,8 @@ class LLM:
                     "busy": busy,
                     "waiting": waiting,
                     "starved": 1.0 - busy - waiting,
+                    "busy_s": times.busy_s,
+                    "waiting_s": times.waiting_s,
                     **times.details,
                 }
             )

@@ -49,6 +49,7 @@ class StageSetup:
     verify_checksums: bool = True
     read_threads: int = 4
     transfer_bytes: int = 8 << 20
+    background: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipo_ray.cli.prompts import parse_ids
 from pipo_ray.cli.terminal import progress_bar, say
 from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
+from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
                        "auto or HOST:PORT: join that one")  # fmt: skip
+    group.add_argument("--background", action="store_true", help="give way to whatever else the PC does")
     group.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
 
 
@@ -79,6 +82,8 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """LLM's keyword arguments of what `add_model_options` parsed; what was not given is left out. Raises InputError."""
     arguments: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "dashboard": options.dashboard}
+    if options.background:
+        arguments["background"] = True
     for name in ("memory", "weight_memory", "gpu_memory"):
         if (size := getattr(options, name)) is not None:
             arguments[name] = parse_size(size, "--" + name.replace("_", "-"))
@@ -127,6 +132,9 @@ def find_folder(model: str) -> Path:
 def open_llm(model: str, arguments: dict[str, Any], before_start: Callable[[LLM], None] | None = None) -> Iterator[LLM]:
     """A running LLM; says how it uses the memory. `before_start` may refuse what it is to be asked."""
     from pipo_ray.llm import LLM
+
+    if arguments.get("background"):
+        give_way([os.getpid()])  # packing, which comes first, included
 
     with progress_bar() as progress:
         llm = LLM(model, on_progress=progress, before_start=before_start, **arguments)

@@ -20,9 +20,10 @@ from pipo_ray.cli.options import (
 from pipo_ray.cli.prompts import Prompt, collect_prompts
 from pipo_ray.cli.result import JSON_KEYS, to_json
 from pipo_ray.cli.table import print_table
-from pipo_ray.cli.terminal import Output, stderr_console
+from pipo_ray.cli.terminal import Output, say, stderr_console
 from pipo_ray.errors import InputError
 from pipo_ray.outputs import RequestOutput
+from pipo_ray.report.explain import explain, measured
 
 if TYPE_CHECKING:
     from pipo_ray.llm import LLM
@@ -54,6 +55,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--n", metavar="N", type=int, default=1, help="samples per prompt")
     parser.add_argument("--logprobs", metavar="N", type=int, help="log probabilities of so many tokens (with --json)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; its keys are listed below")
+    parser.add_argument("--explain", action="store_true", help="say what limits this run, and what would help most")
     parser.set_defaults(command=run)
 
 
@@ -74,10 +76,15 @@ def run(options: argparse.Namespace) -> int:
         else:
             outputs = _stream_batch(llm, prompts, params, output)
         report = llm.report()
+    if options.explain:
+        generated = sum(one.metrics.num_generated_tokens for one in outputs)
+        report["explanation"] = " ".join(explain(measured(report, generated)))
     if options.json:
         output.write(to_json(options.model, outputs, report) + "\n")
     else:
         print_table(stderr_console(), outputs, report)
+        if options.explain:
+            say(report["explanation"])
     return 0
 
 

@@ -61,7 +61,7 @@ def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a second, longer one"}\n{"prompt_token_ids": [5, 6, 7]}\n')
     done = pipo(
         "run", store, "-p", "first", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "6", "--ignore-eos",
-        "--logprobs", "2", "--json", "--trace", str(tmp_path / "trace.json"), *BUDGET,
+        "--logprobs", "2", "--json", "--explain", "--background", "--trace", str(tmp_path / "trace.json"), *BUDGET,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -81,6 +81,8 @@ def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> 
     assert documented("  ") == document.keys()
     for result in document["results"]:
         assert documented("    ") - {"samples"} == result.keys()
+    assert "limit" in document["explanation"]
+    assert document["explanation"].endswith(".")
     assert json.loads((tmp_path / "trace.json").read_text())
     assert_nothing_left()
 

@@ -1,5 +1,6 @@
 """The node: private, lean, quiet; and what happens where another Ray cluster is running."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -45,6 +46,12 @@ class Actor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def has_pyarrow(self) -> bool:
+        return sys.modules.get("pyarrow") is not None
+
+    def program(self) -> str:
+        return str(sys.modules["__main__"].__spec__ or sys.argv[0])
 
 
 class Foreign:
@@ -124,6 +131,8 @@ def test_a_private_node_is_lean_private_and_leaves_no_trace(
         assert ray.get(actor.environment.remote("PIPO_TEST")) == "here"
         assert ray.get(actor.environment.remote(processes.MARKER)) == session.id
         assert ray.get(actor.interpreter.remote()) == sys.executable
+        assert not ray.get(actor.has_pyarrow.remote())
+        assert ray.get(actor.program.remote()).endswith("default_worker.py")
         actor_pid = ray.get(actor.pid.remote())
         assert actor_pid in session.node.pids()
         # Ctrl-C in the terminal reaches every process of the foreground; those of Ray are deaf to it.
@@ -142,6 +151,7 @@ def test_a_private_node_is_lean_private_and_leaves_no_trace(
     assert not os.path.exists(path)
     assert not [pid for pid in pids if processes.identify(pid)]
     assert not someone_maps(inodes)
+    assert importlib.import_module("pyarrow").__name__ == "pyarrow"  # kept from Ray, not from us
     assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGTERM) is handler
     assert token.exists() == had_token
