@@ -127,7 +127,7 @@ class LLM:
                 session, prepared.folder, self._plan,
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
-                    chosen.context_bytes,
+                    chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                 ),
                 Limits(self._plan.kv_tokens, max_batch_tokens, self._facts.chunked, self._facts.rebuild_length),
                 trace=self._trace is not None, verify_checksums=verify_checksums,

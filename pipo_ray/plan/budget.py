@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipo_ray.errors import BudgetError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
+from pipo_ray.model.kernel_profile import SCRATCH_BYTES
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
 from pipo_ray.session.memory import format_least, format_size
 from pipo_ray.store.manifest import Manifest
@@ -241,10 +242,11 @@ def _looked_up_line(manifest: Manifest) -> str:
 
 def activation_bytes(facts: ModelFacts, max_batch_tokens: int, itemsize: int) -> int:
     """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, plus logits of 32
-    rows in float32.
+    rows in float32, plus the chunk of 16-bit weights that is multiplied in float32.
     """
     per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
-    return int(max_batch_tokens * per_token + 3 * 32 * facts.vocab_size * 4 + 64 * MIB)
+    scratch = SCRATCH_BYTES if itemsize < 4 else 0
+    return int(max_batch_tokens * per_token + 3 * 32 * facts.vocab_size * 4 + 64 * MIB + scratch)
 
 
 def least_weight_bytes(manifest: Manifest, facts: ModelFacts) -> int:
