@@ -87,8 +87,11 @@ def attend(
         keys, values, length = keys[:, first:], values[:, first:], length - first
     if softcap is None and sinks is None:
         return _attend_fused(query, keys, values, scale, sliding_window)
-    heads_at_once = max(1, _MAX_SCORES // (new * length))
     groups = query.shape[0] // keys.shape[0]
+    largest = new
+    if _half_on_cpu(query):  # keys and values are widened, and are to be no larger than the scores
+        largest = max(new, keys.shape[-1] // groups, values.shape[-1] // groups)
+    heads_at_once = max(1, _MAX_SCORES // (largest * length))
     parts = []
     for start in range(0, keys.shape[0], max(1, heads_at_once // groups)):
         kv = slice(start, start + max(1, heads_at_once // groups))
@@ -101,6 +104,8 @@ def attend(
 def _attend_fused(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
+    if query.shape[1] == 1 and _half_on_cpu(query):
+        return _attend_one(query, keys, values, scale)
     new, length = query.shape[1], keys.shape[1]
     windowed = window is not None and length > window
     mask = None
@@ -116,6 +121,23 @@ def _attend_fused(
     )[0]  # fmt: skip
 
 
+def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """A single token in 16 bits on the CPU, where torch is ten times slower for one query per head than for several.
+
+    Heads that share keys become queries of one head; a head of its own asks twice.
+    """
+    heads, kv_heads = query.shape[0], keys.shape[0]
+    grouped = query.reshape(1, kv_heads, heads // kv_heads, -1)
+    if heads == kv_heads:
+        grouped = grouped.expand(-1, -1, 2, -1)
+    attended = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale)
+    return attended[0, :, : heads // kv_heads].reshape(heads, 1, -1)
+
+
+def _half_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
 def _attend_plain(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -127,6 +149,9 @@ def _attend_plain(
 ) -> torch.Tensor:
     heads, new, dim = query.shape
     kv_heads, length = keys.shape[0], keys.shape[1]
+    dtype = query.dtype
+    if _half_on_cpu(query):  # batched products in 16 bits are five times slower than widening all of it
+        query, keys, values = query.float(), keys.float(), values.float()
     grouped = query.reshape(kv_heads, heads // kv_heads * new, dim)
     scores = (grouped @ keys.transpose(1, 2)).view(heads, new, length) * scale
     if softcap is not None:
@@ -136,7 +161,7 @@ def _attend_plain(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(heads, 1, 1).expand(heads, new, 1)], dim=-1)
     weights = torch.softmax(scores.float(), dim=-1)[..., :length].to(query.dtype)
-    return (weights.reshape(kv_heads, heads // kv_heads * new, length) @ values).view(heads, new, -1)
+    return (weights.reshape(kv_heads, heads // kv_heads * new, length) @ values).view(heads, new, -1).to(dtype)
 
 
 def _visible(new: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:

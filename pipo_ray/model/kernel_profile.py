@@ -20,7 +20,7 @@ weights times inputs.
 
 KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {"linear": ("native", "wide", "tall"), "matmul": ("native", "wide")}
 
-SCRATCH_BYTES = 8 << 20
+SCRATCH_BYTES = 4 << 20
 """What a chunk of weights takes in float32. Large enough that starting the threads for each chunk costs little, small
 enough for the last-level cache of most processors.
 """

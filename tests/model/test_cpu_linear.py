@@ -26,9 +26,9 @@ shapes = st.tuples(
 
 def within_one_rounding(got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> bool:
     """Half a unit in the last place of the result, and float32's share of the sum of the terms' magnitudes."""
-    unit = torch.finfo(got.dtype).eps
-    tiny = torch.finfo(got.dtype).tiny
-    return bool(((got.double() - exact).abs() <= 0.501 * unit * exact.abs() + 1e-5 * terms + tiny).all())
+    kind = torch.finfo(got.dtype)
+    step = kind.eps * torch.exp2(torch.frexp(exact).exponent.double() - 1).clamp(min=kind.tiny)
+    return bool(((got.double() - exact).abs() <= 0.501 * step + 1e-6 * terms).all())
 
 
 def weight_at(shape: tuple[int, int], dtype: torch.dtype, offset: int) -> torch.Tensor:
