@@ -141,7 +141,7 @@ class LLM:
                 session, prepared.folder, self._plan,
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
-                    chosen.context_bytes,
+                    chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                 ),
                 Limits(
                     self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes
 from pipo_ray.model import attention as attention  # registers ours with transformers
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
@@ -80,7 +82,13 @@ class ComputeEngine:
                         TORCH_DTYPES[tensor.dtype],
                         tensor.shape,
                     )
-        binder = Binder(graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows)
+        products = None
+        if self._device.type == "cpu" and dtype in HALF_DTYPES:
+            file = Path(compute.kernel_profile) if compute.kernel_profile else None
+            products = CpuProducts.for_run(dtype, file)
+        binder = Binder(
+            graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products
+        )
         self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged)
         self._sequences: dict[str, _Running] = {}
         self._computing_s = self._waited_s = 0.0

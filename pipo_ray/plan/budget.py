@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipo_ray.errors import BudgetError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
+from pipo_ray.model.kernel_profile import SCRATCH_BYTES
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
 from pipo_ray.session.memory import format_least, format_size
 from pipo_ray.store.manifest import Manifest
@@ -269,11 +270,14 @@ def activation_bytes(
     facts: ModelFacts, max_batch_tokens: int, logits_rows: int, itemsize: int, context_length: int
 ) -> int:
     """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
-    rows of logits (three copies in float32), one of which is sampled from at a time.
+    rows of logits (three copies in float32), one of which is sampled from at a time, and with the chunk of 16-bit
+    weights that is multiplied in float32.
     """
     per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
     logits = (logits_rows * _LOGITS_COPIES + _SAMPLING_COPIES) * facts.vocab_size * 4
-    return int(max_batch_tokens * per_token + logits + 64 * MIB) + _mask_bytes(facts, max_batch_tokens, context_length)
+    scratch = SCRATCH_BYTES if itemsize < 4 else 0
+    masks = _mask_bytes(facts, max_batch_tokens, context_length)
+    return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks
 
 
 def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:

@@ -61,6 +61,28 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
+@settings(max_examples=150, deadline=None)
+@given(shapes(), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
+def test_attend_in_16_bits_is_attention(case: dict[str, int], dtype: torch.dtype, one: bool) -> None:
+    """Values between 1 and 2, so that each may be wrong by a few roundings of 16 bits and not more."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    new = 1 if one else case["new"]
+    query = torch.randn(case["heads"], new, case["dim"], generator=generator).to(dtype)
+    keys = torch.randn(case["kv_heads"], case["length"] + 3, case["dim"], generator=generator).to(dtype)
+    values = torch.rand(case["kv_heads"], case["length"] + 3, case["value_dim"], generator=generator).to(dtype) + 1
+    keys, values = keys[:, : case["length"]], values[:, : case["length"]]  # as the cache hands them out
+    options = (0.4, case["window"], case["softcap"], None)
+    before = attention._MAX_SCORES
+    attention._MAX_SCORES = case["max_scores"]
+    try:
+        got = attend(query, keys, values, *options)
+    finally:
+        attention._MAX_SCORES = before
+    assert got.shape == (case["heads"], new, case["value_dim"])
+    assert got.dtype == dtype
+    assert float((got.double() - naive(query, keys, values, *options)).abs().max()) < 4 * torch.finfo(dtype).eps
+
+
 @settings(max_examples=150)
 @given(shapes())
 def test_attend_is_attention(case: dict[str, int]) -> None:
