@@ -312,6 +312,9 @@ class LLM:
                 # What another iterator of this LLM has taken for us counts too.
                 self._wait_for_news(lambda: bool(changed()))
                 for identifier in changed():
+                    if (error := requests[identifier].error) is not None:
+                        self._stage.check()  # that an actor died for good is why the others failed
+                        raise error
                     with self._news:
                         shown[identifier], output = requests[identifier].num_events, requests[identifier].output()
                     if output.finished:

@@ -36,7 +36,7 @@ class CountingDrive(Drive):
 def fed(store: FakeStore, pieces: list[Piece]) -> int:
     """Feed `pieces`; the bytes that had to be read again."""
     drive = CountingDrive(store.folder)
-    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
     try:
         for piece in pieces:
             checksums.check(piece, np.frombuffer(store.content(piece), np.uint8))
@@ -81,7 +81,7 @@ def test_a_damaged_block_is_found_again(store: FakeStore) -> None:
     """Whoever goes on after the first report gets another one."""
     flip(store, store.blocks[0].offset)
     drive = Drive(store.folder)
-    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
     *first, last = [piece for piece in store.pieces if piece.block == "block0"]
     for _ in range(2):
         for piece in first:
@@ -93,7 +93,7 @@ def test_a_damaged_block_is_found_again(store: FakeStore) -> None:
 
 def test_several_threads(store: FakeStore) -> None:
     drive = Drive(store.folder)
-    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
     failures: list[Exception] = []
 
     def feed(seed: int) -> None:

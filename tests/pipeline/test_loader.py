@@ -54,7 +54,7 @@ class Pipeline:
         drive = Drive(store.folder)
         self.loader = Loader(
             drive, store.pieces, store.loads(num_slots, rows), self.table, self.slots, self.residents, threads=threads,
-            checksums=BlockChecksums({b.name: b for b in store.blocks}, drive) if checked else None,
+            checksums=BlockChecksums({b.name: b for b in store.blocks}, store.pieces, drive) if checked else None,
             transfer_bytes=16 << 10,
         )  # fmt: skip
         self.loader.start()
