@@ -270,6 +270,8 @@ class Loader:
             self._asked += change
             if change < 0 or self._asked == 1:
                 self._table.drive_asked(time.perf_counter() if self._asked else 0)
+            if not self._drive.direct:
+                self._table.note_buffered()
 
     def _read_loop(self) -> None:
         while True:

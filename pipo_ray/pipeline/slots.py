@@ -34,7 +34,7 @@ class SlotState(IntEnum):
 
 
 # Header words (uint64 index within row 0).
-_EPOCH, _EPOCH_SEEN, _NEXT_LOAD, _CONSUMED, _STOP, _PRELOAD, _DRIVE_ASKED = range(7)
+_EPOCH, _EPOCH_SEEN, _NEXT_LOAD, _CONSUMED, _STOP, _PRELOAD, _DRIVE_ASKED, _DRIVE_BUFFERED = range(8)
 # Words of a slot's row: uint32 word 0 is the state (the futex); uint64 words from 1 on.
 _LOAD, _ERROR = 1, 2
 
@@ -159,6 +159,15 @@ class SlotTable:
         for index in range(self.num_resident):
             if self._state_at(self._resident_row(index)) == SlotState.FAILED:
                 self.reset_resident(index)
+
+    @property
+    def drive_buffered(self) -> bool:
+        """Whether the loader reads through the page cache."""
+        return bool(self._words64[_DRIVE_BUFFERED])
+
+    def note_buffered(self) -> None:
+        """Loader: reads go through the page cache."""
+        self._words64[_DRIVE_BUFFERED] = 1
 
     def drive_asked(self, since_s: float) -> None:
         """Loader: since `since_s` (`time.perf_counter`) the drive has been asked and has given nothing; 0: it is asked
