@@ -148,7 +148,8 @@ def test_every_byte_of_every_piece_counts_in_any_order(seed: int, which: int, wh
     bad = pieces[which]
     stop = min(bad.file_offset + bad.read_bytes, block.offset + block.nbytes)
     offset = 0 if where == "first byte" else stop - bad.file_offset - 1
-    random.Random(seed).shuffle(pieces) if seed else None
+    if seed:
+        random.Random(seed).shuffle(pieces)
     drive = Drive(store.folder)
     checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
 
