@@ -58,9 +58,11 @@ class LLM:
     starts a private Ray (an error if another runs on this machine), "local" starts one in any case, "auto" or
     "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
     plus answer in tokens, `max_batch_tokens` the tokens that a sweep computes. `on_progress(phase, done, total)` hears
-    of packing, and with phase "start" when Ray and the actors start.
+    of packing, and with phase "start" when Ray and the actors start. `verify_checksums` checks what is in memory of
+    every block the first time it is read.
 
-    Raises PipoError: whatever is wrong with model, budgets or machine is said in one line.
+    Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
+    requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""A drive that fails below `preadv` in the real loader: tried again where that helps, otherwise an error that says what
-to do, and never another text. The LLM outlives it.
+"""A drive that fails below `preadv` in the real loader while it runs: tried again where that helps, otherwise an error
+that says what to do, and never another text. The LLM outlives it.
 """
 
 from __future__ import annotations
@@ -7,50 +7,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pipeline.failing_drive import FailingDrive, Kind, build_failing_drive
+from pipeline.failing_drive import FailingDrive, Kind
 
-from pipo_ray import LLM, SamplingParams
+from pipo_ray import LLM
 from pipo_ray.errors import DriveError
 from pipo_ray.pipeline import drive_watch
-from pipo_ray.prepare import prepare_store
-from pipo_ray.store.manifest import Manifest
 
-from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
+from .drive_runs import start, tokens
 from .footprint import Footprint, wait_until_gone
-from .test_bad_input import session_processes
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-PROMPTS = prompts_of((3, 29, 11), VOCAB_SIZE)
-BUDGET = {"memory": "3GiB", "weight_memory": "450KiB", "ray_address": "local", "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def failing(tmp_path_factory: pytest.TempPathFactory) -> FailingDrive:
-    return build_failing_drive(tmp_path_factory.mktemp("failing"))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_store(make_checkpoint(tmp_path_factory.mktemp("drive") / "bytes-llama", BYTES_LLAMA)).folder
-
-
-def start(store: Path, failing: FailingDrive, **more: Any) -> LLM:
-    """An LLM whose processes see the failing drive; this one does not."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in failing.environment.items():
-            patch.setenv(name, value)
-        return LLM(store, **BUDGET | more)
-
-
-def tokens(llm: LLM) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
 def retries(llm: LLM) -> int:
@@ -58,14 +26,7 @@ def retries(llm: LLM) -> int:
 
 
 @pytest.fixture(scope="module")
-def expected(store: Path) -> list[list[int]]:
-    """Undisturbed."""
-    with LLM(store, **BUDGET) as llm:
-        return tokens(llm)
-
-
-@pytest.fixture(scope="module")
-def llm(store: Path, failing: FailingDrive) -> Iterator[LLM]:
+def llm(store: Path, failing: FailingDrive, expected: list[list[int]]) -> Iterator[LLM]:
     with start(store, failing) as llm:
         footprint = Footprint(llm._session.path, os.getpid())
         yield llm
@@ -132,37 +93,3 @@ def test_a_stall_ends_by_itself_and_is_told_once(
     assert len(told) == 1, told
     wanted = 10 if patience_s is None else round(patience_s)
     assert f"the drive has not answered for {wanted} s; the run goes on as soon as it does" in told[0]
-
-
-@pytest.mark.parametrize("block", [0, -1])
-def test_bytes_that_come_out_wrong_once_are_read_again(
-    block: int, store: Path, failing: FailingDrive, expected: list[list[int]]
-) -> None:
-    """On the first load of a block, which is when checksums are looked at; the sweep is done again."""
-    stored = [one for one in Manifest.load(store).blocks if one.kind not in ("embedding", "head")][block]
-    failing.fail("flip", times=1, offset=stored.offset + stored.nbytes // 2)
-    with start(store, failing) as llm:
-        assert tokens(llm) == expected
-
-
-def pipo(store: Path, failing: FailingDrive, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "pipo_ray.cli", "run", str(store), "--prompt-ids", "5,6,7", "--max-tokens", "3"),
-            *("--memory", "2GiB", "--weight-memory", "450KiB", "--device", "cpu", "--ray-address", "local", *more),
-        ],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200, env=os.environ | failing.environment,
-    )  # fmt: skip
-
-
-def test_the_command_line_says_it_in_one_line(store: Path, failing: FailingDrive) -> None:
-    """Here what is read is never what is on the drive."""
-    stored = next(one for one in Manifest.load(store).blocks if one.kind not in ("embedding", "head"))
-    failing.fail("flip", offset=stored.offset + 1)
-    done = pipo(store, failing)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"pipo: error: block {stored.name} in {store}"), line
-    assert "damaged" not in line or "pack the checkpoint again" in line
-    assert not session_processes()
