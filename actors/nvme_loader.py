@@ -27,7 +27,9 @@ class NvmeLoader:
         manifest = Manifest.load(setup.store)
         drive = PoliteDrive(setup.store) if setup.background else Drive(setup.store)
         checksums = (
-            BlockChecksums({b.name: b for b in manifest.blocks}, Drive(setup.store)) if setup.verify_checksums else None
+            BlockChecksums({b.name: b for b in manifest.blocks}, setup.plan.pieces, Drive(setup.store))
+            if setup.verify_checksums
+            else None
         )
         trace_file = f"{setup.trace_folder}/NvmeLoader-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._loader = Loader(
@@ -44,7 +46,7 @@ class NvmeLoader:
         return os.getpid()
 
     def error(self) -> Exception | None:
-        """The first error that reading again did not cure."""
+        """The latest error that reading again did not cure."""
         return self._loader.error
 
     def times(self) -> StageTimes:

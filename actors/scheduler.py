@@ -11,9 +11,10 @@ from typing import Any
 from pipo_ray.actors.calls import find, obtain_lease
 from ray.exceptions import RayActorError, RayTaskError
 
-from pipo_ray.errors import ActorFailedError, PipoError
+from pipo_ray.errors import ActorFailedError, DriveError, MisreadError, PipoError
 from pipo_ray.messages import RequestSpec, StageTimes, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.pipeline.roll import ActorRoll
+from pipo_ray.pipeline.slots import PieceUnreadableError
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
@@ -51,15 +52,10 @@ class Scheduler:
         return self._identity
 
     async def poll(self, client: str, scheduler: str, after: int, timeout_s: float) -> list[TokenEvent] | None:
-        """The client's new events, or None if the client does not know this scheduler yet. Raises the error that ended
-        the run.
-        """
+        """The client's new events, or None if the client does not know this scheduler yet."""
         if scheduler != self._identity or not self._loop.knows(client):
             return None
-        events = await self._loop.poll(client, after, timeout_s)
-        if not events and self._loop.error is not None:
-            raise self._loop.error
-        return events
+        return await self._loop.poll(client, after, timeout_s)
 
     async def abort(self, client: str, request_ids: Sequence[str]) -> None:
         """See `SchedulingLoop.abort`."""
@@ -90,17 +86,22 @@ class Scheduler:
         except RayTaskError as error:
             if isinstance(error.cause, WorkerLostError):
                 raise WorkerLostError from error
-            raise await self._diagnose(error) from error
+            cause = await self._diagnose(error)
+            if isinstance(cause, MisreadError):  # nothing of this sweep has been handed out; it is done again
+                raise WorkerLostError from cause
+            raise cause from error
 
     async def _diagnose(self, error: RayTaskError) -> PipoError:
         """The compute worker raised: the loader's own error if that is why, the error itself if it is one of ours."""
-        try:
-            cause = await self._loader.error.remote()
-        except RayActorError:
-            cause = None
-        if isinstance(cause, PipoError):
-            return cause
         inner = error.cause
+        if isinstance(inner, PieceUnreadableError):
+            try:
+                cause = await self._loader.error.remote()
+            except RayActorError:
+                cause = None
+            if isinstance(cause, PipoError):
+                return cause
+            return DriveError("the loader could not read a piece of the model, and died before it said why; try again")
         if isinstance(inner, PipoError):
             return inner
         return ActorFailedError(

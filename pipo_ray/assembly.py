@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipo_ray.errors import PipoError
 from pipo_ray.messages import RequestSpec, TokenEvent
 from pipo_ray.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 
@@ -36,12 +37,14 @@ class RequestAssembly:
         self._last_s = submitted_s
         self.logits: list[npt.NDArray[np.float32]] = []
         self.num_events = 0
+        self.error: PipoError | None = None
 
     def take(self, event: TokenEvent, sweeps_before: int, bytes_before: int) -> None:
         """Add a token. The scheduler's counters start anew with it; `*_before` are the totals of its predecessors."""
         sample = self._samples[event.index]
         result = event.result
         self.num_events += 1
+        self.error = self.error or event.error
         if result.token_id is not None:
             sample.token_ids.append(result.token_id)
             sample.parts.append(result.text)

@@ -33,5 +33,15 @@ class ResourceError(InputError):
     """Something the machine lacks: CUDA, /dev/shm, disk space, a free Ray port."""
 
 
+class DriveError(PipoError):
+    """A drive that does not give what is on it: an I/O error, a device that is gone, bytes that came out wrong. Unlike
+    a damaged store this may pass; the next request tries again.
+    """
+
+
+class MisreadError(DriveError):
+    """A block came out wrong once, and is sound on the drive: the sweep is to be done again."""
+
+
 class ActorFailedError(PipoError):
     """An actor died too often, or reported an error that a restart does not cure."""

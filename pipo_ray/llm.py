@@ -62,9 +62,10 @@ class LLM:
     of packing, and with phase "start" when Ray and the actors start. `before_start(llm)` is called before that, when
     model and budgets are known: `check_prompts` works then, and what it raises ends the construction. With `background`
     Ray and the actors have the lowest priority, and reading pauses while others use the disk; the calling process keeps
-    its priority.
+    its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
 
-    Raises PipoError: whatever is wrong with model, budgets or machine is said in one line.
+    Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
+    requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
     """
 
     def __init__(
@@ -372,6 +373,9 @@ class LLM:
                 # What another iterator of this LLM has taken for us counts too.
                 self._wait_for_news(lambda: bool(changed()))
                 for identifier in changed():
+                    if (error := requests[identifier].error) is not None:
+                        self._stage.check()  # that an actor died for good is why the others failed
+                        raise error
                     with self._news:
                         shown[identifier], output = requests[identifier].num_events, requests[identifier].output()
                     if output.finished:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipo_ray.errors import PipoError
 from pipo_ray.model.batch import WantedLogits
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.outputs import FinishReason, Logprob
@@ -152,7 +153,9 @@ class RequestSpec:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of sample `index` of a request, or its end; `number` counts a client's events from 1."""
+    """A token of sample `index` of a request, or its end, also by an `error`; `number` counts a client's events from
+    1.
+    """
 
     number: int
     request_id: str
@@ -161,6 +164,7 @@ class TokenEvent:
     sweeps: int
     bytes_streamed: int
     time_s: float
+    error: PipoError | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ driver.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from pipo_ray.errors import ActorFailedError, PipoError
 from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes
+from pipo_ray.pipeline.drive_watch import DriveWatch
 from pipo_ray.pipeline.roll import ACTORS, WINDOW_S, ActorRoll
 from pipo_ray.pipeline.slots import SlotTable
 from pipo_ray.pipeline.stage_memory import StageMemory
@@ -22,6 +24,7 @@ from pipo_ray.session.oom import oom_kills
 from pipo_ray.session.session import Session
 from pipo_ray.session.slots import SharedBuffer, object_store_bytes
 
+_log = logging.getLogger("pipo_ray")
 _START_PATIENCE_S = 120.0
 _SUPERVISE_S = 0.05
 
@@ -170,11 +173,16 @@ class Stage:
         del self.memory, self._setup
 
     def _supervise(self) -> None:
-        """Open the staging pool whenever it was started; stop the pipeline when an actor has died too often."""
+        """Open the staging pool whenever it was started; stop the pipeline when an actor has died too often; say what
+        is the matter with the drive. (A warning of our log goes to stderr unless the program has other plans for it.)
+        """
         import ray
 
         opened = 0
+        drive = DriveWatch(self.memory.table, self._setup.store)
         while not self._closing.wait(_SUPERVISE_S):
+            for line in drive.news():
+                _log.warning("pipo: %s", line)
             if self.roll.lost() is not None:
                 self.memory.table.stop()
                 return

@@ -134,7 +134,7 @@ class Pipeline:
         self.loader = Loader(
             self._drive, self.pieces, self.loads(), self.table, self._slots, self._residents, threads=threads,
             preloads=self.preloads(),
-            checksums=BlockChecksums(blocks, self._drive) if checksums else None,
+            checksums=BlockChecksums(blocks, self.pieces, self._drive) if checksums else None,
         )  # fmt: skip
         self.loader.start()
         self._readers: dict[str, RowReader] = {}

@@ -39,6 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", metavar="N", type=int, help="context: prompt and answer, in tokens")
     group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
     group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
+    group.add_argument("--no-verify", action="store_true", help="skip the checksum of each block's first read")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
                        "auto or HOST:PORT: join that one")  # fmt: skip
     group.add_argument("--background", action="store_true", help="give way to whatever else the PC does")
@@ -94,6 +95,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
             arguments[name] = number
     if "gpu_memory" in arguments and options.device == "cpu":
         raise InputError("--gpu-memory means nothing with --device cpu; leave one of them out")
+    if options.no_verify:
+        arguments["verify_checksums"] = False
     if options.ray_address is not None:
         arguments["ray_address"] = options.ray_address
     if options.trace is not None:

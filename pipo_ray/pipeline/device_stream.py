@@ -71,7 +71,7 @@ class DeviceStream:
         self._issued: dict[int, Event] = {}
         self._released: dict[int, Event] = {}
         self._free = [True] * len(self._gpu_slots)
-        self._retiring: deque[tuple[Event, int, int]] = deque()
+        self._retiring: deque[tuple[Event, int, int, int]] = deque()  # event, slot, load, generation
         self._error: BaseException | None = None
         self._idle = False
 
@@ -188,7 +188,7 @@ class DeviceStream:
                 self._trace.mark("weight copy", {"piece": self._plan.pieces[index].block, "gpu_slot": gpu_slot})
                 with self._changed:
                     if load is not None:
-                        self._retiring.append((event, loads.slot(load), load))
+                        self._retiring.append((event, loads.slot(load), load, generation))
                     self._issued[number] = event
                     self._changed.notify_all()
             sweep += 1
@@ -212,13 +212,15 @@ class DeviceStream:
                     if self._stopping or self._table.stopped:
                         return
                     self._changed.wait(0.5)
-                event, slot, load = self._retiring[0]
-                generation = self._generation
+                entry = self._retiring[0]
+            event, slot, load, generation = entry
             event.synchronize()
             with self._changed:
-                if self._generation == generation and self._retiring and self._retiring[0][2] == load:
+                if self._retiring and self._retiring[0] is entry:
                     self._retiring.popleft()
-                    self._table.release(slot, load)
+                    # A copy of a sweep that was given up: its slot may be another load's by now.
+                    if self._generation == generation:
+                        self._table.release(slot, load)
 
     def _preload(self, preloads: LoadOrder) -> None:
         """Fill the memory of the pieces that stay on the GPU, through the slots."""

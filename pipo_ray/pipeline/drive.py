@@ -4,15 +4,25 @@ dropped behind.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
-from pipo_ray.errors import StoreError
+from pipo_ray.errors import DriveError, StoreError
 
 PAGE = 4096
-_RETRIES = 3
+_RETRY_AFTER_S = (0.0, 0.05, 0.5)
+"""Pauses before another attempt. The kernel and the drive have tried for long themselves before they report an error;
+what may help is a moment for a bus or a device that is being reset.
+"""
+_PASSING = (errno.EAGAIN, errno.EINTR)
+_REOPENED = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+"""With these a descriptor may be dead for good although the device is back: the file is opened anew before another
+attempt.
+"""
 
 
 class Drive:
@@ -37,8 +47,8 @@ class Drive:
     def read_into(self, memory: memoryview, file: str, offset: int) -> None:
         """Fill `memory` (4096-aligned address and length) from `file` at `offset` (4096-aligned).
 
-        A file may end within the last page, whose rest is then undefined. Errors that may pass are tried again;
-        StoreError names file, offset and cause, also for a file that ends earlier than that.
+        A file may end within the last page, whose rest is then undefined. Errors that may pass are tried again.
+        DriveError names file, offset and cause; StoreError those of a file that is missing or ends too early.
         """
         done = 0
         attempts = 0
@@ -56,12 +66,16 @@ class Drive:
                     self._go_buffered(str(error.strerror))
                     continue
                 attempts += 1
-                self.retries += 1
-                if error.errno in (errno.EIO, errno.EAGAIN, errno.EINTR) and attempts <= _RETRIES:
+                if error.errno in (*_PASSING, *_REOPENED) and attempts <= len(_RETRY_AFTER_S):
+                    self.retries += 1
+                    time.sleep(_RETRY_AFTER_S[attempts - 1])
+                    if error.errno in _REOPENED:
+                        self._reopen(file, descriptor)
                     continue
-                raise StoreError(
+                raise DriveError(
                     f"{self._folder / file}: reading {len(memory)} bytes at offset {offset} failed: {error.strerror} "
-                    f"(after {attempts} attempts); check the drive, then run `pipo verify {self._folder}`"
+                    f"(after {attempts} attempt{'s' * (attempts > 1)}); check that the drive is connected and healthy, "
+                    f"then run `pipo verify {self._folder}`"
                 ) from error
             if count == 0:
                 break
@@ -106,6 +120,16 @@ class Drive:
                 self.direct = False
                 self.why_buffered = f"the file system of {path.parent} refuses O_DIRECT"
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _reopen(self, file: str, descriptor: int) -> None:
+        """Put a newly opened file under the same descriptor: other threads may be reading from it. If it cannot be
+        opened, the next read says what is wrong.
+        """
+        with self._lock, contextlib.suppress(OSError):
+            if self._descriptors.get(file) == descriptor:
+                new = self._open(self._folder / file)
+                os.dup2(new, descriptor, inheritable=False)
+                os.close(new)
 
     def _go_buffered(self, cause: str) -> None:
         with self._lock:

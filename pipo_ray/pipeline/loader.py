@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipo_ray.errors import PipoError, StoreError
+from pipo_ray.errors import DriveError, PipoError, StoreError
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.order import LoadOrder
@@ -44,6 +44,11 @@ class _Fill:
         self._lock = threading.Lock()
         self._done = done
         self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a transfer has failed: the others need not be tried."""
+        return self._error is not None
 
     def part_done(self, error: Exception | None) -> None:
         with self._lock:
@@ -86,7 +91,9 @@ class Loader:
         self._transfer_bytes = transfer_bytes // 4096 * 4096
         self._trace = trace
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._elsewhere = frozenset(index for at, index in enumerate(loads.order) if loads.is_elsewhere(at))
         self._filling_residents: set[int] = set()
+        self._asked = 0  # transfers that the drive is asked for now
         self._in_flight = 0
         self._in_flight_changed = threading.Condition()
         self._started = time.perf_counter()
@@ -118,6 +125,8 @@ class Loader:
     # -------------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
+        self._table.drive_asked(0)
+        self._table.clear_failed_residents()
         # A predecessor that was killed may have left slots that say FILLING: nobody fills them any more.
         for slot in range(self._table.num_slots):
             if self._table.view(slot).state in (SlotState.FILLING, SlotState.FAILED):
@@ -129,10 +138,21 @@ class Loader:
                     self._wait_idle()
                     epoch = self._table.epoch
                     self._table.clear_slots()
+                    self._drop_misread_residents()
                     self._table.acknowledge_epoch(epoch)
                 self._run_epoch(epoch)
             except StoppedError:
                 continue
+
+    def _drop_misread_residents(self) -> None:
+        """What came out wrong is read again in the new epoch, except what is on the GPU and not loaded any more."""
+        if self._checksums is None:
+            return
+        kept = () if self._table.preloading else self._elsewhere
+        wrong = self._checksums.begin_again(kept)
+        for position, index in enumerate(self._main_loads.order):
+            if index in wrong and self._main_loads.is_resident(position):
+                self._table.reset_resident(self._main_loads.resident_row(position))
 
     def _run_epoch(self, epoch: int) -> None:
         preloading = self._table.preloading and self._preloads is not None
@@ -230,14 +250,28 @@ class Loader:
 
     def _transfer(self, piece: Piece, memory: memoryview, start: int, stop: int, fill: _Fill) -> Callable[[], None]:
         def transfer() -> None:
+            if fill.failed:
+                fill.part_done(None)
+                return
             error: Exception | None = None
+            self._ask_drive(1)
             try:
                 self._drive.read_into(memory[start:stop], piece.file, piece.file_offset + start)
             except Exception as failure:  # whatever it is, the compute worker must hear of it instead of waiting
                 error = _as_pipo_error(failure, piece)
+            self._ask_drive(-1)
             fill.part_done(error)
 
         return transfer
+
+    def _ask_drive(self, change: int) -> None:
+        """A transfer begins (1), or has ended (-1): the drive has answered."""
+        with self._in_flight_changed:
+            self._asked += change
+            if change < 0 or self._asked == 1:
+                self._table.drive_asked(time.perf_counter() if self._asked else 0)
+            if not self._drive.direct:
+                self._table.note_buffered()
 
     def _read_loop(self) -> None:
         while True:
@@ -252,7 +286,7 @@ class Loader:
                 self._in_flight_changed.wait()
 
     def _note(self, error: Exception | None) -> None:
-        if isinstance(error, PipoError) and self.error is None:
+        if isinstance(error, PipoError):
             self.error = error
 
     def snapshot(self) -> LoaderCounters:
@@ -282,6 +316,8 @@ class Loader:
 
 
 def _as_pipo_error(error: Exception, piece: Piece) -> PipoError:
+    if isinstance(error, DriveError) and not str(error).startswith("block "):
+        return type(error)(f"block {piece.block} cannot be read: {error}")
     if isinstance(error, PipoError):
         return error
     return StoreError(f"{piece.file}: reading block {piece.block} failed: {type(error).__name__}: {error}")

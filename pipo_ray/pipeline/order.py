@@ -73,6 +73,10 @@ class LoadOrder:
         """Whether the piece at `position` is not in RAM at all."""
         return self._rank[position] == _ELSEWHERE
 
+    def is_resident(self, position: int) -> bool:
+        """Whether the piece at `position` stays in RAM."""
+        return _ELSEWHERE < self._rank[position] < 0
+
     def resident_row(self, position: int) -> int:
         """The slot-table row of the resident piece at `position`."""
         return -1 - self._rank[position]

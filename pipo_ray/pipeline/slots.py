@@ -34,13 +34,17 @@ class SlotState(IntEnum):
 
 
 # Header words (uint64 index within row 0).
-_EPOCH, _EPOCH_SEEN, _NEXT_LOAD, _CONSUMED, _STOP, _PRELOAD = range(6)
+_EPOCH, _EPOCH_SEEN, _NEXT_LOAD, _CONSUMED, _STOP, _PRELOAD, _DRIVE_ASKED, _DRIVE_BUFFERED = range(8)
 # Words of a slot's row: uint32 word 0 is the state (the futex); uint64 words from 1 on.
 _LOAD, _ERROR = 1, 2
 
 
 class StoppedError(Exception):
     """The pipeline was told to stop, or the epoch changed, while waiting."""
+
+
+class PieceUnreadableError(OSError):
+    """The loader could not read a piece; it knows why."""
 
 
 @dataclass(frozen=True)
@@ -136,20 +140,54 @@ class SlotTable:
         row = self._row(slot)
         return self._state_at(row) == SlotState.READY and self._load_at(row) == load
 
+    def reset_resident(self, index: int) -> None:
+        """Loader: the resident piece in resident row `index` is to be loaded again."""
+        self._set_state(self._resident_row(index), SlotState.FREE)
+
     def reset_slot(self, slot: int) -> None:
         """Loader, at its start: nobody fills `slot` any more."""
         self._set_state(self._row(slot), SlotState.FREE)
 
     def clear_slots(self) -> None:
-        """Loader, on a new epoch: whatever the slots hold is dropped."""
+        """Loader, on a new epoch: whatever the slots hold is dropped, and residents that failed get another try."""
         for slot in range(self.num_slots):
             self._set_state(self._row(slot), SlotState.FREE)
+        self.clear_failed_residents()
+
+    def clear_failed_residents(self) -> None:
+        """Loader, on a new epoch and at its start: resident pieces that could not be read will be read again."""
+        for index in range(self.num_resident):
+            if self._state_at(self._resident_row(index)) == SlotState.FAILED:
+                self.reset_resident(index)
+
+    @property
+    def drive_buffered(self) -> bool:
+        """Whether the loader reads through the page cache."""
+        return bool(self._words64[_DRIVE_BUFFERED])
+
+    def note_buffered(self) -> None:
+        """Loader: reads go through the page cache."""
+        self._words64[_DRIVE_BUFFERED] = 1
+
+    def drive_asked(self, since_s: float) -> None:
+        """Loader: since `since_s` (`time.perf_counter`) the drive has been asked and has given nothing; 0: it is asked
+        nothing.
+        """
+        self._words64[_DRIVE_ASKED] = int(since_s * 1e6)
+
+    @property
+    def drive_silent_s(self) -> float:
+        """Seconds for which the drive has been asked and has given nothing."""
+        since = int(self._words64[_DRIVE_ASKED])
+        return max(0.0, time.perf_counter() - since / 1e6) if since else 0.0
 
     # -- compute's side
     # -------------------------------------------------------------------------------------------------
 
     def wait_ready(self, slot: int, load: int, stopped: Callable[[], bool]) -> float:
-        """Compute: wait until `slot` holds load number `load`; seconds waited. OSError if it could not be read."""
+        """Compute: wait until `slot` holds load number `load`; seconds waited. PieceUnreadableError if it could
+        not be read.
+        """
         row = self._row(slot)
 
         def done() -> bool:
@@ -158,16 +196,18 @@ class SlotTable:
 
         waited = self._wait_row(row, done, lambda: self.stopped or stopped())
         if self._state_at(row) == SlotState.FAILED:
-            raise OSError("the loader could not read this piece")
+            raise PieceUnreadableError("the loader could not read this piece")
         return waited
 
     def wait_resident(self, index: int, stopped: Callable[[], bool]) -> float:
-        """Compute: wait until the resident piece in row `index` is in memory; seconds waited."""
+        """Compute: wait until the resident piece in row `index` is in memory; seconds waited. PieceUnreadableError if
+        it could not be read.
+        """
         row = self._resident_row(index)
         ready = (SlotState.READY, SlotState.FAILED)
         waited = self._wait_row(row, lambda: self._state_at(row) in ready, lambda: self.stopped or stopped())
         if self._state_at(row) == SlotState.FAILED:
-            raise OSError("the loader could not read this piece")
+            raise PieceUnreadableError("the loader could not read this piece")
         return waited
 
     def release(self, slot: int, load: int) -> None:

@@ -20,7 +20,7 @@ from pipo_ray.scheduling.sequences import Sequence as RunningSequence
 
 
 class WorkerLostError(Exception):
-    """The compute worker's process is gone; it will come back empty."""
+    """The compute worker's process is gone, and will come back empty; or its sweep has to be done again."""
 
 
 RunSweep = Callable[[SweepRequest], Awaitable[SweepResult]]
@@ -54,7 +54,6 @@ class SchedulingLoop:
         self.sweeps = 0
         self.bytes_streamed = 0
         self.tokens_computed = 0
-        self.error: PipoError | None = None
 
     # -- clients
     # ----------------------------------------------------------------------------------------------------------
@@ -120,24 +119,32 @@ class SchedulingLoop:
     # ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run sweeps for ever; returns after an error that ends the run (`error` is set, and every client wakes up)."""
-        try:
-            while True:
-                if not self._running and not self._waiting:
-                    self._wake.clear()
-                    await self._wake.wait()
-                if not self._worker_ready:
-                    await self._revive()
-                admit(self._waiting, self._running, self._limits)
-                steps = form_batch(self._running, self._limits)
-                if steps:
-                    await self._sweep(SweepRequest(self.sweeps + 1, tuple(steps), tuple(self._drop)))
-        except PipoError as error:
-            self.error = error
-        except Exception as error:  # a defect of ours: the clients must hear of it instead of waiting for ever
-            self.error = ActorFailedError(f"Scheduler: {type(error).__name__}: {error}")
-        for client in self._clients.values():
-            client.arrived.set()
+        """Run sweeps for ever. An error ends the requests that run or wait; whatever is asked next is tried again."""
+        while True:
+            try:
+                await self._step()
+            except PipoError as error:
+                self._fail(error)
+            except Exception as error:  # a defect of ours: the clients must hear of it instead of waiting for ever
+                self._fail(ActorFailedError(f"Scheduler: {type(error).__name__}: {error}"))
+
+    async def _step(self) -> None:
+        if not self._running and not self._waiting:
+            self._wake.clear()
+            await self._wake.wait()
+        if not self._worker_ready:
+            await self._revive()
+        admit(self._waiting, self._running, self._limits)
+        steps = form_batch(self._running, self._limits)
+        if steps:
+            await self._sweep(SweepRequest(self.sweeps + 1, tuple(steps), tuple(self._drop)))
+
+    def _fail(self, error: PipoError) -> None:
+        for sequence in [*self._running, *self._waiting]:
+            self._event(sequence, StepResult(sequence.name), error)
+            self._drop.append(sequence.name)
+        self._running.clear()
+        self._waiting.clear()
 
     async def _revive(self) -> None:
         while not self._worker_ready:
@@ -188,7 +195,7 @@ class SchedulingLoop:
             self._running.remove(sequence)
             self._drop.append(sequence.name)
 
-    def _event(self, sequence: RunningSequence, outcome: StepResult) -> None:
+    def _event(self, sequence: RunningSequence, outcome: StepResult, error: PipoError | None = None) -> None:
         client = self._clients.get(sequence.client)
         if client is None:
             return
@@ -202,6 +209,7 @@ class SchedulingLoop:
                 self.sweeps,
                 self.bytes_streamed,
                 time.perf_counter(),
+                error,
             )
         )
         client.arrived.set()

@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from pipo_ray.errors import InputError, StoreError
+from pipo_ray.errors import DriveError, InputError, StoreError
 from pipo_ray.store.manifest import Manifest
 
 _COALESCE_BYTES = 16 << 10
@@ -55,7 +55,8 @@ class RowReader:
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The rows' bytes: uint8 of shape (len(rows), row_bytes), in the order asked for, to be viewed as `dtype`.
 
-        Raises InputError for a row that does not exist, StoreError if the file cannot be read.
+        Raises InputError for a row that does not exist, DriveError if the file cannot be read, StoreError if it ends
+        too early.
         """
         rows = np.asarray(rows, np.int64).reshape(-1)
         wrong = rows[(rows < 0) | (rows >= self.num_rows)]
@@ -115,7 +116,10 @@ class RowReader:
             try:
                 got = os.preadv(self._descriptor, [view[done:]], offset + done)
             except OSError as error:
-                raise StoreError(f"{self._path} cannot be read: {error.strerror}; check the disk") from error
+                raise DriveError(
+                    f"{self._path}: reading rows of {self.name} at offset {offset + done} failed: {error.strerror}; "
+                    "check that the drive is connected and healthy"
+                ) from error
             if got == 0:
                 raise StoreError(
                     f"{self._path} ends at byte {offset + done}, in row {first} of {self.name}; pack the checkpoint "

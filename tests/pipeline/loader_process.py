@@ -70,7 +70,7 @@ def main() -> None:
     table, slots, residents = shared.open()
     drive = Drive(specification.store)
     loads = LoadOrder(plan.order, plan.releases, specification.resident_rows, shared.num_slots)
-    checksums = BlockChecksums({block.name: block for block in specification.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in specification.blocks}, plan.pieces, drive)
     trace = TraceWriter(sys.argv[2], "loader")
     loader = Loader(
         drive,

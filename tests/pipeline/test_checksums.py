@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pipeline.fake_store import FakeStore, make_store
 
-from pipo_ray.errors import StoreError
+from pipo_ray.errors import DriveError, MisreadError, StoreError
 from pipo_ray.pipeline.checksums import BlockChecksums, LookupChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.plan.pieces import Piece
@@ -36,7 +36,7 @@ class CountingDrive(Drive):
 def fed(store: FakeStore, pieces: list[Piece]) -> int:
     """Feed `pieces`; the bytes that had to be read again."""
     drive = CountingDrive(store.folder)
-    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
     try:
         for piece in pieces:
             checksums.check(piece, np.frombuffer(store.content(piece), np.uint8))
@@ -81,7 +81,7 @@ def test_a_damaged_block_is_found_again(store: FakeStore) -> None:
     """Whoever goes on after the first report gets another one."""
     flip(store, store.blocks[0].offset)
     drive = Drive(store.folder)
-    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
     *first, last = [piece for piece in store.pieces if piece.block == "block0"]
     for _ in range(2):
         for piece in first:
@@ -93,7 +93,7 @@ def test_a_damaged_block_is_found_again(store: FakeStore) -> None:
 
 def test_several_threads(store: FakeStore) -> None:
     drive = Drive(store.folder)
-    checksums = BlockChecksums({block.name: block for block in store.blocks}, drive)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
     failures: list[Exception] = []
 
     def feed(seed: int) -> None:
@@ -122,3 +122,62 @@ def test_blocks_that_are_looked_up_are_read_whole(store: FakeStore) -> None:
     for _ in range(2):
         with pytest.raises(StoreError, match=f"block {block.name} in {block.file} is damaged: .*{block.checksum}"):
             checksums.wait()
+
+
+# --- what came out wrong although it is right on the drive -----------------------------------------------------------
+
+
+def misread(store: FakeStore, piece: Piece, offset: int) -> np.ndarray:
+    """The piece's bytes, one of them wrong."""
+    memory = np.frombuffer(bytearray(store.content(piece)), np.uint8)
+    memory[offset] ^= 0x80
+    return memory
+
+
+def pieces_of(store: FakeStore, block: str) -> list[Piece]:
+    return [piece for piece in store.pieces if piece.block == block]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("which", [0, 1, -1])
+@pytest.mark.parametrize("where", ["first byte", "last byte"])
+def test_every_byte_of_every_piece_counts_in_any_order(seed: int, which: int, where: str, store: FakeStore) -> None:
+    """Also those of a page that two pieces share."""
+    block = store.blocks[0]
+    pieces = pieces_of(store, "block0")
+    bad = pieces[which]
+    stop = min(bad.file_offset + bad.read_bytes, block.offset + block.nbytes)
+    offset = 0 if where == "first byte" else stop - bad.file_offset - 1
+    if seed:
+        random.Random(seed).shuffle(pieces)
+    drive = Drive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
+
+    def feed(memory_of_bad: np.ndarray) -> None:
+        for piece in pieces:
+            content = np.frombuffer(store.content(piece), np.uint8)
+            checksums.check(piece, memory_of_bad if piece is bad else content)
+
+    with pytest.raises(MisreadError, match=f"block block0 in {store.folder / block.file}.*read is once not what is on"):
+        feed(misread(store, bad, offset))
+    assert bad.index in checksums.begin_again(kept=())
+    with pytest.raises(DriveError, match="read is again not what is on the drive"):
+        feed(misread(store, bad, offset))
+    assert bad.index in checksums.begin_again(kept=())
+    feed(np.frombuffer(store.content(bad), np.uint8))
+    feed(misread(store, bad, offset))  # checked is checked: from now on nothing is looked at
+    drive.close()
+
+
+def test_what_is_not_loaded_again_stays_wrong(store: FakeStore) -> None:
+    """A piece on the GPU: no sweep may end well with it."""
+    *_, bad, last = pieces_of(store, "block0")
+    drive = Drive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
+    with pytest.raises(MisreadError):
+        checksums.check(bad, misread(store, bad, 5))
+    for _ in range(2):
+        assert checksums.begin_again(kept=[bad.index]) == frozenset()
+        with pytest.raises(DriveError, match="again not what is on the drive"):
+            checksums.check(last, np.frombuffer(store.content(last), np.uint8))
+    drive.close()

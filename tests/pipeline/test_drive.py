@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pipeline.fake_store import aligned
 
-from pipo_ray.errors import StoreError
+from pipo_ray.errors import DriveError, StoreError
 from pipo_ray.pipeline.drive import Drive
 
 PAGE = 4096
@@ -129,7 +129,7 @@ def test_a_direct_read_that_never_gets_on_is_an_error(
 ) -> None:
     monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: 512)
     drive = Drive(tmp_path)
-    with pytest.raises(StoreError, match=r"nothing but a part of a page was read \(after 4 attempts\)"):
+    with pytest.raises(DriveError, match=r"nothing but a part of a page was read \(after 4 attempts\)"):
         read(drive, 2 * PAGE, 0)
     drive.close()
 
@@ -155,7 +155,7 @@ def test_a_file_that_ends_before_is_truncated(direct: bool, size: int, tmp_path:
 
 
 @pytest.mark.parametrize("failures", [1, 3])
-@pytest.mark.parametrize("cause", [errno.EIO, errno.EAGAIN])
+@pytest.mark.parametrize("cause", [errno.EIO, errno.EAGAIN, errno.ENODEV])
 def test_errors_that_pass_are_tried_again(
     failures: int, cause: int, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,20 +174,48 @@ def test_errors_that_pass_are_tried_again(
     drive.close()
 
 
-@pytest.mark.parametrize(("cause", "attempts"), [(errno.EIO, 4), (errno.EBADF, 1)])
+def test_a_file_whose_device_went_is_opened_again(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor of before stays dead when the device is back; and none is left open."""
+    dead: set[tuple[int, int]] = set()
+
+    def file_of(descriptor: int) -> tuple[int, int]:
+        status = os.fstat(descriptor)
+        return status.st_dev, status.st_ino
+
+    def gone(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if file_of(descriptor) in dead:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return real_preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", gone)
+    drive = Drive(tmp_path)
+    assert read(drive, PAGE, 0) == content[:PAGE]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    status = (tmp_path / "f").stat()
+    dead.add((status.st_dev, status.st_ino))
+    (tmp_path / "back").write_bytes(content)
+    (tmp_path / "back").rename(tmp_path / "f")
+    assert read(drive, PAGE, PAGE) == content[PAGE : 2 * PAGE]
+    assert drive.retries == 1
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    drive.close()
+
+
+@pytest.mark.parametrize(("cause", "attempts"), [(errno.EIO, "4 attempts"), (errno.EBADF, "1 attempt")])
 def test_errors_that_stay_name_file_offset_and_cause(
-    cause: int, attempts: int, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+    cause: int, attempts: str, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         raise OSError(cause, os.strerror(cause))
 
     monkeypatch.setattr(os, "preadv", broken)
     drive = Drive(tmp_path)
-    message = (
-        rf"{tmp_path}/f: reading 4096 bytes at offset 8192 failed: {os.strerror(cause)} \(after {attempts} attempts\)"
-    )
-    with pytest.raises(StoreError, match=message):
+    message = rf"{tmp_path}/f: reading 4096 bytes at offset 8192 failed: {os.strerror(cause)} \(after {attempts}\)"
+    with pytest.raises(DriveError, match=message) as caught:
         read(drive, PAGE, 2 * PAGE)
+    assert caught.value.exit_status == 1
     drive.close()
 
 

@@ -22,11 +22,13 @@ import torch
 from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
 from pipeline.loader_process import Shared
 
-from pipo_ray.errors import StoreError
+from pipo_ray.errors import DriveError, MisreadError, StoreError
+from pipo_ray.pipeline import drive_watch
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.drive_watch import DriveWatch
 from pipo_ray.pipeline.loader import Loader
-from pipo_ray.pipeline.slots import SlotTable, StoppedError
+from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable, StoppedError
 from pipo_ray.pipeline.weight_stream import HostStream
 
 # Blocks of one and of several pieces, small and up to a slot, tensors that end within a page.
@@ -54,7 +56,7 @@ class Pipeline:
         drive = Drive(store.folder)
         self.loader = Loader(
             drive, store.pieces, store.loads(num_slots, rows), self.table, self.slots, self.residents, threads=threads,
-            checksums=BlockChecksums({b.name: b for b in store.blocks}, drive) if checked else None,
+            checksums=BlockChecksums({b.name: b for b in store.blocks}, store.pieces, drive) if checked else None,
             transfer_bytes=16 << 10,
         )  # fmt: skip
         self.loader.start()
@@ -239,6 +241,110 @@ def test_a_drive_that_breaks_fails_the_sweep_and_the_next_one_succeeds(
         pipeline.stream.abandon()
         check_sweep(pipeline.stream, store)
         assert "Input/output error (after 4 attempts)" in str(pipeline.loader.error)
+
+
+@pytest.mark.parametrize("resident", [(), (0, 1, 2, 3), range(12)])
+@pytest.mark.parametrize("block", [0, 1, 4])
+def test_bytes_that_came_out_wrong_once_are_loaded_again(
+    block: int, resident: Sequence[int], store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residents too, those included that were taken for good before the block's last piece came."""
+    real = os.preadv
+    stored = store.blocks[block]
+    at = stored.tensors[0].offset + 7
+    left = [1]
+
+    def flipped(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        count = real(descriptor, buffers, offset)
+        if left[0] and offset <= at < offset + count:
+            left[0] -= 1
+            buffers[0][at - offset] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", flipped)
+    resident = [piece for piece in resident if piece < len(store.pieces)]
+    with pipeline_of(store, 2, resident) as pipeline:
+        with suppress(AssertionError, PieceUnreadableError):  # it may have been found before the stream began
+            check_sweep(pipeline.stream, store)
+        pipeline.stream.abandon()
+        check_sweep(pipeline.stream, store)
+        check_sweep(pipeline.stream, store)
+        assert left == [0]
+        error = pipeline.loader.error  # none where the piece was dropped before the rest of its block came
+        assert error is None or (isinstance(error, MisreadError) and f"block {stored.name} in " in str(error))
+
+
+@pytest.mark.parametrize("resident", [(), (0, 1, 2, 3), range(12)])
+def test_a_resident_piece_that_failed_is_read_when_the_drive_is_back(
+    resident: Sequence[int], store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = threading.Event()
+    broken.set()
+    real = Drive.read_into
+
+    def maybe(self: Drive, memory: memoryview, file: str, offset: int) -> None:
+        if broken.is_set():
+            raise DriveError("away")
+        real(self, memory, file, offset)
+
+    monkeypatch.setattr(Drive, "read_into", maybe)
+    resident = [piece for piece in resident if piece < len(store.pieces)]
+    with pipeline_of(store, 2, resident) as pipeline:
+        for _ in range(2):
+            with pytest.raises(PieceUnreadableError):
+                check_sweep(pipeline.stream, store)
+            assert str(pipeline.loader.error).endswith(" cannot be read: away")
+            pipeline.stream.abandon()
+        broken.clear()
+        with suppress(PieceUnreadableError):  # what had been tried before the drive was back
+            check_sweep(pipeline.stream, store)
+        pipeline.stream.abandon()
+        check_sweep(pipeline.stream, store)
+
+
+def test_a_drive_that_does_not_answer_is_told_once(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drive_watch, "SILENT_S", 0.2)
+    answer = threading.Event()
+    answer.set()
+    real = Drive.read_into
+
+    def slow(self: Drive, memory: memoryview, file: str, offset: int) -> None:
+        answer.wait(20)
+        real(self, memory, file, offset)
+
+    monkeypatch.setattr(Drive, "read_into", slow)
+    with pipeline_of(store, 2) as pipeline:
+        watch = DriveWatch(pipeline.table, "the/store")
+        for _ in range(2):
+            check_sweep(pipeline.stream, store)
+            time.sleep(0.3)
+            assert watch.news() == []  # all slots are full: it is asked nothing
+            answer.clear()
+            pipeline.stream.acquire(0)
+            pipeline.stream.release(0)
+            time.sleep(0.3)
+            (line,) = watch.news()
+            assert line.startswith("the/store: the drive has not answered for 0 s; the run goes on as soon as")
+            assert watch.news() == []
+            answer.set()
+            pipeline.stream.abandon()
+
+
+def test_that_reads_are_buffered_is_told_once(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refuse(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pipeline_of(store, 2) as pipeline:
+        check_sweep(pipeline.stream, store)
+        watch = DriveWatch(pipeline.table, "the/store")
+        (line,) = watch.news()
+        assert line.startswith("the/store: its file system refuses direct reads (O_DIRECT)")
+        assert watch.news() == []
 
 
 # --- a loader that is killed ------------------------------------------------------------------------------------------

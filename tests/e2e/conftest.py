@@ -1,0 +1,32 @@
+"""A drive that fails on demand, a store to stream from it, and what comes out undisturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pipeline.failing_drive import FailingDrive, build_failing_drive
+
+from pipo_ray.prepare import prepare_store
+
+from .checkpoints import BYTES_LLAMA, make_checkpoint
+from .drive_runs import tokens, undisturbed
+
+
+@pytest.fixture(scope="session")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> FailingDrive:
+    """Sound at first; a test that makes it fail mends it."""
+    return build_failing_drive(tmp_path_factory.mktemp("failing"))
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More than `drive_runs.BUDGET` holds."""
+    return prepare_store(make_checkpoint(tmp_path_factory.mktemp("drive") / "bytes-llama", BYTES_LLAMA)).folder
+
+
+@pytest.fixture(scope="session")
+def expected(store: Path) -> list[list[int]]:
+    """The tokens of `drive_runs.PROMPTS`. Asked for before a test's own LLM starts: a process has one at a time."""
+    with undisturbed(store) as llm:
+        return tokens(llm)
