@@ -369,7 +369,8 @@ def _locked(partial: Path, wait: bool) -> Iterator[None]:
     finally:
         with suppress(OSError):
             partial.rmdir()  # only if it is empty: there is nothing to go on with
-            for folder in missing:  # what was made on the way to it; not empty where the store is there, or another
+        with suppress(OSError):  # what was made on the way to it; not empty where there is a store in it
+            for folder in missing:
                 folder.rmdir()
         os.close(descriptor)
 

@@ -15,7 +15,7 @@ def main() -> None:
             "num_cpus": 1,
             "object_store_memory": 100 << 20,
             "include_dashboard": False,
-            "_temp_dir": sys.argv[1],
+            "temp_dir": sys.argv[1],
         },
     )
     cluster.add_node(num_cpus=8, object_store_memory=100 << 20)
