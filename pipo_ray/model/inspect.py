@@ -32,7 +32,8 @@ def find_facts(
         units=tuple(UnitFacts(unit.module, unit.tensors, unit.kind) for unit in trace.units),
         events=trace.events,
         ragged=answers.ragged,
-        chunked=answers.chunked,
+        # A cache that is rebuilt beyond a length is rebuilt as a whole.
+        chunked=answers.chunked and rebuild_length(config) is None,
         probe_reason=answers.reason,
         rebuild_length=rebuild_length(config),
         kv_bytes_per_token=_kv_bytes_per_token(text, dtype),
