@@ -31,6 +31,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -70,6 +71,7 @@ class Setting:
     memory: int
     rounds: int
     tokens: int
+    long: int
     fio_s: float
     accelerate_memory: int
     accelerate_format: str
@@ -164,7 +166,7 @@ def prompt(seed: int, length: int, vocabulary: int) -> list[int]:
 
 def measure(setting: Setting, contestant: str, disk: fio.Reading) -> dict[str, Any]:
     """Everything about one contestant. `failed` is the reason if it did not come to the end."""
-    result: dict[str, Any] = {"contestant": contestant, "rounds": []}
+    result: dict[str, Any] = {"contestant": contestant, "load_average": os.getloadavg()[0], "rounds": []}
     try:
         command, options, files = prepare(setting, contestant)
         drop_from_page_cache(*files)
@@ -182,9 +184,7 @@ def measure(setting: Setting, contestant: str, disk: fio.Reading) -> dict[str, A
     return result | _figures(setting, result)
 
 
-def _ask(
-    setting: Setting, contestant: str, disk: fio.Reading, process: PeerProcess, result: dict[str, Any]
-) -> None:  # fmt: skip
+def _ask(setting: Setting, contestant: str, disk: fio.Reading, process: PeerProcess, result: dict[str, Any]) -> None:
     vocabulary = setting.shape.vocabulary
     for number in range(setting.rounds):
         bytes_per_s = fio.read(_store_files(setting), disk.block_mib, disk.depth, setting.fio_s).bytes_per_s
@@ -192,8 +192,8 @@ def _ask(
         result["rounds"].append({"fio_bytes_per_s": bytes_per_s, **answer})
         times = answer["seconds"][0]
         print(f"{contestant}: prompt {SHORT} {times[0]:.2f} s, then {_listed(_gaps(times))}", flush=True)
-    result["long"] = process.ask([prompt(100, LONG, vocabulary)], 1)
-    print(f"{contestant}: prompt {LONG} {result['long']['seconds'][0][0]:.2f} s", flush=True)
+    result["long"] = process.ask([prompt(100, setting.long, vocabulary)], 1)
+    print(f"{contestant}: prompt {setting.long} {result['long']['seconds'][0][0]:.2f} s", flush=True)
     if contestant == "pipo":
         prompts = [prompt(200 + number, SHORT, vocabulary) for number in range(BATCH)]
         result["batch"] = process.ask(prompts, 1 + max(5, setting.tokens))
@@ -257,10 +257,11 @@ def _same_tokens(one: dict[str, Any], other: dict[str, Any]) -> str:
 def show(report: dict[str, Any]) -> None:
     """Print the result as a person reads it."""
     ours = next((one for one in report["results"] if one["contestant"] == "pipo" and "decode_s" in one), None)
+    short, long = report["prompt_tokens"]
     print(f"\n{report['model']}; {report['pc']}; {report['machine']}\ndisk: {report['disk']} ({report['fio']})\n")
     print(
-        f"{'':<12}{'prompt 32':>11}{'prompt 512':>12}{'s/token':>9}{'spread':>14}{'x limit':>9}{'/ pipo':>8}"
-        f"{'512 / pipo':>12}{'peak GiB':>10}{'oom_kill':>10}{'first tokens':>14}"
+        f"{'':<12}{f'prompt {short}':>11}{f'prompt {long}':>12}{'s/token':>9}{'spread':>14}{'x limit':>9}{'/ pipo':>8}"
+        f"{f'{long} / pipo':>12}{'peak GiB':>10}{'oom_kill':>10}{'first tokens':>14}"
     )
     for one in report["results"]:
         row = f"{one['contestant']:<12}"
@@ -317,15 +318,16 @@ def main() -> int:
     parser.add_argument("--accelerate-memory", help="Accelerate's max_memory for the CPU (default: what was fastest)")
     parser.add_argument("--accelerate-format", choices=("safetensors", "dat"), default="safetensors")
     parser.add_argument("--keep", action="store_true", help="keep AirLLM's shards and Accelerate's files")
-    parser.add_argument("--quick", action="store_true", help="4 layers in 2 GiB, 2 rounds of 2 tokens")
+    parser.add_argument("--quick", action="store_true", help="2 layers in 1.5 GiB, a round of 2 tokens, a prompt of 64")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.layers, arguments.memory, arguments.rounds, arguments.tokens = 4, "2GiB", 2, 2
+        arguments.layers, arguments.memory, arguments.rounds, arguments.tokens = 2, "1536MiB", 1, 2
     wanted = (arguments.only or f"pipo,{arguments.peers}").split(",")
     if unknown := [name for name in wanted if name not in CONTESTANTS]:
         parser.error(f"{','.join(unknown)}: choose from {','.join(CONTESTANTS)}")
     require_controller()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the contestant and its group go with us
     report = run(arguments, wanted)
     show(report)
     if arguments.json:
@@ -339,7 +341,8 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
     given = arguments.accelerate_memory
     setting = Setting(
         folder=arguments.peers_folder.absolute(), shape=SHAPE.of_layers(arguments.layers), memory=memory,
-        rounds=arguments.rounds, tokens=arguments.tokens, fio_s=0.5 if arguments.quick else 2.0,
+        rounds=arguments.rounds, tokens=arguments.tokens, long=64 if arguments.quick else LONG,
+        fio_s=0.2 if arguments.quick else 2.0,
         accelerate_memory=parse_size(given, "--accelerate-memory") if given else memory - ACCELERATE_OTHER,
         accelerate_format=arguments.accelerate_format,
     )  # fmt: skip
@@ -363,6 +366,7 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
         "disk": str(disk),
         "fio": name,
         "memory": memory,
+        "prompt_tokens": [SHORT, setting.long],
         "results": results,
     }
 
