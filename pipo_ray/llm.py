@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -24,7 +25,9 @@ from pipo_ray.outputs import RequestOutput
 from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
-from pipo_ray.prepare import prepare_store
+from pipo_ray.plan.drive_probe import describe, drive_profile
+from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer
+from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.background import give_way
@@ -63,6 +66,9 @@ class LLM:
     model and budgets are known: `check_prompts` works then, and what it raises ends the construction. With `background`
     Ray and the actors have the lowest priority, and reading pauses while others use the disk; the calling process keeps
     its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
+    `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
+    tokens that all requests at the same time will have, so that more memory is left to weights; `transfer` takes the
+    place of what would be chosen from a short measurement of the drive (made once, and kept in the cache).
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -86,6 +92,9 @@ class LLM:
         verify_checksums: bool = True,
         before_start: Callable[[LLM], None] | None = None,
         background: bool = False,
+        mode: str = "performance",
+        max_kv_tokens: int | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -100,6 +109,9 @@ class LLM:
             raise InputError(f"max_batch_tokens {max_batch_tokens} is below 1")
         if max_model_len is not None and max_model_len < 1:
             raise InputError(f"max_model_len {max_model_len} is below 1")
+        if max_kv_tokens is not None and max_kv_tokens < 1:
+            raise InputError(f"max_kv_tokens {max_kv_tokens} is below 1")
+        chosen_mode = check_mode(mode)
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         chosen = choose_device(device)
@@ -109,12 +121,19 @@ class LLM:
         check_address(ray_address)  # now, and not after an hour of packing
         prepared = prepare_store(os.fspath(model), dtype=dtype, on_progress=on_progress)
         self._facts = prepared.facts
-        self._plan = plan_run(
-            prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
+        plan = partial(
+            plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
             gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
-            max_batch_tokens=max_batch_tokens, max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
         )  # fmt: skip
+        self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode))
+        profile: tuple[ReadRate, ...] = ()
+        if transfer is None and self._plan.streamed_bytes_per_sweep:
+            profile = drive_profile(prepared.folder, cache_folder(), on_progress)
+            self._plan = plan(transfer=choose_transfer(profile, chosen_mode))
         self._lines = [budget_line, *self._plan.explanation]
+        if profile:
+            self._lines.append(describe(profile, self._plan.transfer))
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
         self._max_model_len = min(

@@ -94,7 +94,7 @@ class Stage:
             store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
             slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
             trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
-            background=background,
+            background=background, read_threads=plan.transfer.read_threads, transfer_bytes=plan.transfer.transfer_bytes,
         )  # fmt: skip
         self._setup = setup
         self.memory = StageMemory.attach(setup)

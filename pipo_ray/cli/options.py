@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pipo_ray.cli.prompts import parse_ids
 from pipo_ray.cli.terminal import progress_bar, say
 from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
 
@@ -38,6 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-model-len", metavar="N", type=int, help="context: prompt and answer, in tokens")
     group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
+    group.add_argument("--mode", choices=get_args(Mode), default="performance", help="memory-saver: a quarter of the "
+                       "memory for weights on their way, somewhat slower; default: %(default)s")  # fmt: skip
     group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
     group.add_argument("--no-verify", action="store_true", help="skip the checksum of each block's first read")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
@@ -95,6 +98,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
             arguments[name] = number
     if "gpu_memory" in arguments and options.device == "cpu":
         raise InputError("--gpu-memory means nothing with --device cpu; leave one of them out")
+    if options.mode != "performance":
+        arguments["mode"] = options.mode
     if options.no_verify:
         arguments["verify_checksums"] = False
     if options.ray_address is not None:

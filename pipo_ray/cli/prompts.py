@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipo_ray.errors import InputError
+from pipo_ray.params import SamplingParams
 
 Prompt = str | list[int]
+_SPECIAL_TOKENS = 8
 
 
 def collect_prompts(texts: Sequence[str], ids: Sequence[str], files: Sequence[str]) -> list[Prompt]:
@@ -25,6 +27,14 @@ def collect_prompts(texts: Sequence[str], ids: Sequence[str], files: Sequence[st
     if not prompts:
         raise InputError("no prompt was given; give -p TEXT, --prompt-ids IDS or --prompts FILE")
     return prompts
+
+
+def most_tokens(prompts: Sequence[Prompt], params: SamplingParams) -> int:
+    """What all prompts and their answers together can have at most: a token of text is a byte or more, but for a few
+    special ones.
+    """
+    lengths = [len(one.encode()) + _SPECIAL_TOKENS if isinstance(one, str) else len(one) for one in prompts]
+    return sum(params.n * (length + (params.max_tokens or 0)) for length in lengths)
 
 
 def parse_ids(text: str, option: str = "--prompt-ids") -> list[int]:

@@ -17,7 +17,7 @@ from pipo_ray.cli.options import (
     open_llm,
     sampling_params,
 )
-from pipo_ray.cli.prompts import Prompt, collect_prompts
+from pipo_ray.cli.prompts import Prompt, collect_prompts, most_tokens
 from pipo_ray.cli.result import JSON_KEYS, to_json
 from pipo_ray.cli.table import print_table
 from pipo_ray.cli.terminal import Output, say, stderr_console
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     params = sampling_params(options, n=options.n, logprobs=options.logprobs)
     arguments = engine_arguments(options)
     prompts = collect_prompts(options.prompt, options.prompt_ids, options.prompts)
+    arguments["max_kv_tokens"] = most_tokens(prompts, params)
     folder = find_folder(options.model)
     _require_tokenizer(folder, options.model, prompts)
     output = Output()

@@ -21,7 +21,10 @@ Progress = Callable[[str, int, int], None]
 # A model may write escape sequences, and a terminal obeys them (title, clipboard, what is on the screen).
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
-_DOING = {"download": "downloading", "inspect": "looking at the model", "pack": "packing", "verify": "verifying"}
+_DOING = {
+    "download": "downloading", "inspect": "looking at the model", "pack": "packing", "verify": "verifying",
+    "measure": "measuring the drive, once, a few seconds",
+}  # fmt: skip
 _STARTING = "starting Ray and the four actors, about ten seconds"
 _LINE_INTERVAL_S = 5.0
 

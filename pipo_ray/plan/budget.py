@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipo_ray.errors import BudgetError
 from pipo_ray.messages import Placement
-from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
-from pipo_ray.model.kernel_profile import SCRATCH_BYTES
-from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
+from pipo_ray.plan.pieces import SweepPlan, largest_uncut_bytes
+from pipo_ray.plan.placement import (
+    STAGING_SHARE,
+    choose_residents,
+    least_weight_bytes,
+    pack_arenas,
+    place,
+    sweep_plan,
+    whole_bytes,
+)
+from pipo_ray.plan.transfer import WITHOUT_PROFILE, Transfer
 from pipo_ray.session.memory import format_least, format_size
 from pipo_ray.store.manifest import Manifest
 
@@ -24,19 +33,9 @@ CUDA_PROCESS_BYTES = 2600 * MIB
 """The same with CUDA's libraries loaded in the compute worker."""
 
 _WANTED_GPU_SLOTS = 4
-_ARENA_BYTES = 512 * MIB
-_WANTED_SLOT_BYTES = 32 * MIB
-_WANTED_SLOTS = 8
-_STAGING_SHARE = 0.3
 _KV_SHARE = 0.2
 _WANTED_KV_TOKENS = 16384
 _LEAST_KV_TOKENS = 256
-_WANTED_BATCH_TOKENS = 512
-_LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256
-_LEAST_LOGITS_BYTES = 32 * MIB
-_LOGITS_COPIES = 3
-_SAMPLING_COPIES = 12  # of one row, in units of float32: probabilities, whole-numbered weights and their sums
-_SCORED_BYTES = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class RunPlan:
     `weight_bytes` is slots plus resident pieces; `kv_tokens` how many tokens of KV cache `kv_bytes` hold;
     `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
     `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.policy.Limits`; `max_length` is the
-    longest sequence in tokens that the activations are planned for, None where any length goes.
+    longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
+    pieces are read.
     """
 
     sweep: SweepPlan
@@ -64,6 +64,7 @@ class RunPlan:
     max_scored_tokens: int
     state_tokens: int
     max_length: int | None
+    transfer: Transfer
     explanation: tuple[str, ...]
 
 
@@ -77,9 +78,12 @@ def plan_run(
     gpu_context_bytes: int = 0,
     max_batch_tokens: int | None = None,
     max_model_len: int | None = None,
+    max_kv_tokens: int | None = None,
+    transfer: Transfer = WITHOUT_PROFILE,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
-    that is given). `max_batch_tokens` None: `default_batch_tokens`.
+    that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` is the most that will be needed:
+    what the KV cache does not take is left to the weights.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
@@ -94,6 +98,8 @@ def plan_run(
             gpu_context_bytes,
             max_batch_tokens,
             max_model_len,
+            max_kv_tokens,
+            transfer,
         )
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
@@ -124,9 +130,10 @@ def plan_run(
             f"weights {format_size(wanted_weights)}{lower}"
         )
     spare = memory_bytes - fixed - wanted_weights
-    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), max(_WANTED_KV_TOKENS, context) * facts.kv_bytes_per_token))
+    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
+    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), wanted_kv))
     weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
-    sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes)
+    sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes, transfer)
     if weight_memory_bytes is not None:
         kv_bytes = min(spare, max(kv_bytes, 0))
     elif used < weight_bytes:  # the whole model fits: what is left may hold KV
@@ -149,6 +156,7 @@ def plan_run(
         max_scored_tokens=scored_tokens(facts, rows),
         state_tokens=state_tokens,
         max_length=None if facts.chunked else max_batch_tokens,
+        transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
             f"{format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, processes "
@@ -169,6 +177,8 @@ def _plan_gpu_run(
     gpu_context_bytes: int,
     max_batch_tokens: int | None,
     max_model_len: int | None,
+    max_kv_tokens: int | None,
+    transfer: Transfer,
 ) -> RunPlan:
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
@@ -190,7 +200,8 @@ def _plan_gpu_run(
             f"weights {format_size(least_gpu)}; or lower --max-batch-tokens"
         )
     spare = gpu_memory_bytes - fixed - least_gpu
-    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), max(_WANTED_KV_TOKENS, context) * facts.kv_bytes_per_token))
+    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
+    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), wanted_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
     least_host = 2 * least_slot
     if weight_memory_bytes is not None and weight_memory_bytes < least_host:
@@ -207,18 +218,18 @@ def _plan_gpu_run(
     host = memory_bytes - CUDA_PROCESS_BYTES
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
-    slot_bytes = max(least_slot, min(_WANTED_SLOT_BYTES, int(gpu_weights * _STAGING_SHARE) // _WANTED_GPU_SLOTS,
-                                     int(host * _STAGING_SHARE) // _WANTED_SLOTS) // 4096 * 4096)  # fmt: skip
+    slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // _WANTED_GPU_SLOTS,
+                                     int(host * STAGING_SHARE) // transfer.num_slots) // 4096 * 4096)  # fmt: skip
     sweep = sweep_plan(manifest, facts, slot_bytes)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     whole = model_bytes <= gpu_weights
     gpu_slots = 0 if whole else max(sweep.max_held + 1, min(_WANTED_GPU_SLOTS, gpu_weights // slot_bytes))
     on_gpu = choose_residents(sweep.pieces, gpu_weights - gpu_slots * slot_bytes)
     off_gpu = [piece for piece in sweep.pieces if piece.index not in set(on_gpu)]
-    num_slots = max(2, min(_WANTED_SLOTS, int(host * _STAGING_SHARE) // slot_bytes))
+    num_slots = max(2, min(transfer.num_slots, int(host * STAGING_SHARE) // slot_bytes))
     left = host - num_slots * slot_bytes
     in_ram = choose_residents(off_gpu, left)
-    arenas, places = _pack_arenas(sweep.pieces, in_ram)
+    arenas, places = pack_arenas(sweep.pieces, in_ram)
     resident = sum(sweep.pieces[i].read_bytes for i in in_ram)
     gpu_resident = sum(sweep.pieces[i].read_bytes for i in on_gpu)
     kept = set(on_gpu) | set(in_ram)
@@ -242,6 +253,7 @@ def _plan_gpu_run(
         max_scored_tokens=scored_tokens(facts, rows),
         state_tokens=state_tokens,
         max_length=None if facts.chunked else max_batch_tokens,
+        transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, processes with CUDA "
             f"{format_size(CUDA_PROCESS_BYTES)}",
@@ -266,150 +278,13 @@ def _looked_up_line(manifest: Manifest) -> str:
     return f"; of the embedding table ({format_size(looked_up)}) only the rows needed are read" if looked_up else ""
 
 
-def activation_bytes(
-    facts: ModelFacts, max_batch_tokens: int, logits_rows: int, itemsize: int, context_length: int
-) -> int:
-    """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
-    rows of logits (three copies in float32), one of which is sampled from at a time, and with the chunk of 16-bit
-    weights that is multiplied in float32.
-    """
-    per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
-    logits = (logits_rows * _LOGITS_COPIES + _SAMPLING_COPIES) * facts.vocab_size * 4
-    scratch = SCRATCH_BYTES if itemsize < 4 else 0
-    masks = _mask_bytes(facts, max_batch_tokens, context_length)
-    return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks
-
-
-def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:
-    """What transformers' own attention makes of [new tokens, keys], where ours cannot take its place: a mask as boolean
-    and as numbers, and without a fused kernel the scores of every head, their softmax and a copy of it.
-    """
-    if facts.attention == RAGGED_ATTENTION:
-        return 0  # blockwise, within the constant part
-    pairs = new_tokens * (context_length if facts.chunked else new_tokens)
-    return pairs * (1 + 4) if facts.attention == "sdpa" else pairs * (5 + 12 * facts.num_attention_heads)
-
-
-def logits_rows(facts: ModelFacts, memory_bytes: int) -> int:
-    """Rows of logits that a sweep may make: what a small share of the memory holds, within sensible bounds."""
-    share = max(_LEAST_LOGITS_BYTES, memory_bytes // 64)
-    return max(_LEAST_SEQUENCES, min(_MOST_SEQUENCES, share // (_LOGITS_COPIES * 4 * facts.vocab_size)))
-
-
-def scored_tokens(facts: ModelFacts, rows: int) -> int:
-    """Tokens per sweep whose logits travel to a client: they pass through the object store, beside the slots."""
-    return max(1, min(rows, _SCORED_BYTES // (4 * facts.vocab_size)))
-
-
-def default_batch_tokens(facts: ModelFacts, rows: int, itemsize: int, context_length: int, memory_bytes: int) -> int:
-    """Tokens in a sweep where nothing was asked for: 512; where prompts cannot be split, and so no sequence can be
-    longer, as many as a quarter of `memory_bytes` holds, at most the context.
-    """
-    if facts.chunked:
-        return _WANTED_BATCH_TOKENS
-    low, high = min(_WANTED_BATCH_TOKENS, context_length), context_length
-    while low < high:
-        middle = (low + high + 1) // 2
-        if activation_bytes(facts, middle, rows, itemsize, context_length) <= memory_bytes // 4:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _wanted_kv_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -> int:
+    most = max(_WANTED_KV_TOKENS, context)
+    wanted = most if max_kv_tokens is None else min(most, max_kv_tokens)
+    return wanted * facts.kv_bytes_per_token + facts.state_bytes
 
 
 def _tokens(facts: ModelFacts, kv_bytes: int) -> tuple[int, int]:
     """Tokens of KV cache that `kv_bytes` hold, and what a sequence's recurrent state takes in such tokens."""
     per_token = max(1, facts.kv_bytes_per_token)
     return max(1, kv_bytes // per_token), -(-facts.state_bytes // per_token)
-
-
-def least_weight_bytes(manifest: Manifest, facts: ModelFacts) -> int:
-    """Slots and always-resident pieces at the smallest slot size."""
-    slot_bytes = largest_uncut_bytes(manifest.blocks)
-    sweep = sweep_plan(manifest, facts, slot_bytes)
-    return (sweep.max_held + 1) * slot_bytes + sum(p.read_bytes for p in sweep.pieces if p.kind == "rest")
-
-
-def whole_bytes(manifest: Manifest, facts: ModelFacts) -> int:
-    """What the model takes when all of it is resident."""
-    slot_bytes = max(largest_uncut_bytes(manifest.blocks), _WANTED_SLOT_BYTES)
-    return sum(piece.read_bytes for piece in sweep_plan(manifest, facts, slot_bytes).pieces)
-
-
-def sweep_plan(manifest: Manifest, facts: ModelFacts, slot_bytes: int) -> SweepPlan:
-    """The sweep with blocks cut for slots of `slot_bytes`."""
-    pieces = cut_pieces(manifest.blocks, slot_bytes)
-    tensors = [() if unit.kind == "lookup" else unit.tensors for unit in facts.units]
-    return plan_sweep(pieces, tensors, facts.events, manifest.aliases)
-
-
-def place(manifest: Manifest, facts: ModelFacts, weight_bytes: int) -> tuple[SweepPlan, Placement, int, int, int]:
-    """Choose slot size, number of slots and resident pieces for `weight_bytes`.
-
-    Returns (sweep plan, placement, bytes used, resident bytes, streamed bytes per sweep). Raises BudgetError.
-    """
-    least = largest_uncut_bytes(manifest.blocks)
-    slot_bytes = max(least, _WANTED_SLOT_BYTES)
-    sweep = sweep_plan(manifest, facts, slot_bytes)
-    used = sum(piece.read_bytes for piece in sweep.pieces)
-    if used <= weight_bytes:
-        arenas, places = _pack_arenas(sweep.pieces, range(len(sweep.pieces)))
-        return sweep, Placement(slot_bytes, 0, arenas, places), used, used, 0
-    staging = int(weight_bytes * _STAGING_SHARE)
-    slot_bytes = max(least, min(_WANTED_SLOT_BYTES, staging // _WANTED_SLOTS) // 4096 * 4096)
-    while True:
-        sweep = sweep_plan(manifest, facts, slot_bytes)
-        always = sum(p.read_bytes for p in sweep.pieces if p.kind == "rest")
-        num_slots = max(sweep.max_held + 1, min(_WANTED_SLOTS, max(staging // slot_bytes, 2)))
-        if num_slots * slot_bytes + always <= weight_bytes:
-            break
-        if slot_bytes == least:
-            num_slots = sweep.max_held + 1
-            if num_slots * slot_bytes + always > weight_bytes:
-                raise BudgetError(
-                    f"weights need at least {format_least(num_slots * slot_bytes + always)}, "
-                    f"{format_size(weight_bytes)} are given; raise --memory or --weight-memory"
-                )
-            break
-        slot_bytes = max(least, slot_bytes // 2 // 4096 * 4096)
-    chosen = choose_residents(sweep.pieces, weight_bytes - num_slots * slot_bytes)
-    arenas, places = _pack_arenas(sweep.pieces, chosen)
-    resident = sum(sweep.pieces[i].read_bytes for i in chosen)
-    streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in places)
-    placement = Placement(slot_bytes, num_slots, arenas, places)
-    return sweep, placement, num_slots * slot_bytes + resident, resident, streamed
-
-
-def choose_residents(pieces: Sequence[Piece], budget: int) -> list[int]:
-    """Pieces that stay, `budget` bytes at most: what must stay, then others spread evenly over the sweep.
-
-    Evenly, because read-ahead reaches only as far as there are slots: the drive is to have something to do behind every
-    resident piece.
-    """
-    chosen = [piece.index for piece in pieces if piece.kind == "rest"]
-    left = budget - sum(pieces[i].read_bytes for i in chosen)
-    others = [piece for piece in pieces if piece.kind != "rest"]
-    total = sum(piece.read_bytes for piece in others)
-    if left >= total:
-        return sorted([*chosen, *(piece.index for piece in others)])
-    share = max(0.0, left / total) if total else 0.0
-    owed = 0.0
-    for piece in others:
-        owed += share * piece.read_bytes
-        if owed >= piece.read_bytes and left >= piece.read_bytes:
-            chosen.append(piece.index)
-            owed -= piece.read_bytes
-            left -= piece.read_bytes
-    return sorted(chosen)
-
-
-def _pack_arenas(pieces: Sequence[Piece], chosen: Sequence[int]) -> tuple[tuple[int, ...], dict[int, tuple[int, int]]]:
-    arenas: list[int] = []
-    places: dict[int, tuple[int, int]] = {}
-    for index in chosen:
-        nbytes = pieces[index].read_bytes
-        if not arenas or arenas[-1] + nbytes > _ARENA_BYTES:
-            arenas.append(0)
-        places[index] = (len(arenas) - 1, arenas[-1])
-        arenas[-1] += nbytes
-    return tuple(arenas), places

@@ -1,0 +1,66 @@
+"""What a sweep allocates besides weights and KV cache, and how much of it a sweep may therefore do."""
+
+from __future__ import annotations
+
+from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
+from pipo_ray.model.kernel_profile import SCRATCH_BYTES
+
+MIB = 1 << 20
+
+_WANTED_BATCH_TOKENS = 512
+_LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256
+_LEAST_LOGITS_BYTES = 32 * MIB
+_LOGITS_COPIES = 3
+_SAMPLING_COPIES = 12  # of one row, in units of float32: probabilities, whole-numbered weights and their sums
+_SCORED_BYTES = 8 * MIB
+
+
+def activation_bytes(
+    facts: ModelFacts, max_batch_tokens: int, logits_rows: int, itemsize: int, context_length: int
+) -> int:
+    """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
+    rows of logits (three copies in float32), one of which is sampled from at a time, and with the chunk of 16-bit
+    weights that is multiplied in float32.
+    """
+    per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
+    logits = (logits_rows * _LOGITS_COPIES + _SAMPLING_COPIES) * facts.vocab_size * 4
+    scratch = SCRATCH_BYTES if itemsize < 4 else 0
+    masks = _mask_bytes(facts, max_batch_tokens, context_length)
+    return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks
+
+
+def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:
+    """What transformers' own attention makes of [new tokens, keys], where ours cannot take its place: a mask as boolean
+    and as numbers, and without a fused kernel the scores of every head, their softmax and a copy of it.
+    """
+    if facts.attention == RAGGED_ATTENTION:
+        return 0  # blockwise, within the constant part
+    pairs = new_tokens * (context_length if facts.chunked else new_tokens)
+    return pairs * (1 + 4) if facts.attention == "sdpa" else pairs * (5 + 12 * facts.num_attention_heads)
+
+
+def logits_rows(facts: ModelFacts, memory_bytes: int) -> int:
+    """Rows of logits that a sweep may make: what a small share of the memory holds, within sensible bounds."""
+    share = max(_LEAST_LOGITS_BYTES, memory_bytes // 64)
+    return max(_LEAST_SEQUENCES, min(_MOST_SEQUENCES, share // (_LOGITS_COPIES * 4 * facts.vocab_size)))
+
+
+def scored_tokens(facts: ModelFacts, rows: int) -> int:
+    """Tokens per sweep whose logits travel to a client: they pass through the object store, beside the slots."""
+    return max(1, min(rows, _SCORED_BYTES // (4 * facts.vocab_size)))
+
+
+def default_batch_tokens(facts: ModelFacts, rows: int, itemsize: int, context_length: int, memory_bytes: int) -> int:
+    """Tokens in a sweep where nothing was asked for: 512; where prompts cannot be split, and so no sequence can be
+    longer, as many as a quarter of `memory_bytes` holds, at most the context.
+    """
+    if facts.chunked:
+        return _WANTED_BATCH_TOKENS
+    low, high = min(_WANTED_BATCH_TOKENS, context_length), context_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        if activation_bytes(facts, middle, rows, itemsize, context_length) <= memory_bytes // 4:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,143 @@
+"""Measuring a drive: how fast it reads with how much in flight. A few seconds, once per machine and drive.
+
+What was measured is kept as JSON in the cache folder, `profiles/drive-<key>.json`; the key names machine and drive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import xxhash
+
+from pipo_ray.pipeline.drive import PAGE, Drive
+from pipo_ray.plan.transfer import ReadRate, Transfer
+from pipo_ray.session.memory import format_size
+
+MIB = 1 << 20
+LEAST_FILE_BYTES = 256 * MIB
+"""A smaller file says nothing about a drive, and what is in it is read in no time."""
+
+GRID = tuple((size * MIB, threads) for size in (1, 2, 4, 8, 16) for threads in (1, 2, 4, 8) if size * threads <= 64)
+_ROUNDS = 3
+_BUDGET_S = 6.0
+
+
+def drive_profile(
+    folder: Path, cache: Path, on_progress: Callable[[str, int, int], None] | None = None
+) -> tuple[ReadRate, ...]:
+    """The profile of the drive that the block store in `folder` is on: from the cache, else measured now, of which
+    `on_progress("measure", 0, 0)` hears.
+
+    Empty for a store that is too small to measure with.
+    """
+    file = _largest_file(folder)
+    if file is None or file.stat().st_size < LEAST_FILE_BYTES:
+        return ()
+    kept = cache / "profiles" / f"drive-{_key(file)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return tuple(ReadRate(**point) for point in json.loads(kept.read_text(encoding="utf-8"))["points"])
+    if on_progress is not None:
+        on_progress("measure", 0, 0)
+    points = measure_drive(file)
+    with contextlib.suppress(OSError):  # without a cache it is measured every time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
+        scratch.write_text(json.dumps({"file": str(file), "points": [asdict(point) for point in points]}))
+        os.replace(scratch, kept)
+    return points
+
+
+def measure_drive(file: Path, budget_s: float = _BUDGET_S) -> tuple[ReadRate, ...]:
+    """Read `file` with every point of GRID in turns, O_DIRECT where the file system allows it; medians.
+
+    Takes about `budget_s` seconds and 64 MiB.
+    """
+    seconds = budget_s / _ROUNDS / len(GRID)
+    drive = Drive(file.parent)
+    size = file.stat().st_size // PAGE * PAGE
+    rates: dict[tuple[int, int], list[float]] = {point: [] for point in GRID}
+    offset = 0
+    try:
+        with mmap.mmap(-1, max(transfer * threads for transfer, threads in GRID)) as memory:
+            for _ in range(_ROUNDS):
+                for transfer, threads in GRID:
+                    offset, rate = _read_for(drive, file.name, size, offset, memory, transfer, threads, seconds)
+                    rates[transfer, threads].append(rate)
+    finally:
+        drive.close()
+    return tuple(ReadRate(transfer, threads, statistics.median(found)) for (transfer, threads), found in rates.items())
+
+
+def _read_for(
+    drive: Drive, name: str, size: int, offset: int, memory: mmap.mmap, transfer: int, threads: int, seconds: float
+) -> tuple[int, float]:
+    """Go on reading at `offset` for so many seconds; the next offset, and bytes per second."""
+    lock = threading.Lock()
+    position, done, error = offset, 0, None
+    begin = time.perf_counter()
+
+    def places() -> Iterator[int]:
+        nonlocal position
+        while True:
+            with lock:
+                if position + transfer > size:
+                    position = 0
+                at, position = position, position + transfer
+            yield at
+            if time.perf_counter() - begin >= seconds:
+                return
+
+    def read(number: int) -> None:
+        nonlocal done, error
+        try:
+            with memoryview(memory) as whole, whole[number * transfer : (number + 1) * transfer] as part:
+                for at in places():
+                    drive.read_into(part, name, at)
+                    with lock:
+                        done += transfer
+        except Exception as failure:
+            error = failure
+
+    workers = [threading.Thread(target=read, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if error is not None:
+        raise error
+    return position, done / (time.perf_counter() - begin)
+
+
+def _largest_file(folder: Path) -> Path | None:
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    return files[-1] if files else None
+
+
+def _key(file: Path) -> str:
+    """Of the machine and the drive, as far as they can be told apart from user space."""
+    device = os.stat(file).st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        name += os.path.realpath(f"/sys/dev/block/{name}")
+        name += Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/size").read_text()
+    machine = f"{platform.node()} {platform.machine()} {platform.release()} {os.cpu_count()}"
+    return xxhash.xxh3_64(f"{machine} {name}".encode()).hexdigest()
+
+
+def describe(profile: Sequence[ReadRate], transfer: Transfer) -> str:
+    """A line for the user: what the drive gave, and what was made of it."""
+    best = max(rate.bytes_per_s for rate in profile)
+    return (
+        f"drive: up to {best / 1e9:.2f} GB/s when it was measured; reads of {format_size(transfer.transfer_bytes)}, "
+        f"{transfer.read_threads} in flight"
+    )
