@@ -13,8 +13,8 @@ DEMO_WEIGHT_MEMORY ?= 3MiB
 DEMO_PROMPT ?= It was a fine morning, and Mrs. Bennet
 DEMO_FLAGS ?= --repetition-penalty 1.2
 
-# Scripts under benchmarks/ that finish within a minute or two on two cores.
-BENCHMARKS ?=
+# Scripts under benchmarks/ that finish within a minute or two on two cores with --quick.
+BENCHMARKS ?= benchmarks/fault_campaign.py
 
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $(PIP_FLAGS)
@@ -52,7 +52,7 @@ typecheck: $(VENV)/installed-dev ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(VENV)/installed ## the quick scripts under benchmarks/
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove caches and build products
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

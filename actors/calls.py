@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 
 from pipo_ray.messages import StageSetup
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 600.0  # the driver touches every page of the buffers first: about a second per GiB
 
 
 def find(name: str) -> Any:
@@ -23,7 +23,8 @@ def find(name: str) -> Any:
 
 
 def obtain_lease(actor: str) -> StageSetup:
-    """The staging pool's lease for `actor`; asks again while the pool is being started or restarted, for a minute."""
+    """The staging pool's lease for `actor`; asks again while the pool is being started or restarted, and
+    while the driver makes the buffers."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:

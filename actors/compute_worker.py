@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import ray
@@ -10,6 +11,8 @@ from pipo_ray.actors.calls import obtain_lease
 
 from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes, SweepRequest, SweepResult
 from pipo_ray.pipeline.roll import ActorRoll
+
+_importing = threading.Lock()
 
 
 class ComputeWorker:
@@ -19,6 +22,8 @@ class ComputeWorker:
         from pipo_ray.pipeline.stage_memory import StageMemory
 
         ActorRoll(roll).sign_in("ComputeWorker")
+        # Meanwhile the driver makes the slots. What goes wrong with it goes wrong in `set_up` again, and is told there.
+        threading.Thread(target=_import_engine, name="import", daemon=True).start()
         self._compute_setup = setup
         self._setup: StageSetup = obtain_lease("ComputeWorker")
         self._memory = StageMemory.attach(self._setup)
@@ -30,8 +35,7 @@ class ComputeWorker:
         cannot be run.
         """
         if self._engine is None:
-            from pipo_ray.model.engine import ComputeEngine
-
+            ComputeEngine = _import_engine()
             self._engine = ComputeEngine(self._setup, self._compute_setup, self._memory)
         else:
             self._engine.forget_all()
@@ -74,3 +78,14 @@ class ComputeWorker:
 
             self._text = PromptEncoder(self._setup.store, self._compute_setup.facts)
         return self._text
+
+
+def _import_engine() -> Any:
+    """The class ComputeEngine; torch and transformers come with it. Safe to call from several threads."""
+    with _importing:
+        from pipo_ray.model.lean_transformers import import_transformers
+
+        import_transformers()
+        from pipo_ray.model.engine import ComputeEngine
+
+    return ComputeEngine

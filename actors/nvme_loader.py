@@ -10,6 +10,7 @@ from pipo_ray.messages import StageTimes
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.roll import ActorRoll
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
@@ -24,7 +25,7 @@ class NvmeLoader:
         setup = obtain_lease("NvmeLoader")
         self._memory = StageMemory.attach(setup)
         manifest = Manifest.load(setup.store)
-        drive = Drive(setup.store)
+        drive = PoliteDrive(setup.store) if setup.background else Drive(setup.store)
         checksums = (
             BlockChecksums({b.name: b for b in manifest.blocks}, setup.plan.pieces, Drive(setup.store))
             if setup.verify_checksums

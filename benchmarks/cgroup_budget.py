@@ -26,157 +26,22 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from cgroup import Group, require_controller
+from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray.session.memory import MIB, format_size, parse_size
 
-CONTROLLER = Path("/sys/fs/cgroup/memory")
-BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
 SAMPLE_S = 0.3
-SHARD_BYTES = 1 << 30
-VOCAB_SIZE, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 32000, 2048, 8192, 16, 4
-ENDED_S = 15.0
-
-
-# --- the checkpoint ---------------------------------------------------------------------------------------------------
-
-
-def make_checkpoint(folder: Path, num_bytes: int, *, small: bool = False) -> int:
-    """A random Llama in bf16 of at least `num_bytes` in `folder`, in shards of 1 GiB; its size. Written without torch.
-
-    The layers hold the same random numbers, turned; `small` makes them narrower, for a model of a few hundred MB. The
-    tokenizer is the bundled model's.
-    """
-    vocab, hidden, intermediate = (4096, 1024, 4096) if small else (VOCAB_SIZE, HIDDEN, INTERMEDIATE)
-    head_dim = hidden // HEADS
-    layer = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (KV_HEADS * head_dim, hidden),
-        "self_attn.v_proj": (KV_HEADS * head_dim, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
-    ends = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
-    layer_bytes = sum(2 * int(np.prod(shape)) for shape in layer.values())
-    ends_bytes = sum(2 * int(np.prod(shape)) for shape in ends.values())
-    layers = max(1, -(-(num_bytes - ends_bytes) // layer_bytes))
-    tensors = {"model.embed_tokens.weight": ends["model.embed_tokens"]}
-    for number in range(layers):
-        tensors |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
-    tensors |= {"model.norm.weight": ends["model.norm"], "lm_head.weight": ends["lm_head"]}
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": vocab,
-        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": head_dim,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1,
-        "eos_token_id": 2, "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }  # fmt: skip
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(BUNDLED / name, folder / name)
-    normal = np.random.default_rng(0).normal(0, 0.02, 16 << 20).astype(np.float32)
-    noise = (normal.view(np.uint32) >> 16).astype(np.uint16)  # bfloat16 is the upper half of a float32
-    ones = np.full(hidden, 0x3F80, np.uint16)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    in_shard = 0
-    for name, shape in tensors.items():
-        nbytes = 2 * int(np.prod(shape))
-        if shards[-1] and in_shard + nbytes > SHARD_BYTES:
-            shards.append({})
-            in_shard = 0
-        shards[-1][name] = shape
-        in_shard += nbytes
-    where = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        where |= dict.fromkeys(shard, file)
-        _write_shard(folder / file, shard, noise, ones)
-    total = layers * layer_bytes + ends_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
-
-
-def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], noise: Any, ones: Any) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in tensors.items():
-        end = offset + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for number, (name, shape) in enumerate(tensors.items()):
-            left = int(np.prod(shape))
-            if "norm" in name:
-                file.write(ones[:left].tobytes())
-                continue
-            start = number * 1_000_003 % len(noise)
-            while left:
-                part = noise[start : start + left]
-                file.write(part.tobytes())
-                left -= len(part)
-                start = 0
-        file.flush()
-        # Nobody else's page cache: what the group reads it pays for.
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+SHAPE = LlamaShape(layers=1)
+SMALL = LlamaShape(layers=1, hidden=1024, intermediate=4096, vocabulary=4096)
 
 
 # --- the group --------------------------------------------------------------------------------------------------------
-
-
-class Group:
-    """A memory control group (v1) with a limit. A context manager: leaving it ends what is in it, and removes it."""
-
-    def __init__(self, limit: int) -> None:
-        self.folder = CONTROLLER / f"pipo-{uuid.uuid4().hex[:8]}"
-        self.folder.mkdir()
-        (self.folder / "memory.limit_in_bytes").write_text(str(limit))
-
-    def enter(self) -> None:
-        """Move the calling process into the group: for a child, between fork and exec."""
-        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
-    def pids(self) -> list[int]:
-        """The processes in it."""
-        return [int(pid) for pid in (self.folder / "cgroup.procs").read_text().split()]
-
-    def number(self, name: str) -> int:
-        """The number in the group's file `memory.NAME`."""
-        return int((self.folder / f"memory.{name}").read_text())
-
-    def table(self, name: str) -> dict[str, int]:
-        """The group's file `memory.NAME` of names and numbers."""
-        rows = (line.split() for line in (self.folder / f"memory.{name}").read_text().splitlines())
-        return {row[0]: int(row[1]) for row in rows}
-
-    def __enter__(self) -> Group:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        deadline = time.monotonic() + ENDED_S
-        while time.monotonic() < deadline:
-            for pid in self.pids():
-                with contextlib.suppress(OSError):
-                    os.kill(pid, 9)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
-                return
-            time.sleep(0.1)
 
 
 class Watch(threading.Thread):
@@ -314,10 +179,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model_bytes = int(budget * arguments.factor)
     with workspace(2 * model_bytes + (2 << 30), arguments.folder) as folder:
         begin = time.perf_counter()
-        total = make_checkpoint(folder / "model", model_bytes, small=arguments.small)
-        print(f"checkpoint of {format_size(total)} made in {time.perf_counter() - begin:.0f} s", flush=True)
+        shape = (SMALL if arguments.small else SHAPE).of_at_least(model_bytes)
+        make_checkpoint(folder / "model", shape)
+        print(f"checkpoint of {format_size(shape.num_bytes)} made in {time.perf_counter() - begin:.0f} s", flush=True)
         with Group(budget) as group:
-            return {"memory": budget, "checkpoint": total, **_measure(arguments, folder, group)}
+            return {"memory": budget, "checkpoint": shape.num_bytes, **_measure(arguments, folder, group)}
 
 
 def _measure(arguments: argparse.Namespace, folder: Path, group: Group) -> dict[str, Any]:
@@ -420,9 +286,7 @@ def main() -> int:
     if arguments.model:
         child(arguments)
         return 0
-    if os.geteuid() != 0 or not os.access(CONTROLLER / "memory.limit_in_bytes", os.R_OK):
-        print(f"needs root and the memory controller of cgroup v1 in {CONTROLLER}", file=sys.stderr)
-        return 2
+    require_controller()
     result = run(arguments)
     show(result)
     if arguments.json:

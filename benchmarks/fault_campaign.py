@@ -2,7 +2,7 @@
 
 How to run (no GPU, no network; half a minute for 10 rounds on two idle cores):
 
-    python benchmarks/fault_campaign.py [--rounds 40] [--seed 1] [--model DIR] [--json FILE]
+    python benchmarks/fault_campaign.py [--quick] [--rounds 40] [--seed 1] [--model DIR] [--json FILE]
 
 Each round streams a batch of greedy and sampled requests in float32 and sends SIGKILL to one, two or all four actors:
 at once, one shortly after the other (into the recovery), the same one twice, or before the round begins. Checked on the
@@ -269,12 +269,14 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, help="default: 40")
+    parser.add_argument("--quick", action="store_true", help="5 rounds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default=str(BUNDLED), help="a checkpoint with a tokenizer (default: bundled)")
     parser.add_argument("--weight-memory", default="6MiB", help="less than the model, so that it streams")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (5 if arguments.quick else 40)
     result = run(arguments)
     show(result)
     if arguments.json:

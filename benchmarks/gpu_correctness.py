@@ -8,7 +8,8 @@ For each architecture a random checkpoint is made. float32: the same 64 greedy t
 prompt alone, unpadded, eager attention), and teacher-forced on them max|a-b| / max|b| of the logits at each position
 (at most 1e-4). bfloat16: our RMS error against the float32 result over that of transformers' own bfloat16 run, mean of
 five seeds (at most 1.2). Memory: the GPU budget is enforced with `set_per_process_memory_fraction`;
-`max_memory_reserved` plus the context, and the whole device's use as the driver counts it, stay below it.
+`max_memory_reserved` plus the context, and the whole device's use as the driver counts it, stay below it. The most RAM
+that was taken stays below --memory, and all slots and resident pieces in RAM (`weight_memory_bytes`) are pinned.
 """
 
 from __future__ import annotations
@@ -208,7 +209,11 @@ def _row(name: str, dtype: str, report: dict[str, Any]) -> dict[str, Any]:
         "reserved_mb": worker["gpu_reserved_bytes"] / 1e6, "context_mb": worker["gpu_context_bytes"] / 1e6,
         "copied_mb": report["bytes_streamed"] / 1e6,
         "peak_memory_mb": report["peak_memory_bytes"] / 1e6,
-        "ok": worker["gpu_device_bytes"] <= budget < report["model_bytes"] < report["bytes_streamed"],
+        "pinned_mb": worker["pinned_bytes"] / 1e6,
+        "ok": worker["gpu_device_bytes"] <= budget < report["model_bytes"] < report["bytes_streamed"]
+        and report["peak_memory_bytes"] <= report["memory_budget_bytes"]
+        and worker["pinned_bytes"] == report["weight_memory_bytes"]
+        and worker["unpinned_bytes"] == 0,
         "machine": os.uname().nodename,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip

@@ -25,7 +25,9 @@ from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.prepare import prepare_store
+from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.scheduling.policy import Limits
+from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import (
     available_memory,
     default_budget,
@@ -39,7 +41,6 @@ from pipo_ray.session.ray_node import check_address
 from pipo_ray.session.session import Session
 from pipo_ray.stage import Stage, store_bytes
 
-Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 Size: TypeAlias = "int | str | None"
 OnProgress = Callable[[str, int, int], None]
 
@@ -58,8 +59,10 @@ class LLM:
     starts a private Ray (an error if another runs on this machine), "local" starts one in any case, "auto" or
     "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
     plus answer in tokens, `max_batch_tokens` the tokens that a sweep computes. `on_progress(phase, done, total)` hears
-    of packing, and with phase "start" when Ray and the actors start. `verify_checksums` checks what is in memory of
-    every block the first time it is read.
+    of packing, and with phase "start" when Ray and the actors start. `before_start(llm)` is called before that, when
+    model and budgets are known: `check_prompts` works then, and what it raises ends the construction. With `background`
+    Ray and the actors have the lowest priority, and reading pauses while others use the disk; the calling process keeps
+    its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -77,10 +80,12 @@ class LLM:
         ray_address: str | None = None,
         trace: str | os.PathLike[str] | None = None,
         max_model_len: int | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         on_progress: OnProgress | None = None,
         dashboard: bool = False,
         verify_checksums: bool = True,
+        before_start: Callable[[LLM], None] | None = None,
+        background: bool = False,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -91,7 +96,7 @@ class LLM:
         self._news, self._polling = threading.Condition(), False
         self._sweeps_before = self._bytes_before = self._sweeps = self._bytes = 0
         self._started_s = time.perf_counter()
-        if max_batch_tokens < 1:
+        if max_batch_tokens is not None and max_batch_tokens < 1:
             raise InputError(f"max_batch_tokens {max_batch_tokens} is below 1")
         if max_model_len is not None and max_model_len < 1:
             raise InputError(f"max_model_len {max_model_len} is below 1")
@@ -112,7 +117,13 @@ class LLM:
         self._lines = [budget_line, *self._plan.explanation]
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
-        self._max_model_len = min(self._facts.context_length, max_model_len or self._facts.context_length)
+        self._max_model_len = min(
+            self._facts.context_length,
+            max_model_len or self._facts.context_length,
+            self._plan.max_length or self._facts.context_length,
+        )
+        if before_start is not None:
+            before_start(self)
         if on_progress is not None:
             on_progress("start", 0, 0)
         try:
@@ -122,6 +133,8 @@ class LLM:
             )  # fmt: skip
             self._stack.callback(session.close)
             self._session = session
+            if background:
+                give_way(session.node.pids())  # the actors are started by one of them
             self._peak = PeakSampler(session.pids)
             self._peak.start()
             self._stack.callback(self._peak.stop)
@@ -129,15 +142,21 @@ class LLM:
                 session, prepared.folder, self._plan,
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
-                    chosen.context_bytes,
+                    chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                 ),
-                Limits(self._plan.kv_tokens, max_batch_tokens, self._facts.chunked, self._facts.rebuild_length),
+                Limits(
+                    self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,
+                    self._plan.max_sequences, self._plan.max_scored_tokens, self._plan.state_tokens,
+                ),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
+                background=background,
             )  # fmt: skip
             self._stack.callback(self._stage.close)
             if self._trace is not None:
                 self._stack.callback(self._write_trace)
             self._stage.wait_until_ready()
+            if background:
+                give_way(session.node.pids())  # on a cluster that was joined, the actors
         except BaseException:
             self.close()
             raise
@@ -146,32 +165,38 @@ class LLM:
     # -------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete `prompts` (one, or a list: a string, a list of token ids, or {"prompt_token_ids": [...]}) and return
         their outputs in order.
         """
         last: dict[str, RequestOutput] = {}
-        identifiers = self._submit(prompts, params)
+        identifiers = self._submit(prompts, sampling_params)
         for output in self._follow(identifiers):
             last[output.request_id] = output
         return [last[identifier] for identifier in identifiers]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """Like `generate`, but yields a request's output, all of it so far, each time there is more of it."""
-        return self._follow(self._submit(prompts, params))
+        return self._follow(self._submit(prompts, sampling_params))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> list[RequestOutput]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
         """Answer a conversation ([{"role": ..., "content": ...}, ...]) in the checkpoint's chat template."""
-        return self.generate(self._chat_prompt(messages), params)
+        return self.generate(self._chat_prompt(messages), sampling_params)
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Like `chat`, yielding the answer as it grows."""
-        return self.stream(self._chat_prompt(messages), params)
+        return self.stream(self._chat_prompt(messages), sampling_params)
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[npt.NDArray[np.float32]]:
         """Logits [tokens, vocabulary] of every position of each prompt: for perplexity and for comparisons."""
@@ -180,6 +205,20 @@ class LLM:
         for _ in self._follow(identifiers):
             pass
         return [np.concatenate(request.logits) for request in requests]
+
+    def check_prompts(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> None:
+        """Raise InputError for prompts of token ids that this model or this budget cannot serve; asks no actor. Text is
+        not looked at: the tokenizer is the compute worker's.
+        """
+        listed = list_prompts(prompts)
+        for number, (prompt, one) in enumerate(zip(listed, list_params(sampling_params, len(listed)), strict=True), 1):
+            ids = check_token_ids(prompt, number, len(listed), self._facts.vocab_size)
+            if ids is not None:
+                self._most_new_tokens(name_prompt(number, len(listed)), len(ids), one, score=False)
 
     def abort(self, request_id: str) -> None:
         """End a request; what it has generated stays in its last output, with finish reason "abort"."""
@@ -204,7 +243,7 @@ class LLM:
 
     def report(self) -> dict[str, Any]:
         """What the run did so far; bytes and seconds. `stages` has per actor the shares of time busy, waiting (for the
-        next one in line) and starved (of work), which add up to 1.
+        next one in line) and starved (of work), which add up to 1; and `busy_s`, `waiting_s` in seconds.
         """
         stages = []
         for times in self._stage.times():
@@ -217,6 +256,8 @@ class LLM:
                     "busy": busy,
                     "waiting": waiting,
                     "starved": 1.0 - busy - waiting,
+                    "busy_s": times.busy_s,
+                    "waiting_s": times.waiting_s,
                     **times.details,
                 }
             )
@@ -262,14 +303,13 @@ class LLM:
         *,
         score: bool = False,
     ) -> list[str]:
-        listed = _as_list(prompts)
-        chosen = _as_params(params, len(listed))
+        listed = list_prompts(prompts)
+        chosen = list_params(params, len(listed))
         encoded = self._stage.call(self._stage.compute_worker, "encode", listed)
         self._stage.call(self._stage.compute_worker, "check_params", chosen)
         specs, texts = [], []
         for number, ((token_ids, text), one) in enumerate(zip(encoded, chosen, strict=True), start=1):
-            which = "a prompt" if len(encoded) == 1 else f"prompt {number} (of {len(encoded)})"
-            most = self._most_new_tokens(which, len(token_ids), one, score)
+            most = self._most_new_tokens(name_prompt(number, len(encoded)), len(token_ids), one, score)
             seed = one.seed if one.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
             identifier = str(next(self._numbers))
             specs.append(RequestSpec(identifier, tuple(token_ids), one, seed, most, score))
@@ -287,12 +327,16 @@ class LLM:
         room = self._max_model_len - prompt
         if room < (0 if score else 1):
             raise InputError(
-                f"{which} of {prompt} tokens leaves no room for an answer: the context is {self._max_model_len} "
-                f"tokens; shorten the prompt to at most {self._max_model_len - 1} tokens"
-                + ("" if self._max_model_len == self._facts.context_length else ", or raise --max-model-len")
+                f"{which} of {prompt} tokens leaves no room for an answer: {self._what_bounds_length()}; shorten the "
+                f"prompt to at most {self._max_model_len - 1} tokens{self._how_to_lengthen()}"
+            )
+        if score and not self._facts.chunked and prompt > self._plan.max_scored_tokens:
+            raise InputError(
+                f"{which} of {prompt} tokens cannot be scored: this architecture computes a prompt as a whole, and the "
+                f"memory budget holds the logits of {self._plan.max_scored_tokens} tokens; shorten it"
             )
         most = 1 if score else room if params.max_tokens is None else min(params.max_tokens, room)
-        budget = self._plan.kv_tokens
+        budget = self._plan.kv_tokens - self._plan.state_tokens
         if params.max_tokens is None:
             most = min(most, max(1, budget - prompt))
         if prompt + most > budget:
@@ -301,6 +345,21 @@ class LLM:
                 f"budget holds {budget}; raise --memory, lower --weight-memory, or ask for fewer tokens"
             )
         return most
+
+    def _what_bounds_length(self) -> str:
+        if self._max_model_len == self._plan.max_length:
+            return (
+                f"this architecture computes a sequence as a whole, and a sweep holds {self._max_model_len} tokens of "
+                "activations"
+            )
+        return f"the context is {self._max_model_len} tokens"
+
+    def _how_to_lengthen(self) -> str:
+        if self._max_model_len == self._facts.context_length:
+            return ""
+        return ", or raise " + (
+            "--max-batch-tokens" if self._max_model_len == self._plan.max_length else "--max-model-len"
+        )
 
     def _follow(self, identifiers: Sequence[str]) -> Iterator[RequestOutput]:
         requests = {identifier: self._requests[identifier] for identifier in identifiers}
@@ -432,29 +491,6 @@ def _gpu_budget(gpu_memory: Size, device: Device) -> int | None:
             "lower it"
         )
     return budget
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    listed = list(prompts)
-    if listed and isinstance(listed[0], (int, np.integer)):
-        return [listed]
-    if not listed:
-        raise InputError("no prompt was given; give a string, a list of token ids, or several of them")
-    return listed
-
-
-def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InputError(
-            f"{count} prompts but {len(params)} sampling parameters were given; give one, or one per prompt"
-        )
-    return list(params)
 
 
 def _num_threads() -> int:

@@ -50,11 +50,16 @@ class StageSetup:
     verify_checksums: bool = True
     read_threads: int = 4
     transfer_bytes: int = 8 << 20
+    background: bool = False
 
 
 @dataclass(frozen=True)
 class ComputeSetup:
-    """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name."""
+    """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name.
+
+    `kernel_profile` is a file in which the first compute worker of a run keeps which kernels it chose, for those that
+    take its place.
+    """
 
     facts: ModelFacts
     device: str
@@ -62,6 +67,7 @@ class ComputeSetup:
     num_threads: int
     gpu_memory_bytes: int | None = None
     gpu_context_bytes: int = 0
+    kernel_profile: str | None = None
 
 
 @dataclass(frozen=True)

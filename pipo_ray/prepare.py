@@ -36,7 +36,7 @@ from pipo_ray.store.manifest import FORMAT_VERSION, JOURNAL_NAME, MANIFEST_NAME,
 DTYPES = ("auto", *PRECISIONS)
 Progress = Callable[[str, int, int], None]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # the hub's oldest models have one part: gpt2
 _WANTED = "give a checkpoint folder, a block store, or a hub id such as org/name"
 _STOP_DEADLINE_S = 10.0
 # `-m` would put the current folder in front of the path, where any random.py would be taken for Python's own.
@@ -80,6 +80,8 @@ def prepare_store(
                 f"--dtype {dtype}: the block store {folder} holds {manifest.precision}; leave --dtype out, or pack the "
                 f"checkpoint again with `pipo pack --dtype {dtype}`"
             )
+        if not (folder / "config.json").is_file():
+            raise StoreError(f"block store {folder} has no config.json; pack the checkpoint again")
         return PreparedStore(folder, manifest, _facts(folder, manifest, root, on_progress), packed_now=False)
     return _prepare_checkpoint(folder, dtype, root, on_progress)
 
@@ -147,7 +149,7 @@ def find_model(model: str | os.PathLike[str], on_progress: Progress | None = Non
 
 
 def _is_hub_id(text: str) -> bool:
-    """Whether it is meant for the hub: `org/name`, and the first part is no folder here."""
+    """Whether it is meant for the hub: `org/name` or `name`, and the first part is no folder here."""
     return bool(_HUB_ID.fullmatch(text)) and not os.path.lexists(text.partition("/")[0])
 
 

@@ -52,8 +52,10 @@ class Stage:
         *,
         trace: bool = False,
         verify_checksums: bool = True,
+        background: bool = False,
     ) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from pipo_ray.actors.compute_worker import ComputeWorker
         from pipo_ray.actors.nvme_loader import NvmeLoader
@@ -67,20 +69,15 @@ class Stage:
         self.trace_folder = Path(session.path) / "trace" if trace else None
         if self.trace_folder is not None:
             self.trace_folder.mkdir(exist_ok=True)
-        self._table_buffer = session.allocate(SlotTable.nbytes(placement.num_slots, len(placement.residents)))
-        self._buffers: list[SharedBuffer] = [session.allocate(placement.slot_bytes) for _ in range(placement.num_slots)]
-        self._arenas: list[SharedBuffer] = [session.allocate(nbytes) for nbytes in placement.arena_bytes]
-        setup = StageSetup(
-            store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
-            slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
-            trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
-        )  # fmt: skip
-        self._setup = setup
-        self.memory = StageMemory.attach(setup)
         self.roll = ActorRoll.create(Path(session.path) / "roll")
 
+        # Slots are shared memory of this node, and so is the store's place in the file system: nowhere else, not even
+        # after a restart.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
         def actor(kind: Any, name: str, **options: Any) -> Any:
-            return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(kind).options(name=name)
+            made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(kind)
+            return made.options(name=name, scheduling_strategy=here)
 
         roll = self.roll.path
         self.staging_pool = actor(StagingPool, "StagingPool", max_concurrency=8).remote(roll, plan.weight_bytes)
@@ -89,6 +86,18 @@ class Stage:
             roll, compute
         )
         self.scheduler = actor(Scheduler, "Scheduler", max_concurrency=64).remote(roll, limits)
+        # While the actors' processes start and import what they need; they wait for the lease then.
+        self._table_buffer = session.allocate(SlotTable.nbytes(placement.num_slots, len(placement.residents)))
+        self._buffers: list[SharedBuffer] = [session.allocate(placement.slot_bytes) for _ in range(placement.num_slots)]
+        self._arenas: list[SharedBuffer] = [session.allocate(nbytes) for nbytes in placement.arena_bytes]
+        setup = StageSetup(
+            store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
+            slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
+            trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
+            background=background,
+        )  # fmt: skip
+        self._setup = setup
+        self.memory = StageMemory.attach(setup)
         self._closing = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()

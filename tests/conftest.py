@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -19,6 +21,7 @@ import pytest
 LEFTOVER_DEADLINE_S = 10.0  # what the watcher may take to clean up after a killed driver
 TEST_RUN = uuid.uuid4().hex
 CACHE = pytest.StashKey[Path]()
+_SESSION_FOLDER = re.compile(r"\.?pipo-[0-9a-f]{8}(-\d+-\d+)?")
 
 with contextlib.suppress(ImportError):  # the GPU machine has pytest but not hypothesis
     import hypothesis
@@ -30,6 +33,9 @@ with contextlib.suppress(ImportError):  # the GPU machine has pytest but not hyp
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before anything of ours, torch or transformers is imported. Ray's processes inherit it."""
+    # A shell starts what runs in its background deaf to Ctrl-C, and the programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[CACHE] = Path(tempfile.mkdtemp(prefix="pytest-pipo-"))
     os.environ |= {
         "PIPO_TEST_RUN": TEST_RUN,
@@ -67,7 +73,7 @@ def _read_proc(pid: str, name: str) -> bytes:
 def _shared_files() -> set[str]:
     """The paths that a session of ours, or the Ray it starts, makes outside the tests' own folders."""
     folders = {"/tmp", tempfile.gettempdir()}
-    found = [path for folder in folders for path in Path(folder).glob("pipo-*")]
+    found = [path for folder in folders for path in Path(folder).iterdir() if _SESSION_FOLDER.fullmatch(path.name)]
     found += [path for pattern in ("plasma*", "sem.*") for path in Path("/dev/shm").glob(pattern)]
     return {str(path) for path in found}
 

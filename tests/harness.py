@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from pipo_ray.model.attention import RAGGED_ATTENTION
 from pipo_ray.model.batch import SweepEntry, WantedLogits
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
 from pipo_ray.model.inspect import find_facts, trace_of
@@ -104,6 +104,7 @@ class Pipeline:
         num_gpu_slots: int | None = None,
         gpu_resident_pieces: int = 0,
         ops: DeviceOps | None = None,
+        products: CpuProducts | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -139,10 +140,10 @@ class Pipeline:
         self._readers: dict[str, RowReader] = {}
         try:
             self.stream: WeightStream = self._open_stream(slot_bytes, num_gpu_slots)
-            self.model = build_graph(
-                packed.config, packed.dtype, attention=RAGGED_ATTENTION if facts.ragged else "eager", device=device
-            )
-            self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows)
+            self.model = build_graph(packed.config, packed.dtype, attention=facts.attention, device=device)
+            if products is None and device.type == "cpu" and packed.dtype in HALF_DTYPES:
+                products = CpuProducts(always("wide", packed.dtype))
+            self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products)
             self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged)
         except BaseException:
             self.close()

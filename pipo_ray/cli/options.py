@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipo_ray.cli.prompts import parse_ids
 from pipo_ray.cli.terminal import progress_bar, say
 from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
+from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-verify", action="store_true", help="skip the checksum of each block's first read")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
                        "auto or HOST:PORT: join that one")  # fmt: skip
+    group.add_argument("--background", action="store_true", help="give way to whatever else the PC does")
     group.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
 
 
@@ -60,6 +64,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float,
     group.add_argument("--frequency-penalty", metavar="X", type=float, default=0.0, help="from -2 to 2")
     group.add_argument("--seed", metavar="N", type=int, help="makes the random numbers repeatable")
     group.add_argument("--stop", metavar="TEXT", action="append", help="end where this text begins; may be repeated")
+    group.add_argument(
+        "--stop-token-ids", metavar="IDS", action="append", default=[], help="end at one of these tokens: 1,2,3"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
 
 
@@ -69,12 +76,15 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "seed", "stop", "ignore_eos",
     )  # fmt: skip
-    return SamplingParams(**{name: getattr(options, name) for name in names}, **more)
+    stop_ids = [one for text in options.stop_token_ids for one in parse_ids(text, "--stop-token-ids")]
+    return SamplingParams(**{name: getattr(options, name) for name in names}, stop_token_ids=stop_ids or None, **more)
 
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """LLM's keyword arguments of what `add_model_options` parsed; what was not given is left out. Raises InputError."""
     arguments: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "dashboard": options.dashboard}
+    if options.background:
+        arguments["background"] = True
     for name in ("memory", "weight_memory", "gpu_memory"):
         if (size := getattr(options, name)) is not None:
             arguments[name] = parse_size(size, "--" + name.replace("_", "-"))
@@ -122,12 +132,15 @@ def find_folder(model: str) -> Path:
 
 
 @contextmanager
-def open_llm(model: str, arguments: dict[str, Any]) -> Iterator[LLM]:
-    """A running LLM; says how it uses the memory."""
+def open_llm(model: str, arguments: dict[str, Any], before_start: Callable[[LLM], None] | None = None) -> Iterator[LLM]:
+    """A running LLM; says how it uses the memory. `before_start` may refuse what it is to be asked."""
     from pipo_ray.llm import LLM
 
+    if arguments.get("background"):
+        give_way([os.getpid()])  # packing, which comes first, included
+
     with progress_bar() as progress:
-        llm = LLM(model, on_progress=progress, **arguments)
+        llm = LLM(model, on_progress=progress, before_start=before_start, **arguments)
     with llm:
         for line in llm.describe():
             say(line)

@@ -27,14 +27,14 @@ def collect_prompts(texts: Sequence[str], ids: Sequence[str], files: Sequence[st
     return prompts
 
 
-def parse_ids(text: str) -> list[int]:
-    """Token ids from "1,2,3". Raises InputError."""
+def parse_ids(text: str, option: str = "--prompt-ids") -> list[int]:
+    """Token ids from "1,2,3", which `option` was given. Raises InputError."""
     parts = text.replace(",", " ").split()
     if not parts:
-        raise InputError("--prompt-ids is empty; give token ids like 1,2,3")
+        raise InputError(f"{option} is empty; give token ids like 1,2,3")
     for part in parts:
         if not (part.isascii() and part.isdigit()):
-            raise InputError(f"--prompt-ids: {part[:40]!r} is no token id; give whole numbers like 1,2,3")
+            raise InputError(f"{option}: {part[:40]!r} is no token id; give whole numbers like 1,2,3")
     return [int(part) for part in parts]
 
 

@@ -38,7 +38,11 @@ keys of the --json document
   gpu_memory_bytes        --gpu-memory; null without one
   model_bytes             all weights of the model
   resident_bytes          those that stayed in memory and were not streamed
-  stages                  per actor {stage, busy, waiting, starved}: shares of its time, from 0 to 1
+  streamed_bytes_per_sweep  those that did not stay: read from disk in each sweep
+  kv_tokens               tokens that the KV cache holds
+  stages                  per actor {stage, busy, waiting, starved}: shares of its time, from 0 to 1; and busy_s,
+                          waiting_s in seconds
+  explanation             with --explain: what limits this run, and what would help most
 With one prompt, the keys of its entry are at the top level, too (sweeps and bytes_streamed are the run's)."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from pipo_ray.cli.options import (
 from pipo_ray.cli.prompts import Prompt, collect_prompts
 from pipo_ray.cli.result import JSON_KEYS, to_json
 from pipo_ray.cli.table import print_table
-from pipo_ray.cli.terminal import Output, stderr_console
+from pipo_ray.cli.terminal import Output, say, stderr_console
 from pipo_ray.errors import InputError
 from pipo_ray.outputs import RequestOutput
+from pipo_ray.report.explain import explain, measured
 
 if TYPE_CHECKING:
     from pipo_ray.llm import LLM
@@ -53,6 +55,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--n", metavar="N", type=int, default=1, help="samples per prompt")
     parser.add_argument("--logprobs", metavar="N", type=int, help="log probabilities of so many tokens (with --json)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; its keys are listed below")
+    parser.add_argument("--explain", action="store_true", help="say what limits this run, and what would help most")
     parser.set_defaults(command=run)
 
 
@@ -64,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     folder = find_folder(options.model)
     _require_tokenizer(folder, options.model, prompts)
     output = Output()
-    with output.reserved(), open_llm(str(folder), arguments) as llm:
+    check = partial(_check_prompts, prompts=prompts, params=params)
+    with output.reserved(), open_llm(str(folder), arguments, check) as llm:
         if options.json:
             outputs = llm.generate(prompts, params)
         elif len(prompts) == 1 and params.n == 1:
@@ -72,11 +76,20 @@ def run(options: argparse.Namespace) -> int:
         else:
             outputs = _stream_batch(llm, prompts, params, output)
         report = llm.report()
+    if options.explain:
+        generated = sum(one.metrics.num_generated_tokens for one in outputs)
+        report["explanation"] = " ".join(explain(measured(report, generated)))
     if options.json:
         output.write(to_json(options.model, outputs, report) + "\n")
     else:
         print_table(stderr_console(), outputs, report)
+        if options.explain:
+            say(report["explanation"])
     return 0
+
+
+def _check_prompts(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> None:
+    llm.check_prompts(prompts, params)
 
 
 def _require_tokenizer(folder: Path, model: str, prompts: list[Prompt]) -> None:

@@ -62,6 +62,8 @@ def _memory_rows(report: dict[str, Any]) -> list[Row]:
         rows.append(("weight memory budget", f"{format_size(weights)}, {share} resident"))
     if gpu := report.get("gpu_memory_bytes"):
         rows.append(("GPU memory budget", format_size(gpu)))
+    if unpinned := sum(stage.get("unpinned_bytes", 0) for stage in report.get("stages", ())):
+        rows.append(("not pinned", f"{format_size(unpinned)}: CUDA refused to register it, copies of it are slower"))
     return rows
 
 

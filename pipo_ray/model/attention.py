@@ -1,6 +1,6 @@
-"""Attention over a ragged row: every sequence attends to itself alone.
+"""Attention over a ragged row: every sequence attends to itself alone; or over the row of a single sequence.
 
-Registered with transformers under the name `pipo_ragged`, with a mask entry that makes no mask: what a token may see
+Registered with transformers under the name RAGGED_ATTENTION, with a mask entry that makes no mask: what a token may see
 follows from the segments. Grouped heads, sliding windows, soft-capped scores (Gemma 2) and attention sinks (gpt-oss)
 are arguments that transformers' attention modules pass in.
 """
@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from pipo_ray.model.facts import RAGGED_ATTENTION
 from pipo_ray.model.kv_cache import RaggedCache
 
-RAGGED_ATTENTION = "pipo_ragged"
+# Scores and masks are made for at most this many elements at a time, so that a long prompt's [heads, tokens, keys]
+# never exists as a whole; several copies of it in float32 stay within what a sweep's activations are planned with.
+_MAX_SCORES = 1 << 22
 
-# Scores are made for at most this many elements at a time, so that a long prompt's [heads, tokens, keys] never exists
-# as a whole.
-_MAX_SCORES = 1 << 24
-
-_current: ContextVar[RaggedCache] = ContextVar("ragged_cache")
+_current: ContextVar[RaggedCache | None] = ContextVar("ragged_cache", default=None)
 
 
 @contextmanager
@@ -53,10 +52,13 @@ def ragged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer. `query` [1, heads, tokens, head_dim], `key` and `value` [1, kv_heads, tokens, head_dim].
 
-    Returns [1, tokens, heads, value_head_dim].
+    Outside `ragged_row` the row is one sequence's, which keeps its cache itself: `key` and `value` are all of it, and
+    `query` its last tokens. Returns [1, tokens, heads, value_head_dim].
     """
     cache = _current.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if cache is None:
+        return attend(query[0], key[0], value[0], scale, sliding_window, softcap, s_aux).transpose(0, 1)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     for segment in cache.segments:
         columns = slice(segment.start, segment.stop)
@@ -85,10 +87,24 @@ def attend(
     if sliding_window is not None and length - new - sliding_window + 1 > 0:
         first = length - new - sliding_window + 1
         keys, values, length = keys[:, first:], values[:, first:], length - first
-    if softcap is None and sinks is None:
+    fused = softcap is None and sinks is None
+    at_once = max(1, _MAX_SCORES // length)
+    if new > at_once and not (fused and new == length and sliding_window is None):  # that one needs no mask
+        parts = []
+        for start in range(0, new, at_once):
+            stop = min(start + at_once, new)
+            seen = length - new + stop
+            parts.append(
+                attend(query[:, start:stop], keys[:, :seen], values[:, :seen], scale, sliding_window, softcap, sinks)
+            )
+        return torch.cat(parts, dim=1)
+    if fused:
         return _attend_fused(query, keys, values, scale, sliding_window)
-    heads_at_once = max(1, _MAX_SCORES // (new * length))
     groups = query.shape[0] // keys.shape[0]
+    largest = new
+    if _half_on_cpu(query):  # keys and values are widened, and are to be no larger than the scores
+        largest = max(new, keys.shape[-1] // groups, values.shape[-1] // groups)
+    heads_at_once = max(1, _MAX_SCORES // (largest * length))
     parts = []
     for start in range(0, keys.shape[0], max(1, heads_at_once // groups)):
         kv = slice(start, start + max(1, heads_at_once // groups))
@@ -101,19 +117,35 @@ def attend(
 def _attend_fused(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
+    if query.shape[1] == 1 and _half_on_cpu(query):
+        return _attend_one(query, keys, values, scale)
     new, length = query.shape[1], keys.shape[1]
     windowed = window is not None and length > window
     mask = None
-    causal = False
-    if new > 1:
-        if length == new and not windowed:
-            causal = True
-        else:
-            mask = _visible(new, length, window, query.device)
+    causal = new > 1 and length == new and not windowed
+    if new > 1 and not causal:
+        mask = _visible(new, length, window, query.device)
     return F.scaled_dot_product_attention(
         query[None], keys[None], values[None], attn_mask=mask, is_causal=causal, scale=scale,
         enable_gqa=query.shape[0] != keys.shape[0],
     )[0]  # fmt: skip
+
+
+def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """A single token in 16 bits on the CPU, where torch is ten times slower for one query per head than for several.
+
+    Heads that share keys become queries of one head; a head of its own asks twice.
+    """
+    heads, kv_heads = query.shape[0], keys.shape[0]
+    grouped = query.reshape(1, kv_heads, heads // kv_heads, -1)
+    if heads == kv_heads:
+        grouped = grouped.expand(-1, -1, 2, -1)
+    attended = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale)
+    return attended[0, :, : heads // kv_heads].reshape(heads, 1, -1)
+
+
+def _half_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _attend_plain(
@@ -127,6 +159,9 @@ def _attend_plain(
 ) -> torch.Tensor:
     heads, new, dim = query.shape
     kv_heads, length = keys.shape[0], keys.shape[1]
+    dtype = query.dtype
+    if _half_on_cpu(query):  # batched products in 16 bits are five times slower than widening all of it
+        query, keys, values = query.float(), keys.float(), values.float()
     grouped = query.reshape(kv_heads, heads // kv_heads * new, dim)
     scores = (grouped @ keys.transpose(1, 2)).view(heads, new, length) * scale
     if softcap is not None:
@@ -136,7 +171,7 @@ def _attend_plain(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(heads, 1, 1).expand(heads, new, 1)], dim=-1)
     weights = torch.softmax(scores.float(), dim=-1)[..., :length].to(query.dtype)
-    return (weights.reshape(kv_heads, heads // kv_heads * new, length) @ values).view(heads, new, -1)
+    return (weights.reshape(kv_heads, heads // kv_heads * new, length) @ values).view(heads, new, -1).to(dtype)
 
 
 def _visible(new: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.lanes import Lanes
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.streamed import FusedExperts, LookedUpTable, SplitMatrix, Unbound
@@ -50,7 +51,7 @@ class Binder:
     """Binds `model`'s parameters during sweeps over `plan`, fed by `stream`.
 
     `model` is a graph with parameters on meta (`build_graph`); `trace` and `plan` belong to it. Between `begin` and
-    `end` one forward pass runs, or several in `Lanes`.
+    `end` one forward pass runs, or several in `Lanes`. With `products`, those make the products with 16-bit weights.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Binder:
         aliases: dict[str, str],
         stream: WeightStream,
         read_rows: TableReader,
+        products: CpuProducts | None = None,
     ) -> None:
+        self._bound = (lambda weight: weight) if products is None else products.bind
         self._model, self._trace, self._plan, self._stream = model, trace, plan, stream
         self._lanes: Lanes | None = None
         self._num_lanes = 1
@@ -215,7 +218,9 @@ class Binder:
     def _bind(self, position: int, memory: torch.Tensor | None) -> None:
         for tensor in self._plan.pieces[self._plan.order[position]].tensors:
             for owner, leaf in self._owners.get(tensor.name, ()):
-                _put(owner, leaf, self._unbound[tensor.name] if memory is None else view_of(memory, tensor))
+                _put(
+                    owner, leaf, self._unbound[tensor.name] if memory is None else self._bound(view_of(memory, tensor))
+                )
 
     # -- what streams through a call
     # ----------------------------------------------------------------------------------------
@@ -263,7 +268,7 @@ class Binder:
                 for tensor in self._plan.pieces[piece].tensors:
                     if tensor.name == name:
                         memory = self._take_streamed(open_call, index)
-                        yield tensor.row_start, tensor.row_stop, view_of(memory, tensor)
+                        yield tensor.row_start, tensor.row_stop, self._bound(view_of(memory, tensor))
 
         return parts
 
@@ -278,7 +283,7 @@ class Binder:
             open_call = self._walk().inside[-1]
             piece, tensor = places[expert]
             memory = self._take_streamed(open_call, open_call.plan.streamed.index(piece))
-            return view_of(memory, tensor)
+            return self._bound(view_of(memory, tensor))
 
         return slice_of
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes, StepResult, SweepRequest, SweepResult
-from pipo_ray.model.attention import RAGGED_ATTENTION
+from pipo_ray.model import attention as attention  # registers ours with transformers
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
@@ -20,6 +22,7 @@ from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
+from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
@@ -57,8 +60,10 @@ class ComputeEngine:
         trace_file = f"{setup.trace_folder}/ComputeWorker-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._trace = TraceWriter(trace_file, "ComputeWorker")
         self._stream: WeightStream
+        self._ops: CudaOps | None = None
         if self._device.type == "cuda":
-            self._stream = open_device_stream(setup, compute, memory, self._device, self._trace)
+            self._ops = CudaOps(self._device)
+            self._stream = open_device_stream(setup, memory, self._ops, self._trace)
         else:
             self._stream = HostStream(
                 setup.plan, memory.load_order(setup), memory.table,
@@ -77,7 +82,13 @@ class ComputeEngine:
                         TORCH_DTYPES[tensor.dtype],
                         tensor.shape,
                     )
-        binder = Binder(graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows)
+        products = None
+        if self._device.type == "cpu" and dtype in HALF_DTYPES:
+            file = Path(compute.kernel_profile) if compute.kernel_profile else None
+            products = CpuProducts.for_run(dtype, file)
+        binder = Binder(
+            graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products
+        )
         self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged)
         self._sequences: dict[str, _Running] = {}
         self._computing_s = self._waited_s = 0.0
@@ -135,12 +146,12 @@ class ComputeEngine:
         """Busy: computing. Waiting: for a piece."""
         total = time.perf_counter() - self._started
         details = {"cache_bytes": self._runner.cache_bytes, **gpu_memory_in_use(self._device)}
+        if self._ops is not None:
+            details |= {"pinned_bytes": self._ops.pinned_bytes, "unpinned_bytes": self._ops.refused_bytes}
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-        if self._facts.ragged:
-            return build_graph(config, dtype, attention=RAGGED_ATTENTION, device=self._device)
-        return build_graph(config, dtype, attention="eager", device=self._device)
+        return build_graph(config, dtype, attention=self._facts.attention, device=self._device)
 
     def _check_lookups(self, setup: StageSetup, manifest: Manifest) -> LookupChecksums | None:
         """Of the blocks that are looked up; one that streams as well (a tied embedding) is the loader's to check."""

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from typing import Any
 
 FACTS_KEY = "facts"
+RAGGED_ATTENTION = "pipo_ragged"
+"""Our own attention function (`model/attention.py`), under the name that transformers knows it by."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class UnitFacts:
 class ModelFacts:
     """`units` and `events` are the trace; `ragged`, `chunked` and `probe_reason` the probe's answers.
 
-    `kv_bytes_per_token` counts keys and values of all layers in the run-time dtype; `context_length` is in tokens;
+    `kv_bytes_per_token` counts keys and values of all layers in the run-time dtype, `state_bytes` what a sequence's
+    cache takes however short it is (a recurrent state); `context_length` is in tokens; `attention` is the
+    implementation that runs, RAGGED_ATTENTION or transformers' "sdpa" or "eager";
     `rebuild_length` is the sequence length at which the KV cache must be rebuilt (RoPE that changes with the length),
     or None; `hidden_size`, `vocab_size` size the activations. `transformers_version` is the one that the facts were
     found with: with another they are found again.
@@ -46,6 +50,9 @@ class ModelFacts:
     hidden_size: int
     intermediate_size: int
     num_layers: int
+    num_attention_heads: int
+    attention: str
+    state_bytes: int
     eos_token_ids: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipo_ray.errors import CheckpointError, InputError, UnsupportedModelError
+from pipo_ray.model.lean_transformers import without_compiler
 from pipo_ray.model.registry import require_supported
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -71,10 +74,7 @@ def build_graph(
     (`_keep_in_fp32_modules_strict`).
     """
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+        model = _on_meta(config, dtype, attention)
     except Exception as error:
         raise UnsupportedModelError(
             f"architecture {config.model_type!r}: transformers cannot build it: {_one_line(error)}"
@@ -86,6 +86,45 @@ def build_graph(
     if device is not None:
         _materialize_buffers(model, device)
     return model
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model with everything on meta, built without torch's Python kernels for meta tensors where that works."""
+    for mode in (_NativeKernels(), contextlib.nullcontext()):
+        try:
+            with torch.device("meta"), without_compiler(), mode:
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention
+                )
+            break
+        except Exception:
+            if not isinstance(mode, _NativeKernels):
+                raise
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+    return model
+
+
+class _NativeKernels(TorchFunctionMode):
+    """Keeps away from meta tensors what torch computes for them in Python, because that imports sympy, which stays
+    (30 MiB, half a second): random numbers are left out, and what begins with `arange` is really computed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        if func is torch.arange and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def set_experts_implementation(model: PreTrainedModel, name: str) -> None:
@@ -137,8 +176,8 @@ def _materialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
             buffer._is_hf_initialized = True  # type: ignore[attr-defined]
             continue
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-    with torch.no_grad():
+        model.get_submodule(owner)._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    with torch.no_grad(), without_compiler():
         model.initialize_weights()
     for name, buffer in list(model.named_buffers()):
         if name not in persistent:

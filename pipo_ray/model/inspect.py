@@ -12,7 +12,7 @@ from pipo_ray.model.facts import ModelFacts, UnitFacts, installed_transformers
 from pipo_ray.model.graph import context_length, load_config, resolve_dtype
 from pipo_ray.model.layout import block_layout
 from pipo_ray.model.probe import probe, rebuild_length
-from pipo_ray.model.trace import Trace, Unit, trace_config
+from pipo_ray.model.trace import Trace, Unit, state_bytes, trace_config
 from pipo_ray.store.manifest import Manifest
 
 
@@ -32,7 +32,8 @@ def find_facts(
         units=tuple(UnitFacts(unit.module, unit.tensors, unit.kind) for unit in trace.units),
         events=trace.events,
         ragged=answers.ragged,
-        chunked=answers.chunked,
+        # A cache that is rebuilt beyond a length is rebuilt as a whole.
+        chunked=answers.chunked and rebuild_length(config) is None,
         probe_reason=answers.reason,
         rebuild_length=rebuild_length(config),
         kv_bytes_per_token=_kv_bytes_per_token(text, dtype),
@@ -41,6 +42,9 @@ def find_facts(
         hidden_size=text.hidden_size,
         intermediate_size=_intermediate_size(text),
         num_layers=text.num_hidden_layers,
+        num_attention_heads=_num_heads(text),
+        attention=answers.attention,
+        state_bytes=0 if answers.ragged else state_bytes(model),
         eos_token_ids=_eos_token_ids(config, folder),
     )
     return model, trace, facts
@@ -73,13 +77,17 @@ def facts_of_store(folder: str | Path, manifest: Manifest) -> ModelFacts:
 
 
 def _kv_bytes_per_token(text: Any, dtype: torch.dtype) -> int:
-    heads = getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
+    heads = _num_heads(text)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     width = 2 * kv_heads * head_dim
     if getattr(text, "kv_lora_rank", None):  # latent attention: transformers caches the expanded heads
         width = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
     return int(text.num_hidden_layers * width * dtype.itemsize)
+
+
+def _num_heads(text: Any) -> int:
+    return int(getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1)
 
 
 def _intermediate_size(text: Any) -> int:

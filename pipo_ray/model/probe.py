@@ -15,25 +15,28 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.attention import RAGGED_ATTENTION, ragged_row
+from pipo_ray.model.attention import ragged_row
+from pipo_ray.model.facts import RAGGED_ATTENTION
 from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
 from pipo_ray.model.registry import special_case
 from pipo_ray.model.tiny_config import TINY_CONTEXT, tiny_config
 
 TOLERANCE = 1e-5
 _SHORT, _LONG, _DECODE, _CHUNK = 7, 29, 3, 11
+_SEEDS = 3
 _MAX_PARAMETERS = 1 << 28
 
 
 @dataclass(frozen=True)
 class ProbeResult:
     """`ragged`: requests may share a row. `chunked`: a prompt may be split over sweeps. `reason`: why not, where one is
-    False.
+    False. `attention`: the implementation to run with.
     """
 
     ragged: bool
     chunked: bool
     reason: str
+    attention: str
 
 
 def probe(config: PretrainedConfig) -> ProbeResult:
@@ -61,12 +64,28 @@ def probe(config: PretrainedConfig) -> ProbeResult:
         )
     leak = _ragged_fails(config, tiny, alone, prompts, wanted)
     if leak is None:
-        return ProbeResult(ragged=True, chunked=True, reason="")
-    chunk = _own_cache_works(alone, prompts, wanted, chunk=_CHUNK)
+        return ProbeResult(ragged=True, chunked=True, reason="", attention=RAGGED_ATTENTION)
+    attention = _lane_attention(tiny, alone, prompts, wanted)
+    chunk = _chunks_fail(tiny, attention)
     reason = f"requests run one by one within a sweep: {leak}"
     if chunk is not None:
         reason += f"; prompts are not split: {chunk}"
-    return ProbeResult(ragged=False, chunked=chunk is None, reason=reason)
+    return ProbeResult(ragged=False, chunked=chunk is None, reason=reason, attention=attention)
+
+
+def _chunks_fail(tiny: PretrainedConfig, attention: str) -> str | None:
+    """Why prompts may not be split. Asked of several random models: some architectures (the delta rule of Qwen3-Next)
+    amplify rounding beyond the tolerance in one of them, while a state that is lost shows in all.
+    """
+    reasons = []
+    for seed in range(_SEEDS):
+        model = _model(tiny, attention, seed)
+        prompts = _prompts(tiny)
+        wanted = [_whole(model, prompt) for prompt in prompts]
+        reasons.append(_own_cache_works(model, prompts, wanted, chunk=_CHUNK))
+        if reasons[-1] is None:
+            return None
+    return reasons[0]
 
 
 def _require_tiny(config: PretrainedConfig, tiny: PretrainedConfig) -> None:
@@ -81,9 +100,9 @@ def _require_tiny(config: PretrainedConfig, tiny: PretrainedConfig) -> None:
         )
 
 
-def _model(tiny: PretrainedConfig, attention: str) -> Any:
+def _model(tiny: PretrainedConfig, attention: str, seed: int = 0) -> Any:
     generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(tiny), dtype=torch.float32, attn_implementation=attention
@@ -97,6 +116,27 @@ def _model(tiny: PretrainedConfig, attention: str) -> Any:
         torch.random.set_rng_state(generator_state)
     model.eval()
     return model
+
+
+def _copy(tiny: PretrainedConfig, attention: str, original: Any) -> Any:
+    model = _model(tiny, attention)
+    model.load_state_dict(original.state_dict())
+    return model
+
+
+def _lane_attention(tiny: PretrainedConfig, alone: Any, prompts: list[torch.Tensor], wanted: list[torch.Tensor]) -> str:
+    """For requests that run one by one: the first implementation that gives the logits of "eager", which makes the
+    scores of all heads and tokens at once.
+    """
+    for attention in (RAGGED_ATTENTION, "sdpa"):
+        try:
+            model = _copy(tiny, attention, alone)
+            whole = [_difference(_whole(model, prompt), rows) for prompt, rows in zip(prompts, wanted, strict=True)]
+            if max(whole) <= TOLERANCE and _own_cache_works(model, prompts, wanted, chunk=None) is None:
+                return attention
+        except Exception:  # an architecture that knows only some names, or calls an implementation in its own way
+            continue
+    return "eager"
 
 
 def _prompts(tiny: PretrainedConfig) -> list[torch.Tensor]:
@@ -157,8 +197,7 @@ def _ragged_fails(
     if not special_case(config.model_type).ragged:
         return "declared in the registry"
     try:
-        shared = _model(tiny, RAGGED_ATTENTION)
-        shared.load_state_dict(alone.state_dict())
+        shared = _copy(tiny, RAGGED_ATTENTION, alone)
         for chunk in (None, _CHUNK):
             got = _run_ragged(shared, prompts, chunk)
             for rows, expected in zip(got, wanted, strict=True):

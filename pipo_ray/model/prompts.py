@@ -9,6 +9,7 @@ from pipo_ray.errors import InputError
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.text import check_stop_strings, encode_prompt, load_tokenizer, render_chat
 from pipo_ray.params import SamplingParams
+from pipo_ray.prompts import name_prompt
 
 
 class PromptEncoder:
@@ -30,7 +31,7 @@ class PromptEncoder:
             except InputError as error:
                 if len(prompts) == 1:
                     raise
-                raise InputError(f"prompt {number} (of {len(prompts)}): {error}") from error
+                raise InputError(f"{name_prompt(number, len(prompts))}: {error}") from error
             text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
             result.append((ids, text))
         return result

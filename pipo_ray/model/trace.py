@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -118,6 +118,45 @@ def trace(model: PreTrainedModel) -> Trace:
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
     return _units_of(model, called)
+
+
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of transformers' own cache for a sequence of no tokens, found with two short ones: recurrent and
+    convolution states. `model` is all on meta.
+    """
+    few, many = _cache_bytes(model, _TRACE_TOKENS), _cache_bytes(model, 2 * _TRACE_TOKENS)
+    return max(0, 2 * few - many)
+
+
+def _cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    cache = DynamicCache(config=model.config)
+    set_experts_implementation(model, TRACE_IMPLEMENTATION)
+    try:
+        with torch.no_grad(), _DecideOnMeta(), torch.device("meta"):
+            ids = torch.zeros(1, num_tokens, dtype=torch.long)
+            model(input_ids=ids, use_cache=True, past_key_values=cache)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"architecture {model.config.model_type!r}: the size of its cache cannot be found: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    finally:
+        set_experts_implementation(model, "eager")
+    tensors: dict[int, torch.Tensor] = {}
+    _collect_tensors(cache, tensors)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _collect_tensors(value: Any, found: dict[int, torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found[id(value)] = value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _collect_tensors(part, found)
+    elif isinstance(value, dict):
+        _collect_tensors(list(value.values()), found)
+    elif isinstance(value, Cache) or type(value).__module__ == "transformers.cache_utils":
+        _collect_tensors(vars(value), found)
 
 
 @contextmanager

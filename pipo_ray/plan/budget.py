@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pipo_ray.errors import BudgetError
 from pipo_ray.messages import Placement
-from pipo_ray.model.facts import ModelFacts
+from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
+from pipo_ray.model.kernel_profile import SCRATCH_BYTES
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
 from pipo_ray.session.memory import format_least, format_size
 from pipo_ray.store.manifest import Manifest
@@ -30,6 +31,12 @@ _STAGING_SHARE = 0.3
 _KV_SHARE = 0.2
 _WANTED_KV_TOKENS = 16384
 _LEAST_KV_TOKENS = 256
+_WANTED_BATCH_TOKENS = 512
+_LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256
+_LEAST_LOGITS_BYTES = 32 * MIB
+_LOGITS_COPIES = 3
+_SAMPLING_COPIES = 12  # of one row, in units of float32: probabilities, whole-numbered weights and their sums
+_SCORED_BYTES = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class RunPlan:
 
     `weight_bytes` is slots plus resident pieces; `kv_tokens` how many tokens of KV cache `kv_bytes` hold;
     `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
+    `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.policy.Limits`; `max_length` is the
+    longest sequence in tokens that the activations are planned for, None where any length goes.
     """
 
     sweep: SweepPlan
@@ -51,6 +60,10 @@ class RunPlan:
     max_batch_tokens: int
     activation_bytes: int
     streamed_bytes_per_sweep: int
+    max_sequences: int
+    max_scored_tokens: int
+    state_tokens: int
+    max_length: int | None
     explanation: tuple[str, ...]
 
 
@@ -62,11 +75,11 @@ def plan_run(
     weight_memory_bytes: int | None = None,
     gpu_memory_bytes: int | None = None,
     gpu_context_bytes: int = 0,
-    max_batch_tokens: int = 512,
+    max_batch_tokens: int | None = None,
     max_model_len: int | None = None,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
-    that is given).
+    that is given). `max_batch_tokens` None: `default_batch_tokens`.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
@@ -84,10 +97,13 @@ def plan_run(
         )
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
-    activations = activation_bytes(facts, max_batch_tokens, itemsize)
+    rows = logits_rows(facts, memory_bytes)
+    if max_batch_tokens is None:
+        max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, memory_bytes - PROCESS_BYTES)
+    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
     whole = whole_bytes(manifest, facts)
     least_weights = min(whole, least_weight_bytes(manifest, facts))
-    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token
+    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     fixed = PROCESS_BYTES + activations
     if weight_memory_bytes is not None:
         if weight_memory_bytes < least_weights:
@@ -115,7 +131,7 @@ def plan_run(
         kv_bytes = min(spare, max(kv_bytes, 0))
     elif used < weight_bytes:  # the whole model fits: what is left may hold KV
         kv_bytes = min(memory_bytes - fixed - used, max(_WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token)
-    kv_tokens = max(1, kv_bytes // max(1, facts.kv_bytes_per_token))
+    kv_tokens, state_tokens = _tokens(facts, kv_bytes)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     return RunPlan(
         sweep=sweep,
@@ -129,6 +145,10 @@ def plan_run(
         max_batch_tokens=max_batch_tokens,
         activation_bytes=activations,
         streamed_bytes_per_sweep=streamed,
+        max_sequences=rows,
+        max_scored_tokens=scored_tokens(facts, rows),
+        state_tokens=state_tokens,
+        max_length=None if facts.chunked else max_batch_tokens,
         explanation=(
             f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
             f"{format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, processes "
@@ -147,17 +167,20 @@ def _plan_gpu_run(
     weight_memory_bytes: int | None,
     gpu_memory_bytes: int,
     gpu_context_bytes: int,
-    max_batch_tokens: int,
+    max_batch_tokens: int | None,
     max_model_len: int | None,
 ) -> RunPlan:
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
-    activations = activation_bytes(facts, max_batch_tokens, itemsize)
+    rows = logits_rows(facts, gpu_memory_bytes)
+    if max_batch_tokens is None:
+        max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
+    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
     least_slot = largest_uncut_bytes(manifest.blocks)
     least_sweep = sweep_plan(manifest, facts, least_slot)
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
     least_gpu = (least_sweep.max_held + 1) * least_slot + always
-    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token
+    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     fixed = gpu_context_bytes + activations
     if gpu_memory_bytes < fixed + least_kv + least_gpu:
         raise BudgetError(
@@ -201,7 +224,7 @@ def _plan_gpu_run(
     kept = set(on_gpu) | set(in_ram)
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
     copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
-    kv_tokens = max(1, kv_bytes // max(1, facts.kv_bytes_per_token))
+    kv_tokens, state_tokens = _tokens(facts, kv_bytes)
     used = num_slots * slot_bytes + resident
     return RunPlan(
         sweep=sweep,
@@ -215,6 +238,10 @@ def _plan_gpu_run(
         max_batch_tokens=max_batch_tokens,
         activation_bytes=activations,
         streamed_bytes_per_sweep=streamed,
+        max_sequences=rows,
+        max_scored_tokens=scored_tokens(facts, rows),
+        state_tokens=state_tokens,
+        max_length=None if facts.chunked else max_batch_tokens,
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, processes with CUDA "
             f"{format_size(CUDA_PROCESS_BYTES)}",
@@ -239,12 +266,61 @@ def _looked_up_line(manifest: Manifest) -> str:
     return f"; of the embedding table ({format_size(looked_up)}) only the rows needed are read" if looked_up else ""
 
 
-def activation_bytes(facts: ModelFacts, max_batch_tokens: int, itemsize: int) -> int:
-    """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, plus logits of 32
-    rows in float32.
+def activation_bytes(
+    facts: ModelFacts, max_batch_tokens: int, logits_rows: int, itemsize: int, context_length: int
+) -> int:
+    """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
+    rows of logits (three copies in float32), one of which is sampled from at a time, and with the chunk of 16-bit
+    weights that is multiplied in float32.
     """
     per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
-    return int(max_batch_tokens * per_token + 3 * 32 * facts.vocab_size * 4 + 64 * MIB)
+    logits = (logits_rows * _LOGITS_COPIES + _SAMPLING_COPIES) * facts.vocab_size * 4
+    scratch = SCRATCH_BYTES if itemsize < 4 else 0
+    masks = _mask_bytes(facts, max_batch_tokens, context_length)
+    return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks
+
+
+def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:
+    """What transformers' own attention makes of [new tokens, keys], where ours cannot take its place: a mask as boolean
+    and as numbers, and without a fused kernel the scores of every head, their softmax and a copy of it.
+    """
+    if facts.attention == RAGGED_ATTENTION:
+        return 0  # blockwise, within the constant part
+    pairs = new_tokens * (context_length if facts.chunked else new_tokens)
+    return pairs * (1 + 4) if facts.attention == "sdpa" else pairs * (5 + 12 * facts.num_attention_heads)
+
+
+def logits_rows(facts: ModelFacts, memory_bytes: int) -> int:
+    """Rows of logits that a sweep may make: what a small share of the memory holds, within sensible bounds."""
+    share = max(_LEAST_LOGITS_BYTES, memory_bytes // 64)
+    return max(_LEAST_SEQUENCES, min(_MOST_SEQUENCES, share // (_LOGITS_COPIES * 4 * facts.vocab_size)))
+
+
+def scored_tokens(facts: ModelFacts, rows: int) -> int:
+    """Tokens per sweep whose logits travel to a client: they pass through the object store, beside the slots."""
+    return max(1, min(rows, _SCORED_BYTES // (4 * facts.vocab_size)))
+
+
+def default_batch_tokens(facts: ModelFacts, rows: int, itemsize: int, context_length: int, memory_bytes: int) -> int:
+    """Tokens in a sweep where nothing was asked for: 512; where prompts cannot be split, and so no sequence can be
+    longer, as many as a quarter of `memory_bytes` holds, at most the context.
+    """
+    if facts.chunked:
+        return _WANTED_BATCH_TOKENS
+    low, high = min(_WANTED_BATCH_TOKENS, context_length), context_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        if activation_bytes(facts, middle, rows, itemsize, context_length) <= memory_bytes // 4:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _tokens(facts: ModelFacts, kv_bytes: int) -> tuple[int, int]:
+    """Tokens of KV cache that `kv_bytes` hold, and what a sequence's recurrent state takes in such tokens."""
+    per_token = max(1, facts.kv_bytes_per_token)
+    return max(1, kv_bytes // per_token), -(-facts.state_bytes // per_token)
 
 
 def least_weight_bytes(manifest: Manifest, facts: ModelFacts) -> int:

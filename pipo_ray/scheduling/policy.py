@@ -15,23 +15,30 @@ class Limits:
     may be split.
 
     `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
+    `max_sequences`: sequences that run at the same time, because each may want a row of logits in the same sweep.
+    `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
+    tokens (a recurrent state), in tokens of KV cache.
     """
 
     kv_tokens: int
     max_batch_tokens: int
     chunked: bool = True
     rebuild_length: int | None = None
+    max_sequences: int = 256
+    max_scored_tokens: int = 1 << 30
+    state_tokens: int = 0
 
 
 def admit(waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
     """Move sequences from `waiting` to `running`, first come first served, as long as the KV budget holds all they can
-    become.
+    become, and a sweep's logits all that they may want.
     """
-    reserved = sum(sequence.capacity for sequence in running)
-    while waiting and reserved + waiting[0].capacity <= limits.kv_tokens:
-        sequence = waiting.popleft()
-        reserved += sequence.capacity
-        running.append(sequence)
+    reserved = sum(sequence.capacity + limits.state_tokens for sequence in running)
+    while waiting and len(running) < limits.max_sequences:
+        reserved += waiting[0].capacity + limits.state_tokens
+        if reserved > limits.kv_tokens:
+            break
+        running.append(waiting.popleft())
 
 
 def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
@@ -45,7 +52,7 @@ def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
         if limits.rebuild_length is not None and sequence.cached <= limits.rebuild_length < sequence.length:
             sequence.cached = 0
     steps: list[SequenceStep] = []
-    left = limits.max_batch_tokens
+    left, scored_left = limits.max_batch_tokens, limits.max_scored_tokens
     for sequence in running:
         if sequence.decoding:
             steps.append(_step(sequence, 1))
@@ -54,21 +61,25 @@ def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
         if sequence.decoding:
             continue
         wanted = sequence.length - sequence.cached
-        if limits.chunked and wanted > left:
-            if left < min(wanted, _least_chunk(limits)) and steps:
+        room = min(left, scored_left) if sequence.score else left
+        if limits.chunked and wanted > room:
+            if room < min(wanted, _least_chunk(limits, sequence)) and steps:
                 break
-            wanted = max(1, min(wanted, left))
-        elif wanted > left and steps:
+            wanted = max(1, min(wanted, room))
+        elif wanted > room and steps:
             break
         steps.append(_step(sequence, wanted))
         left -= wanted
+        if sequence.score:
+            scored_left -= wanted
     return steps
 
 
-def _least_chunk(limits: Limits) -> int:
+def _least_chunk(limits: Limits, sequence: Sequence) -> int:
     # A sweep streams all weights whatever it computes: a few tokens more are nearly free, but a chunk of a few tokens
     # delays the rest.
-    return max(1, limits.max_batch_tokens // 8)
+    least = max(1, limits.max_batch_tokens // 8)
+    return min(least, limits.max_scored_tokens) if sequence.score else least
 
 
 def _step(sequence: Sequence, num_tokens: int) -> SequenceStep:

@@ -6,12 +6,13 @@ cores, sum of PSS over the node and the driver, no actor yet: 534 MiB and 6.4 s 
 Everything that was left out serves clusters: usage reports, `runtime_env`, adding machines, copying worker output to
 the driver's terminal.
 
-Switches exist for some of it (see `ENVIRONMENT`); the rest has none, so `lean()` swaps four internal functions of Ray
+Switches exist for some of it (see `ENVIRONMENT`); the rest has none, so `lean()` swaps five internal functions of Ray
 for the time of `ray.init`. Where this Ray does not have them as expected, nothing is swapped: it then only costs
 memory. The one thing that must not be used on a lean node is `runtime_env`: nothing answers it.
 """
 
 import contextlib
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ LEAN_ENVIRONMENT = {
 
 _log = logging.getLogger(__name__)
 _AGENT_SCRIPT = Path(__file__).with_name("idle_agent.py")
+_WORKER_SCRIPT = Path(__file__).with_name("lean_worker.py")
 
 
 def is_supported() -> bool:
@@ -62,6 +64,7 @@ def is_supported() -> bool:
         all(callable(getattr(node.Node, name, None)) for name in names)
         and callable(getattr(services, "_build_python_executable_command_memory_profileable", None))
         and hasattr(raylet, "persist_port")
+        and "setup_worker_path" in inspect.signature(services.start_raylet).parameters
     )
 
 
@@ -82,6 +85,14 @@ def lean() -> Iterator[None]:
             return [sys.executable, "-I", "-S", str(_AGENT_SCRIPT)]
         return original_command(component, *args, **kwargs)
 
+    original_start = services.start_raylet
+    signature = inspect.signature(original_start)
+
+    def start_raylet(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["setup_worker_path"] = str(_WORKER_SCRIPT)
+        return original_start(*bound.args, **bound.kwargs)
+
     def no_api_server(self: Any, **_: Any) -> None:
         self._webui_url = ""
 
@@ -93,7 +104,23 @@ def lean() -> Iterator[None]:
         stack.enter_context(_swapped(node.Node, "start_monitor", nothing))
         stack.enter_context(_swapped(node.Node, "start_log_monitor", nothing))
         stack.enter_context(_swapped(services, "_build_python_executable_command_memory_profileable", command))
+        stack.enter_context(_swapped(services, "start_raylet", start_raylet))
         yield
+
+
+@contextlib.contextmanager
+def without_pyarrow() -> Iterator[None]:
+    """While it is open, pyarrow is not installed, for Ray: it imports it to be ready for tables (10 MiB). Where the
+    program has imported it already, nothing changes.
+    """
+    if "pyarrow" in sys.modules:
+        yield
+        return
+    sys.modules["pyarrow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["pyarrow"]
 
 
 @contextlib.contextmanager

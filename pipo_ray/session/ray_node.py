@@ -206,8 +206,11 @@ class RayNode:
         self._quiet.enter_context(lean_ray.quiet())
 
         def initialize() -> None:
-            with _ray_failures(options["address"], self._folder.path):
+            with _ray_failures(options["address"], self._folder.path), lean_ray.without_pyarrow():
                 ray.init(**options)
+                # It would import pyarrow with the first object; not every version of Ray has this name.
+                with contextlib.suppress(AttributeError):
+                    ray._private.worker.global_worker.get_serialization_context()
 
         if threading.current_thread() is threading.main_thread():
             with _own_signal_handlers():

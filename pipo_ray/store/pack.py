@@ -356,6 +356,7 @@ def _explain(error: OSError, partial: Path, total_bytes: int) -> BudgetError | S
 @contextmanager
 def _locked(partial: Path, wait: bool) -> Iterator[None]:
     """Make `partial` and hold it alone. The lock is on the folder itself, so that no lock file stays behind."""
+    missing = [folder for folder in partial.parents if not folder.exists()]
     while (descriptor := _lock(partial)) is None:
         if not wait:
             raise StoreError(
@@ -368,6 +369,9 @@ def _locked(partial: Path, wait: bool) -> Iterator[None]:
     finally:
         with suppress(OSError):
             partial.rmdir()  # only if it is empty: there is nothing to go on with
+        with suppress(OSError):  # what was made on the way to it; not empty where there is a store in it
+            for folder in missing:
+                folder.rmdir()
         os.close(descriptor)
 
 

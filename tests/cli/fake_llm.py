@@ -16,6 +16,8 @@ REPORT = {
     "gpu_memory_bytes": None,
     "model_bytes": 5 << 30,
     "resident_bytes": 1 << 29,
+    "streamed_bytes_per_sweep": 9 << 29,
+    "kv_tokens": 16384,
     "elapsed_s": 12.5,
     "stages": [{"stage": "NvmeLoader", "busy": 0.75, "waiting": 0.25, "starved": 0.0}],
 }

@@ -97,11 +97,12 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "--dtype", "float16", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1",
         "--repetition-penalty", "1.2", "--presence-penalty", "0.3", "--frequency-penalty", "-0.4", "--seed",
         "3", "--stop", "a", "--stop", "b", "--logprobs", "2", "--n", "2", "--ignore-eos", "--ray-address",
-        "local", "--dashboard", "--max-model-len", "64", "--max-batch-tokens", "32", "--no-verify",
+        "local", "--dashboard", "--max-model-len", "64", "--max-batch-tokens", "32", "--stop-token-ids", "7,8",
+        "--stop-token-ids", "9", "--no-verify",
     ]  # fmt: skip
     assert main(["run", ".", "-p", "x", "--trace", str(tmp_path / "t.json"), *arguments]) == 0
     (llm,) = fake_llm.made
-    assert {k: v for k, v in llm.arguments.items() if k != "on_progress"} == {
+    assert {k: v for k, v in llm.arguments.items() if k not in ("on_progress", "before_start")} == {
         "weight_memory": 300 * 10**6, "gpu_memory": 3 << 29, "device": "cuda", "dtype": "float16", "dashboard": True,
         "ray_address": "local", "trace": tmp_path / "t.json", "max_model_len": 64, "max_batch_tokens": 32,
         "verify_checksums": False,
@@ -109,7 +110,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
     wanted: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,
         "presence_penalty": 0.3, "frequency_penalty": -0.4, "seed": 3, "stop": ("a", "b"), "logprobs": 2, "n": 2,
-        "ignore_eos": True,
+        "ignore_eos": True, "stop_token_ids": (7, 8, 9),
     }  # fmt: skip
     assert {name: getattr(llm.params, name) for name in wanted} == wanted
     assert not (tmp_path / "t.json").exists()
@@ -125,6 +126,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         (["-p", "x", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["-p", "x", "--max-tokens", "0"], "max_tokens=0"),
         (["-p", "x", "--n", "2"], "n=2"),
+        (["-p", "x", "--stop-token-ids", "7,a"], "--stop-token-ids: 'a' is no token id"),
         (["-p", "x", "--memory", "lots"], "--memory: 'lots'"),
         (["-p", "x", "--gpu-memory", "1GiB", "--device", "cpu"], "--gpu-memory means nothing"),
         (["-p", "x", "--device", "tpu"], "invalid choice: 'tpu'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -50,11 +51,17 @@ def assert_nothing_left() -> None:
     assert not session_processes()
 
 
+def documented(indent: str) -> set[str]:
+    """The keys that --help lists at this indentation."""
+    lines = re.findall(rf"^{indent}(\w+(?:, \w+)*)(?::? )", JSON_KEYS, re.MULTILINE)
+    return {key for line in lines for key in line.split(", ")}
+
+
 def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a second, longer one"}\n{"prompt_token_ids": [5, 6, 7]}\n')
     done = pipo(
         "run", store, "-p", "first", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "6", "--ignore-eos",
-        "--logprobs", "2", "--json", "--trace", str(tmp_path / "trace.json"), *BUDGET,
+        "--logprobs", "2", "--json", "--explain", "--background", "--trace", str(tmp_path / "trace.json"), *BUDGET,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -70,7 +77,12 @@ def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> 
     assert document["sweeps"] >= 6
     assert 0 < document["peak_memory_bytes"] <= document["memory_budget_bytes"] == 2 << 30
     assert {stage["stage"] for stage in document["stages"]} >= {"NvmeLoader", "ComputeWorker"}
-    assert all(f"  {key}" in JSON_KEYS or f", {key}" in JSON_KEYS for key in ("sweeps", "bytes_streamed", "stages"))
+    # Both ways: every key is documented where it is, and what is documented is there (--n above 1 adds "samples").
+    assert documented("  ") == document.keys()
+    for result in document["results"]:
+        assert documented("    ") - {"samples"} == result.keys()
+    assert "limit" in document["explanation"]
+    assert document["explanation"].endswith(".")
     assert json.loads((tmp_path / "trace.json").read_text())
     assert_nothing_left()
 
@@ -105,6 +117,7 @@ class Terminal:
             stdout=secondary,
             stderr=secondary,
             start_new_session=True,
+            env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"},
         )
         os.close(secondary)
         os.set_blocking(self._primary, False)
@@ -171,6 +184,16 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_then_leaves(store: str) -> None:
         assert status == 0
         assert b"Traceback" not in rest
     assert_nothing_left()
+
+
+def test_a_terminal_gets_a_progress_bar(chat_checkpoint: Path, tmp_path: Path) -> None:
+    with Terminal("pack", str(chat_checkpoint), str(tmp_path / "store")) as terminal:
+        status, seen = terminal.end(120)
+    assert status == 0
+    bar = re.search(rb"packing[^\r\n]*\xe2\x94\x81[^\r\n]*[KM]iB", seen)
+    assert bar is not None, seen[-2000:]
+    assert seen.rstrip().endswith(b"748.0 KiB"), "the last line is the result, and the bar is gone"
+    assert b"\x1b[2K" in seen
 
 
 @pytest.mark.parametrize("moment", ["start", "answer"])

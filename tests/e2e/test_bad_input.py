@@ -317,6 +317,7 @@ def test_the_weights(checkpoint: Path, tmp_path: Path, damage: str) -> None:
     [
         ("newer", ["format version 99", "update pipo_ray"]),
         ("truncated", ["blocks-00001-of-00001.safetensors", "truncated", "pack the checkpoint again"]),
+        ("no config", ["no config.json", "pack the checkpoint again"]),
         ("file gone", ["blocks-00001-of-00001.safetensors", "No such file", "pack the checkpoint again"]),
     ],
 )
@@ -330,6 +331,10 @@ def test_the_store(store: Path, command: str, damage: str, words: list[str]) -> 
             os.truncate(file, file.stat().st_size - 5000)
         case "file gone":
             file.unlink()
+        case "no config":
+            if command == "verify":
+                pytest.skip("its checksums are what they were")
+            (store / "config.json").unlink()
     line = at_once(command, str(store), *(IDS if command == "run" else ()))
     for word in (str(store), *words):
         assert word in line
@@ -405,10 +410,17 @@ def test_the_least_works(packed: Path, option: str, value: str, taker: str) -> N
 
 def test_the_second_prompt_is_bad(packed: Path) -> None:
     long = ",".join(["5"] * 64)
-    line = refused("run", str(packed), *IDS, "--prompt-ids", long, *BUDGET)
+    line = at_once("run", str(packed), *IDS, "--prompt-ids", long, *BUDGET)
     assert line == (
         "prompt 2 (of 2) of 64 tokens leaves no room for an answer: the context is 64 tokens; shorten the prompt to at "
         "most 63 tokens"
+    )
+
+
+def test_an_id_that_the_model_does_not_have(packed: Path) -> None:
+    line = at_once("run", str(packed), *IDS, "--prompt-ids", "5,256", *BUDGET)
+    assert line == (
+        "prompt 2 (of 2): prompt token 1 is 256: the model's token ids go from 0 to 255; correct the prompt"
     )
 
 

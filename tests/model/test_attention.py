@@ -61,6 +61,28 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
+@settings(max_examples=150, deadline=None)
+@given(shapes(), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
+def test_attend_in_16_bits_is_attention(case: dict[str, int], dtype: torch.dtype, one: bool) -> None:
+    """Values between 1 and 2, so that each may be wrong by a few roundings of 16 bits and not more."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    new = 1 if one else case["new"]
+    query = torch.randn(case["heads"], new, case["dim"], generator=generator).to(dtype)
+    keys = torch.randn(case["kv_heads"], case["length"] + 3, case["dim"], generator=generator).to(dtype)
+    values = torch.rand(case["kv_heads"], case["length"] + 3, case["value_dim"], generator=generator).to(dtype) + 1
+    keys, values = keys[:, : case["length"]], values[:, : case["length"]]  # as the cache hands them out
+    options = (0.4, case["window"], case["softcap"], None)
+    before = attention._MAX_SCORES
+    attention._MAX_SCORES = case["max_scores"]
+    try:
+        got = attend(query, keys, values, *options)
+    finally:
+        attention._MAX_SCORES = before
+    assert got.shape == (case["heads"], new, case["value_dim"])
+    assert got.dtype == dtype
+    assert float((got.double() - naive(query, keys, values, *options)).abs().max()) < 4 * torch.finfo(dtype).eps
+
+
 @settings(max_examples=150)
 @given(shapes())
 def test_attend_is_attention(case: dict[str, int]) -> None:
@@ -155,7 +177,10 @@ def test_sequences_in_a_row_do_not_see_each_other(
         torch.testing.assert_close(torch.cat(parts).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_there_is_no_row_outside_a_sweep() -> None:
-    query = torch.randn(1, 2, 3, 4)
-    with pytest.raises(LookupError):
-        ragged_attention(torch.nn.Module(), query, query, query)
+@pytest.mark.parametrize("window", [None, 3])
+def test_outside_a_shared_row_there_is_one_sequence_with_a_cache_of_its_own(window: int | None) -> None:
+    query, key, value = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    made, _ = ragged_attention(torch.nn.Module(), query, key, value, sliding_window=window)
+    padded = torch.cat([torch.zeros(4, 5, 8), query[0]], dim=1)  # the two last of seven tokens
+    expected = naive(padded, key[0], value[0], 1 / math.sqrt(8), window, None, None)[:, 5:].transpose(0, 1)
+    torch.testing.assert_close(made[0].double(), expected, rtol=1e-5, atol=1e-5)

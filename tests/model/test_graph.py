@@ -119,3 +119,17 @@ def test_a_graph_is_the_model_without_its_weights(
         assert ours[name].dtype == buffer.dtype, name
         assert torch.equal(ours[name], buffer), name
     assert set(tied_aliases(graph)) == {"lm_head.weight"} & (set(wanted) if config.tie_word_embeddings else set())
+
+
+def test_a_config_that_needs_the_meta_kernels_is_built_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("mixed devices")
+
+    monkeypatch.setattr("pipo_ray.model.graph._NativeKernels.__torch_function__", refuse)
+    model = build_graph(
+        LlamaConfig(num_hidden_layers=1, vocab_size=64, hidden_size=64, intermediate_size=64),
+        torch.float32,
+        attention="eager",
+        device=torch.device("cpu"),
+    )
+    assert all(parameter.is_meta for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def model(layers: int, width: int, vocabulary: int) -> tuple[Manifest, ModelFact
     manifest = Manifest(FORMAT_VERSION, "", "", "", "float32", {}, stored, total, "", {})
     events = tuple((unit, enters) for unit in range(len(units)) for enters in (True, False))
     facts = ModelFacts("", "", tuple(units), events, True, True, "", None, 8 * width, 512, vocabulary, width, 4 * width,
-                       layers, ())  # fmt: skip
+                       layers, 1, "pipo_ragged", 0, ())  # fmt: skip
     return manifest, facts
 
 
@@ -126,3 +127,36 @@ def test_on_a_gpu_each_budget_is_told_by_its_name() -> None:
             plan(one, **gpu | {option: 4096})
         found = plan(one, **gpu | {option: least_of(caught.value)})
         assert found.weight_bytes <= found.memory_bytes
+
+
+@pytest.mark.parametrize("memory", [3 * GIB // 2, 4 * GIB, 64 * GIB])
+def test_logits_of_a_large_vocabulary_are_in_the_plan(memory: int) -> None:
+    vocabulary = 262144
+    found = plan(model(1, 64, vocabulary), memory_bytes=memory)
+    assert found.max_sequences >= 8
+    # What the sampler makes of all rows at the same time: the model's logits, a stack of them, a row in float32.
+    assert found.activation_bytes >= 3 * 4 * vocabulary * found.max_sequences
+    assert 4 * vocabulary * found.max_scored_tokens <= 8 << 20
+    more = plan(model(1, 64, 1000), memory_bytes=memory)
+    assert more.max_sequences > found.max_sequences or memory > 32 * GIB
+
+
+def test_a_sequence_that_cannot_be_split_is_as_long_as_its_activations_fit() -> None:
+    manifest, facts = model(1, 64, 1000)
+    whole = replace(facts, chunked=False, ragged=False, attention="eager", num_attention_heads=32, context_length=65536)
+    small, large = plan((manifest, whole), memory_bytes=2 * GIB), plan((manifest, whole), memory_bytes=16 * GIB)
+    for found in (small, large):
+        assert found.max_length == found.max_batch_tokens
+        # Scores of every head in float32, and their softmax.
+        assert found.activation_bytes >= 2 * 4 * 32 * found.max_length**2
+        assert found.activation_bytes <= found.memory_bytes // 4
+    assert 512 <= small.max_length < large.max_length < 65536
+    asked = plan((manifest, whole), memory_bytes=16 * GIB, max_batch_tokens=600)
+    assert asked.max_length == 600
+    assert plan((manifest, facts), memory_bytes=2 * GIB).max_length is None
+
+
+def test_a_recurrent_state_is_paid_for_with_tokens_of_kv_cache() -> None:
+    manifest, facts = model(1, 64, 1000)
+    found = plan((manifest, replace(facts, state_bytes=10 * facts.kv_bytes_per_token + 1)), memory_bytes=2 * GIB)
+    assert found.state_tokens == 11

@@ -1,99 +1,197 @@
-"""The scheduler's loop with a compute worker that fails."""
+"""The scheduler's loop with a compute worker made of two functions: who joins, who leaves, what a death costs."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-from pipo_ray.errors import ActorFailedError, DriveError, PipoError
+from pipo_ray.errors import StoreError
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
 from pipo_ray.scheduling.policy import Limits
 
-# Two requests run, the third waits for room in the KV cache.
-LIMITS = Limits(20, 512, True, None)
-
-
-def request(name: str) -> RequestSpec:
-    return RequestSpec(name, (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True), 1, 4)
-
 
 class Worker:
-    """Raises what is in `failures`, then answers each step with a token, and ends a sequence with its fourth."""
+    """Answers a step with the number of tokens that the sequence then has, so that every token tells its position."""
 
-    def __init__(self, *failures: Exception | None) -> None:
-        self.failures = list(failures)
-        self.starts: list[list[int]] = []
+    def __init__(self) -> None:
+        self.cached: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+        self.sweeps: list[SweepRequest] = []
         self.set_ups = 0
+        self.before: Callable[[SweepRequest], Awaitable[None]] | None = None
 
     async def set_up(self) -> None:
         self.set_ups += 1
+        self.cached.clear()
 
     async def run_sweep(self, request: SweepRequest) -> SweepResult:
-        self.starts.append([step.start for step in request.steps])
-        failure = self.failures.pop(0) if self.failures else None
-        if failure is not None:
-            raise failure
-        results = tuple(
-            StepResult(step.sequence, 9, finish_reason="length" if step.start >= 5 else None) for step in request.steps
-        )
-        return SweepResult(request.number, results, 0.0, 0.0, 0)
-
-
-async def events_of(loop: SchedulingLoop, client: str, after: int, count: int) -> list[TokenEvent]:
-    """The client's next events until there are so many."""
-    while len(events := await loop.poll(client, after, 1.0)) < count:
+        self.sweeps.append(request)
         await asyncio.sleep(0)
-    return events
+        if self.before is not None:
+            await self.before(request)
+        for name in request.drop:
+            self.cached.pop(name, None)
+        results = []
+        for step in request.steps:
+            assert self.cached.get(step.sequence, 0) == step.start, "a token is missing in the cache, or there twice"
+            if step.spec is not None:
+                self.most[step.sequence] = len(step.spec.prompt_token_ids) + step.spec.max_tokens
+            length = self.cached[step.sequence] = step.start + len(step.token_ids)
+            ends = length + 1 == self.most[step.sequence]
+            results.append(
+                StepResult(step.sequence, length, "x", finish_reason="length" if ends else None)
+                if step.sample
+                else StepResult(step.sequence)
+            )
+        return SweepResult(request.number, tuple(results), 0.0, 0.0, 1000)
 
 
-def outcome(worker: Worker) -> tuple[list[PipoError | None], list[TokenEvent], list[TokenEvent]]:
-    """Three requests of two clients, and one more when all have ended: their errors, and the last one's events."""
-
-    async def play() -> tuple[list[PipoError | None], list[TokenEvent], list[TokenEvent]]:
-        loop = SchedulingLoop(worker.run_sweep, worker.set_up, LIMITS)
-        task = asyncio.get_running_loop().create_task(loop.run())
-        loop.submit("a", [request("0"), request("1")])
-        loop.submit("b", [request("2")])
-        first = [event for event in await events_of(loop, "a", 0, 4) if event.error is not None]
-        second = [event for event in await events_of(loop, "b", 0, 1) if event.error is not None]
-        numbered = loop._clients["a"].numbered
-        loop.submit("a", [request("3")])
-        last = await events_of(loop, "a", numbered, 4)
-        task.cancel()
-        return [event.error for event in [*first, *second]], [*first, *second], last
-
-    return asyncio.run(asyncio.wait_for(play(), 20))
+def request(name: str, prompt: int = 3, tokens: int = 4, **more: Any) -> RequestSpec:
+    return RequestSpec(name, tuple(range(prompt)), SamplingParams(max_tokens=tokens), 0, tokens, **more)
 
 
-def test_an_error_ends_what_runs_and_what_waits_and_not_the_next_request() -> None:
-    error = DriveError("the drive is away")
-    errors, events, last = outcome(Worker(None, error))
-    assert errors == [error] * 3
-    assert [event.request_id for event in events] == ["0", "1", "2"]
-    assert [event.result.token_id for event in last] == [9] * 4
-    assert last[-1].result.finish_reason == "length"
+def in_loop(body: Callable[[SchedulingLoop, Worker], Awaitable[None]], **limits: Any) -> tuple[SchedulingLoop, Worker]:
+    """Run `body` beside a loop with a worker."""
+    worker = Worker()
+
+    async def run() -> SchedulingLoop:
+        loop = SchedulingLoop(
+            worker.run_sweep, worker.set_up, Limits(**{"kv_tokens": 100, "max_batch_tokens": 16, **limits})
+        )
+        task = asyncio.create_task(loop.run())
+        try:
+            await asyncio.wait_for(body(loop, worker), 30)
+        finally:
+            task.cancel()
+        return loop
+
+    return asyncio.run(run()), worker
 
 
-def test_a_defect_is_an_error_too() -> None:
-    errors, _, last = outcome(Worker(None, ZeroDivisionError("no")))
-    assert all(isinstance(error, ActorFailedError) and "ZeroDivisionError: no" in str(error) for error in errors)
-    assert len(errors) == 3
-    assert len(last) == 4
+async def finished(loop: SchedulingLoop, count: int, client: str = "c") -> dict[str, list[TokenEvent]]:
+    """The client's events by request, when `count` requests have ended."""
+    events: list[TokenEvent] = []
+    while sum(event.result.finish_reason is not None for event in events) < count:
+        new = await loop.poll(client, events[-1].number if events else 0, 5.0)
+        assert new or loop.error is None, loop.error
+        events += new
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    return {name: [e for e in events if e.request_id == name] for name in {e.request_id for e in events}}
 
 
-def test_a_sweep_that_has_to_be_done_again_is_no_error() -> None:
-    worker = Worker(None, WorkerLostError())
+def tokens(events: list[TokenEvent]) -> list[int | None]:
+    return [event.result.token_id for event in events if event.result.token_id is not None]
 
-    async def play() -> list[TokenEvent]:
-        loop = SchedulingLoop(worker.run_sweep, worker.set_up, LIMITS)
-        task = asyncio.get_running_loop().create_task(loop.run())
-        loop.submit("a", [request("0")])
-        events = await events_of(loop, "a", 0, 4)
-        task.cancel()
-        return events
 
-    events = asyncio.run(asyncio.wait_for(play(), 20))
-    assert [event.error for event in events] == [None] * 4
+def test_a_request_joins_while_another_runs_and_both_end() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        async def join(sweep: SweepRequest) -> None:
+            if sweep.number == 2:
+                loop.submit("c", [request("b", 5, 3)])
+
+        worker.before = join
+        loop.submit("c", [request("a", 3, 6)])
+        ended = await finished(loop, 2)
+        assert tokens(ended["a"]) == [3, 4, 5, 6, 7, 8]
+        assert tokens(ended["b"]) == [5, 6, 7]
+        both = [sweep.number for sweep in worker.sweeps if len(sweep.steps) == 2]
+        assert both == [3, 4, 5]
+
+    loop, worker = in_loop(body)
+    assert loop.sweeps == len(worker.sweeps) == 6
+    assert loop.bytes_streamed == 6000
+    assert worker.set_ups == 1
+
+
+def test_one_waits_until_the_kv_cache_has_room_and_what_left_is_dropped() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        loop.submit("c", [request("a"), request("b")])
+        ended = await finished(loop, 2)
+        assert tokens(ended["a"]) == tokens(ended["b"]) == [3, 4, 5, 6]
+        assert all(len(sweep.steps) == 1 for sweep in worker.sweeps)
+        assert worker.sweeps[4].drop == ("c/a/0",)
+        assert worker.cached.keys() == {"c/b/0"}
+
+    in_loop(body, kv_tokens=10)
+
+
+def test_an_aborted_request_ends_at_once_and_its_cache_is_dropped() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        async def abort(sweep: SweepRequest) -> None:
+            if sweep.number == 2:
+                loop.abort("c", ["a"])
+
+        worker.before = abort
+        loop.submit("c", [request("a", 3, 50), request("b")])
+        ended = await finished(loop, 2)
+        assert tokens(ended["a"]) == [3], "the sweep that ran meanwhile brings nothing more"
+        assert ended["a"][-1].result.finish_reason == "abort"
+        assert tokens(ended["b"]) == [3, 4, 5, 6]
+        assert "c/a/0" in worker.sweeps[2].drop
+        assert "c/a/0" not in worker.cached
+
+    in_loop(body)
+
+
+def test_a_client_that_leaves_takes_its_requests_with_it() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        async def leave(sweep: SweepRequest) -> None:
+            if sweep.number == 2:
+                loop.leave("gone")
+
+        worker.before = leave
+        loop.submit("gone", [request("a", 3, 50), request("waits", 60, 30)])
+        loop.submit("c", [request("a")])
+        assert tokens((await finished(loop, 1))["a"]) == [3, 4, 5, 6]
+        assert not loop.knows("gone")
+        assert all(step.sequence == "c/a/0" for sweep in worker.sweeps[2:] for step in sweep.steps)
+
+    in_loop(body)
+
+
+def test_a_lost_worker_costs_the_interrupted_sweep_and_one_prefill() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        deaths = iter([None])
+
+        async def die(sweep: SweepRequest) -> None:
+            if sweep.number == 3 and next(deaths, "no more") is None:
+                worker.cached.clear()
+                raise WorkerLostError
+
+        worker.before = die
+        loop.submit("c", [request("a"), request("b", 5)])
+        ended = await finished(loop, 2)
+        assert tokens(ended["a"]) == [3, 4, 5, 6], "no token is repeated or changed"
+        assert tokens(ended["b"]) == [5, 6, 7, 8]
+        again = worker.sweeps[3]
+        assert [step.start for step in again.steps] == [0, 0]
+        specs = [step.spec for step in again.steps if step.spec is not None]
+        assert [spec.generated_token_ids for spec in specs] == [(3, 4), (5, 6)]
+
+    loop, worker = in_loop(body)
     assert worker.set_ups == 2
-    assert worker.starts[:3] == [[0], [3], [0]]
+    assert len(worker.sweeps) == loop.sweeps + 1
+
+
+def test_a_resubmitted_request_goes_on_behind_what_was_streamed() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        loop.submit("c", [request("a", generated={0: (3, 4)})])
+        assert tokens((await finished(loop, 1))["a"]) == [5, 6]
+
+    in_loop(body)
+
+
+def test_what_a_restart_does_not_cure_ends_the_loop_and_wakes_the_clients() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        async def damage(sweep: SweepRequest) -> None:
+            raise StoreError("block 3 is damaged")
+
+        worker.before = damage
+        loop.submit("c", [request("a")])
+        assert await loop.poll("c", 0, 20.0) == []
+        assert isinstance(loop.error, StoreError)
+
+    in_loop(body)

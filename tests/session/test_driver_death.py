@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -20,6 +22,8 @@ DRIVER = Path(__file__).with_name("driver.py")
 class Driver:
     """A driver process of the test, and what it holds on the machine."""
 
+    started: ClassVar[list["Driver"]] = []
+
     def __init__(self, mode: str) -> None:
         self.child = subprocess.Popen(
             [sys.executable, str(DRIVER), mode],
@@ -28,6 +32,7 @@ class Driver:
             text=True,
             start_new_session=True,
         )
+        self.started.append(self)
         self.inodes: set[str] = set()
         self.path = ""
 
@@ -101,6 +106,16 @@ class Driver:
         """Reap the driver."""
         self.child.communicate(timeout=10)
         return self.child.returncode
+
+
+@pytest.fixture(autouse=True)
+def no_driver_outlives_its_test() -> Iterator[None]:
+    """A test that fails leaves its drivers at work."""
+    yield
+    while Driver.started:
+        child = Driver.started.pop().child
+        child.kill()
+        child.wait()
 
 
 def test_sigkill_and_ctrl_c_at_any_moment_leave_nothing() -> None:

@@ -63,8 +63,9 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
         "from pipo_ray.session.folder import SessionFolder\n"
         "SessionFolder.create(sys.argv[1])\n"
         "child = os.fork()\n"
-        "if child == 0: time.sleep(100)\n"
-        "print(child, flush=True); os._exit(0)\n"
+        "if child == 0:\n"  # the child answers: it must have got as far as letting go of the lock
+        "    print(os.getpid(), flush=True); time.sleep(100)\n"
+        "os._exit(0)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as driver:
         assert driver.stdout

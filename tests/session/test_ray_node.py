@@ -1,5 +1,6 @@
 """The node: private, lean, quiet; and what happens where another Ray cluster is running."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -45,6 +46,12 @@ class Actor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def has_pyarrow(self) -> bool:
+        return sys.modules.get("pyarrow") is not None
+
+    def program(self) -> str:
+        return str(sys.modules["__main__"].__spec__ or sys.argv[0])
 
 
 class Foreign:
@@ -111,6 +118,7 @@ def test_a_private_node_is_lean_private_and_leaves_no_trace(
     handler = signal.getsignal(signal.SIGTERM)
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
+    of_others = mapped_inodes(os.getpid())  # libraries' semaphores, from tests before this one
     with start(worker_environment={"PIPO_TEST": "here"}) as session:
         assert dict(os.environ) == before
         node_pids = session.node.pids()
@@ -123,6 +131,8 @@ def test_a_private_node_is_lean_private_and_leaves_no_trace(
         assert ray.get(actor.environment.remote("PIPO_TEST")) == "here"
         assert ray.get(actor.environment.remote(processes.MARKER)) == session.id
         assert ray.get(actor.interpreter.remote()) == sys.executable
+        assert not ray.get(actor.has_pyarrow.remote())
+        assert ray.get(actor.program.remote()).endswith("default_worker.py")
         actor_pid = ray.get(actor.pid.remote())
         assert actor_pid in session.node.pids()
         # Ctrl-C in the terminal reaches every process of the foreground; those of Ray are deaf to it.
@@ -134,12 +144,14 @@ def test_a_private_node_is_lean_private_and_leaves_no_trace(
         # 127.0.0.1, and the same written as an IPv6 address.
         loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
         assert listening_addresses({*session.node.pids(), os.getpid()}) <= loopback
-        inodes = mapped_inodes(node_pids[1]) | mapped_inodes(os.getpid())
+        inodes = (mapped_inodes(node_pids[1]) | mapped_inodes(os.getpid())) - of_others
+        assert inodes
         path, pids = session.path, set(session.pids()) - {os.getpid()}
     session.close()
     assert not os.path.exists(path)
     assert not [pid for pid in pids if processes.identify(pid)]
     assert not someone_maps(inodes)
+    assert importlib.import_module("pyarrow").__name__ == "pyarrow"  # kept from Ray, not from us
     assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGTERM) is handler
     assert token.exists() == had_token

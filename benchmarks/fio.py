@@ -1,0 +1,50 @@
+"""What a disk gives: fio's O_DIRECT reads through libaio, on the files that a benchmark reads itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCKS_MIB = (1, 4, 16)
+DEPTHS = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sequential read: bytes per second with this block size in MiB and so many reads in flight."""
+
+    bytes_per_s: float
+    block_mib: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.bytes_per_s / 1e9:.2f} GB/s with blocks of {self.block_mib} MiB, {self.depth} in flight"
+
+
+def version() -> str:
+    """fio's own name for itself. Ends the program with what to do if there is no fio."""
+    if shutil.which("fio") is None:
+        raise SystemExit("fio is missing: install the package fio, which gives the disk limit")
+    return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def read(files: Sequence[Path], block_mib: int, depth: int, seconds: float = 2.0) -> Reading:
+    """Read `files` one after the other, and again, for so many seconds."""
+    command = [
+        "fio", "--name=read", "--rw=read", "--readonly", "--direct=1", "--ioengine=libaio", f"--bs={block_mib}M",
+        f"--iodepth={depth}", f"--filename={':'.join(map(str, files))}", "--file_service_type=sequential",
+        "--time_based", f"--runtime={seconds}", "--output-format=json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (job,) = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    return Reading(float(job["read"]["bw_bytes"]), block_mib, depth)
+
+
+def best(files: Sequence[Path], seconds: float = 2.0) -> Reading:
+    """The fastest of BLOCKS_MIB x DEPTHS."""
+    readings = [read(files, block_mib, depth, seconds) for block_mib in BLOCKS_MIB for depth in DEPTHS]
+    return max(readings, key=lambda reading: reading.bytes_per_s)

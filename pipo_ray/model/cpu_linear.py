@@ -1,0 +1,238 @@
+"""Products with 16-bit weights on the CPU, by the kernel that was measured to be fastest on this machine.
+
+A processor without 16-bit arithmetic multiplies a single row at the memory's bandwidth, because widening a weight costs
+less than fetching it; with more rows torch's own kernel widens each weight again for every row. Here a chunk of weights
+is widened once, into a buffer that stays in the cache, and multiplied in float32; sums are rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+_MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 128)
+_MEASURED_SHAPE = (256, 2048)
+_MEASURED_TIMES = 5
+_HOPELESS = 3.0  # times slower than the best with so many rows: not measured with more
+_REMEMBERED_SHAPES = 4096
+# Float32 products with fewer columns, or an odd number, take as long as with many more: zeros fill them up.
+_COLUMNS = 16
+_MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+
+
+class CpuProducts:
+    """Multiplies inputs with 16-bit weights as `profile` chooses. One caller at a time.
+
+    Takes at most SCRATCH_BYTES for widened weights, and per call 4 bytes for each element of the input and for each
+    element of the output that one chunk makes.
+    """
+
+    def __init__(self, profile: KernelProfile) -> None:
+        self._profile = profile
+        with torch.inference_mode(False):  # written to in and out of inference mode
+            self._scratch = torch.empty(SCRATCH_BYTES // 4)
+        self._chosen: dict[tuple[Any, ...], Kernel] = {}
+
+    @classmethod
+    def for_run(cls, dtype: torch.dtype, file: Path | None) -> CpuProducts:
+        """With the profile in `file`; measured (and written there) if there is none for this dtype and this number of
+        threads. It takes about 0.1 s.
+        """
+        name, num_threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+        profile = None if file is None else KernelProfile.load(file)
+        if profile is None or (profile.dtype, profile.num_threads) != (name, num_threads):
+            profile = measure_profile(dtype)
+            if file is not None:
+                profile.save(file)
+        return cls(profile)
+
+    def bind(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` as a tensor over the same memory whose products are made here; unchanged if it is no 16-bit matrix
+        (or stack of matrices).
+        """
+        if weight.dtype not in HALF_DTYPES or weight.dim() not in (2, 3) or weight.device.type != "cpu":
+            return weight
+        bound = weight.as_subclass(HalfMatrix)
+        bound._products = self
+        return bound
+
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`F.linear`: `inputs` [..., in], `weight` [out, in], `bias` [out] or None; [..., out] in the inputs' dtype."""
+        kernel = self._choose("linear", inputs, weight, bias)
+        if kernel == "native":
+            return F.linear(inputs, weight, bias)
+        rows = inputs.reshape(-1, weight.shape[1])
+        product = self._wide_linear if kernel == "wide" else self._tall_linear
+        return product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
+
+    def matmul(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`inputs @ weight + bias`: `inputs` [..., in], `weight` [in, out], `bias` [out] or None."""
+        kernel = self._choose("matmul", inputs, weight, bias)
+        if kernel == "native":
+            return torch.matmul(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
+        rows = inputs.reshape(-1, weight.shape[0])
+        return self._wide_matmul(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[1])
+
+    def _choose(self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
+        shapes = (layout, inputs.shape, weight.shape, inputs.dtype, weight.dtype, None if bias is None else bias.dtype)
+        kernel = self._chosen.get(shapes)
+        if kernel is None:
+            kernel = self._decide(layout, inputs, weight, bias)
+            if len(self._chosen) >= _REMEMBERED_SHAPES:
+                self._chosen.clear()
+            self._chosen[shapes] = kernel
+        return "native" if torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad) else kernel
+
+    def _decide(self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
+        """Native too for what the others are not made for: mixed dtypes, and mistakes that torch explains."""
+        width = weight.shape[-1] if layout == "linear" else weight.shape[0]
+        if (
+            weight.dim() != 2
+            or inputs.dim() < 1
+            or inputs.shape[-1] != width
+            or inputs.dtype != weight.dtype
+            or inputs.device != weight.device
+            or not weight.numel()
+            or not inputs.numel()
+            or weight.shape[1] > self._scratch.numel()
+            or (bias is not None and (bias.dtype != weight.dtype or bias.dim() != 1))
+        ):
+            return "native"
+        return self._profile.choose(layout, inputs.numel() // width, weight.numel())
+
+    def _wide_linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        output, inputs = rows.new_empty(len(rows), len(weight)), rows.float()
+        at_once = self._rows_at_once(weight)
+        sums = inputs.new_empty(len(rows) * min(at_once, len(weight)))
+        for start in range(0, len(weight), at_once):
+            part = self._widen(weight[start : start + at_once])
+            sum_ = sums[: len(rows) * len(part)].view(len(rows), len(part))
+            torch.mm(inputs, part.T, out=sum_)
+            if bias is not None:
+                sum_ += bias[start : start + at_once]
+            output[:, start : start + at_once] = sum_
+        return output
+
+    def _tall_linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        output = rows.new_empty(len(rows), len(weight))
+        columns = -(-len(rows) // _COLUMNS) * _COLUMNS
+        inputs = self._scratch.new_zeros(weight.shape[1], columns)
+        inputs[:, : len(rows)] = rows.T
+        at_once = self._rows_at_once(weight)
+        sums = inputs.new_empty(min(at_once, len(weight)), columns)
+        for start in range(0, len(weight), at_once):
+            part = self._widen(weight[start : start + at_once])
+            sum_ = sums[: len(part)]
+            torch.mm(part, inputs, out=sum_)
+            if bias is not None:
+                sum_ += bias[start : start + at_once, None]
+            output[:, start : start + at_once] = sum_.T[: len(rows)]
+        return output
+
+    def _wide_matmul(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        inputs = rows.float()
+        sums = inputs.new_zeros(len(rows), weight.shape[1])
+        at_once = self._rows_at_once(weight)
+        for start in range(0, len(weight), at_once):
+            sums.addmm_(inputs[:, start : start + at_once], self._widen(weight[start : start + at_once]))
+        if bias is not None:
+            sums += bias
+        return sums.to(rows.dtype)
+
+    def _rows_at_once(self, weight: torch.Tensor) -> int:
+        """Rows per chunk; the last is about as large as the others, because small products are slow."""
+        most = max(1, self._scratch.numel() // weight.shape[1])
+        chunks = -(-len(weight) // most)
+        return -(-len(weight) // chunks)
+
+    def _widen(self, part: torch.Tensor) -> torch.Tensor:
+        return self._scratch[: part.numel()].view(part.shape).copy_(part)
+
+
+class HalfMatrix(torch.Tensor):
+    """A 16-bit weight [out, in] (or a stack of them) that hands its products to `CpuProducts`. In every other operation
+    it is the plain tensor, and so are the results.
+    """
+
+    _products: CpuProducts
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and not (args and type(args[0]) is HalfMatrix):
+                return _linear(*args, **(kwargs or {}))
+            if not kwargs and len(args) == 2 and type(args[1]) is HalfMatrix and func in _MATMULS:
+                return args[1]._products.matmul(args[0], args[1])
+            if not kwargs and func is torch.addmm and len(args) == 3 and type(args[2]) is HalfMatrix:
+                return args[2]._products.matmul(args[1], args[2], args[0])
+            result = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.__getitem__ and args[0].dim() == 3:
+                return args[0]._products.bind(result)
+            return result
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if type(weight) is not HalfMatrix:
+        return F.linear(input, weight, bias)
+    return weight._products.linear(input, weight, bias)
+
+
+def measure_profile(dtype: torch.dtype) -> KernelProfile:
+    """Time every kernel on this machine with the number of threads that torch has now."""
+    with torch.inference_mode():
+        costs = {layout: _measure_layout(layout, dtype) for layout in KERNELS}
+    return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
+
+
+def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile:
+    """A profile that chooses `kernel` wherever its layout has it."""
+    costs: dict[Layout, dict[Kernel, Cost]] = {
+        layout: {one: Cost(0.0, (1, 2), (0.0, 0.0) if one == kernel else (1.0, 1.0)) for one in kernels}
+        for layout, kernels in KERNELS.items()
+    }
+    return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
+
+
+def _measure_layout(layout: Layout, dtype: torch.dtype) -> dict[Kernel, Cost]:
+    multiply: dict[Kernel, Callable[..., torch.Tensor]] = {}
+    for kernel in KERNELS[layout]:
+        products = CpuProducts(always(kernel, dtype))
+        multiply[kernel] = products.linear if layout == "linear" else products.matmul
+    weight, small = torch.randn(_MEASURED_SHAPE).to(dtype), torch.zeros(8, 8, dtype=dtype)
+    fixed = _least_seconds(multiply, torch.zeros(1, 8, dtype=dtype), small, 4 * _MEASURED_TIMES)
+    rates: dict[Kernel, list[float]] = {kernel: [] for kernel in multiply}
+    running = dict(multiply)
+    for rows in _MEASURED_ROWS:
+        inputs = torch.randn(rows, weight.shape[1] if layout == "linear" else weight.shape[0]).to(dtype)
+        seconds = _least_seconds(running, inputs, weight, _MEASURED_TIMES)
+        for kernel, took in seconds.items():
+            rates[kernel].append(max(0.0, took - fixed[kernel]) / weight.numel())
+            if took > _HOPELESS * min(seconds.values()):
+                del running[kernel]
+    return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
+
+
+def _least_seconds(
+    multiply: dict[Kernel, Callable[..., torch.Tensor]], inputs: torch.Tensor, weight: torch.Tensor, times: int
+) -> dict[Kernel, float]:
+    """Least seconds of each kernel, in turns.
+
+    Seconds of processor time over the number of threads: on a PC that is busy when a run starts, the clock on the wall
+    would measure the others.
+    """
+    seconds: dict[Kernel, float] = dict.fromkeys(multiply, float("inf"))
+    for _ in range(times):
+        for kernel, call in multiply.items():
+            begin = time.process_time()
+            call(inputs, weight)
+            seconds[kernel] = min(seconds[kernel], (time.process_time() - begin) / torch.get_num_threads())
+    return seconds

@@ -1,0 +1,101 @@
+"""Which kernel multiplies 16-bit weights on the CPU: measured seconds in, a choice out. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+Layout = Literal["linear", "matmul"]
+"""How a weight is multiplied: "linear" is `x @ weight.T` of [out, in], "matmul" is `x @ weight` of [in, out]."""
+
+Kernel = Literal["native", "wide", "tall"]
+"""Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
+weights times inputs.
+"""
+
+KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {"linear": ("native", "wide", "tall"), "matmul": ("native", "wide")}
+
+SCRATCH_BYTES = 4 << 20
+"""What a chunk of weights takes in float32. Large enough that starting the threads for each chunk costs little, small
+enough for the last-level cache of most processors.
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A kernel's measured time: `fixed_s` seconds per call, and for each of `rows` inputs `per_element_s` seconds per
+    element of the weight.
+    """
+
+    fixed_s: float
+    rows: tuple[int, ...]
+    per_element_s: tuple[float, ...]
+
+    def seconds(self, rows: int, elements: int) -> float:
+        """Predicted seconds of a product of `rows` inputs with a weight of `elements`; linear between what was measured
+        and in proportion to `rows` beyond it.
+        """
+        return self.fixed_s + elements * self._rate(rows)
+
+    def _rate(self, rows: int) -> float:
+        for (low, low_s), (high, high_s) in pairwise(zip(self.rows, self.per_element_s, strict=True)):
+            if rows <= high:
+                share = max(0.0, (rows - low) / (high - low))
+                return low_s + share * (high_s - low_s)
+        return self.per_element_s[-1] * max(1.0, rows / self.rows[-1])
+
+
+def cleaned(rates: Sequence[float]) -> tuple[float, ...]:
+    """Measured rates by rising number of rows, without what disturbed them: fewer rows cannot take longer than more."""
+    result: list[float] = []
+    for rate in reversed(rates):
+        result.append(min(rate, result[-1]) if result else rate)
+    return tuple(reversed(result))
+
+
+@dataclass(frozen=True)
+class KernelProfile:
+    """Costs of every kernel for one 16-bit dtype and one number of threads.
+
+    The same profile chooses the same kernel for the same shapes: it is kept for a run, so that a compute worker that
+    was restarted computes what its predecessor would have.
+    """
+
+    dtype: str
+    num_threads: int
+    costs: Mapping[Layout, Mapping[Kernel, Cost]]
+
+    def choose(self, layout: Layout, rows: int, elements: int) -> Kernel:
+        """The kernel that takes the least time; torch's own if there is a tie."""
+        costs = self.costs[layout]
+        return min(costs, key=lambda kernel: (costs[kernel].seconds(rows, elements), KERNELS[layout].index(kernel)))
+
+    def save(self, file: Path) -> None:
+        """Write as JSON; the file is there whole or not at all."""
+        costs = {
+            layout: {kernel: vars(cost) for kernel, cost in kernels.items()} for layout, kernels in self.costs.items()
+        }
+        new = file.with_name(f"{file.name}.{os.getpid()}")
+        new.write_text(json.dumps({"dtype": self.dtype, "num_threads": self.num_threads, "costs": costs}))
+        new.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> KernelProfile | None:
+        """What `save` wrote; None if nothing was."""
+        try:
+            raw = json.loads(file.read_text())
+        except FileNotFoundError:
+            return None
+        costs: dict[Layout, dict[Kernel, Cost]] = {
+            layout: {
+                kernel: Cost(cost["fixed_s"], tuple(cost["rows"]), tuple(cost["per_element_s"]))
+                for kernel, cost in kernels.items()
+            }
+            for layout, kernels in raw["costs"].items()
+        }
+        return cls(raw["dtype"], raw["num_threads"], costs)

@@ -1,0 +1,219 @@
+"""Products with 16-bit weights against float64, by every kernel, and what a bound weight does else."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipo_ray.model.cpu_linear as cpu_linear
+from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, HalfMatrix, always, measure_profile
+from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Kernel, KernelProfile
+from pipo_ray.model.streamed import SplitMatrix
+
+KINDS = sorted({kernel for kernels in KERNELS.values() for kernel in kernels})
+shapes = st.tuples(
+    st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(1, 3), st.integers(0, 5)), st.just(())),
+    st.integers(1, 70),
+    st.integers(1, 70),
+)
+
+
+def within_one_rounding(got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> bool:
+    """Half a unit in the last place of the result, and float32's share of the sum of the terms' magnitudes."""
+    kind = torch.finfo(got.dtype)
+    step = kind.eps * torch.exp2(torch.frexp(exact).exponent.double() - 1).clamp(min=kind.tiny)
+    return bool(((got.double() - exact).abs() <= 0.501 * step + 1e-6 * terms).all())
+
+
+def weight_at(shape: tuple[int, int], dtype: torch.dtype, offset: int) -> torch.Tensor:
+    """A weight whose memory begins `offset` elements behind an aligned address."""
+    return torch.randn(shape[0] * shape[1] + offset).to(dtype)[offset:].view(shape)
+
+
+def chunked(profile: KernelProfile, scratch_elements: int) -> CpuProducts:
+    """With a scratch so small that these small matrices take several chunks."""
+    products = CpuProducts(profile)
+    products._scratch = torch.empty(scratch_elements)
+    return products
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shapes, st.booleans(), st.sampled_from(HALF_DTYPES), st.sampled_from(["wide", "tall"]), st.integers(0, 3),
+    st.sampled_from([71, 300, 100_000]), st.sampled_from(["plain", "transposed", "strided", "expanded"]),
+    st.sampled_from(["linear", "matmul"]),
+)  # fmt: skip
+def test_every_product_is_rounded_once(
+    shape: tuple[tuple[int, ...], int, int], with_bias: bool, dtype: torch.dtype, kernel: Kernel, offset: int,
+    scratch: int, strides: str, layout: str,
+) -> None:  # fmt: skip
+    leading, width, height = shape
+    products = chunked(always(kernel, dtype), scratch)
+    inputs = torch.randn(*leading, width).to(dtype)
+    if strides == "transposed":
+        inputs = inputs.mT.contiguous().mT if inputs.dim() > 1 else inputs
+    elif strides == "strided":
+        inputs = torch.randn(*leading, 2 * width).to(dtype)[..., ::2]
+    elif strides == "expanded" and leading:
+        inputs = inputs[:1].expand_as(inputs)
+    bias = torch.randn(height).to(dtype) if with_bias else None
+    weight = weight_at((height, width) if layout == "linear" else (width, height), dtype, offset)
+    bound = products.bind(weight)
+    as_columns = weight.double().T if layout == "linear" else weight.double()
+    exact = inputs.double() @ as_columns + (0 if bias is None else bias.double())
+    terms = inputs.double().abs() @ as_columns.abs() + (0 if bias is None else bias.double().abs())
+    if layout == "linear":
+        got = F.linear(inputs, bound, bias)
+    elif bias is not None and len(leading) == 1:
+        got = torch.addmm(bias, inputs, bound)
+    else:
+        got = inputs @ bound
+        exact, terms = inputs.double() @ as_columns, inputs.double().abs() @ as_columns.abs()
+    assert type(got) is torch.Tensor
+    assert (got.dtype, got.shape) == (dtype, exact.shape)
+    assert within_one_rounding(got, exact, terms)
+
+
+@pytest.mark.parametrize("kernel", KINDS)
+def test_the_same_again_in_and_out_of_inference_mode(kernel: Kernel) -> None:
+    products = chunked(always(kernel), 1000)
+    inputs, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((5, 96), (33, 96), (33,)))
+    first = F.linear(inputs, products.bind(weight), bias)
+    with torch.inference_mode():
+        again = F.linear(inputs.clone(), products.bind(weight.clone()), bias.clone())
+    shifted = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape).copy_(weight)
+    assert torch.equal(first, again)
+    assert torch.equal(first, F.linear(inputs, products.bind(shifted), bias))
+    assert torch.equal(first, F.linear(inputs, products.bind(weight), bias))
+
+
+def test_the_kernels_chosen_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("_wide_linear", "_tall_linear", "_wide_matmul"):
+        original = getattr(CpuProducts, name)
+        monkeypatch.setattr(
+            CpuProducts, name, lambda self, *args, n=name, call=original: (ran.append(n), call(self, *args))[1]
+        )
+    inputs, weight = torch.randn(3, 8).bfloat16(), torch.randn(8, 8).bfloat16()
+    for kernel in KINDS:
+        bound = CpuProducts(always(kernel)).bind(weight)
+        module = torch.nn.Linear(8, 8, bias=False, device="meta")
+        module._parameters["weight"] = bound
+        module(inputs)
+        inputs.matmul(bound)
+    assert ran == ["_tall_linear", "_wide_linear", "_wide_matmul"]
+
+
+def test_transformers_conv1d_is_multiplied_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    products = chunked(always("wide"), 100)
+    module = Conv1D(nf=24, nx=10).bfloat16()
+    inputs = torch.randn(2, 3, 10).bfloat16()
+    exact = inputs.double() @ module.weight.double() + module.bias.double()
+    called: list[int] = []
+    original = CpuProducts._wide_matmul
+    monkeypatch.setattr(CpuProducts, "_wide_matmul", lambda self, *a: (called.append(1), original(self, *a))[1])
+    module._parameters["weight"] = products.bind(module.weight.detach())
+    module._parameters["bias"] = module.bias.detach()
+    torch.testing.assert_close(module(inputs).double(), exact, rtol=0.004, atol=1e-4)
+    assert called
+
+
+def test_float32_weights_are_left_alone() -> None:
+    products = CpuProducts(always("wide"))
+    for weight in (torch.randn(4, 4), torch.randn(4).bfloat16(), torch.ones(4, 4, dtype=torch.int8)):
+        assert products.bind(weight) is weight
+
+
+def test_a_bound_weight_is_else_the_plain_tensor() -> None:
+    products = CpuProducts(always("wide"))
+    weight = torch.randn(6, 4).bfloat16()
+    bound = products.bind(weight)
+    assert bound.data_ptr() == weight.data_ptr()
+    for result, expected in (
+        (bound.T, weight.T), (bound + 1, weight + 1), (bound.float(), weight.float()), (bound[1:3], weight[1:3]),
+        (torch.randn(2, 6).bfloat16().zero_() @ bound, torch.zeros(2, 4).bfloat16()),
+    ):  # fmt: skip
+        assert type(result) is torch.Tensor
+        assert torch.equal(result, expected)
+    assert torch.equal(F.linear(bound, weight), F.linear(weight, weight))
+    with pytest.raises(RuntimeError):
+        F.linear(torch.randn(2, 5).bfloat16(), bound)
+    with pytest.raises(RuntimeError):
+        F.linear(torch.randn(2, 4), bound)
+    wanted = torch.randn(2, 4).bfloat16().requires_grad_()
+    F.linear(wanted, bound).float().sum().backward()
+    assert wanted.grad is not None
+
+
+def test_a_stack_of_experts_is_multiplied_here_one_by_one() -> None:
+    stack = CpuProducts(always("wide")).bind(torch.randn(3, 6, 4).bfloat16())
+    assert type(stack[1]) is HalfMatrix
+    assert type(stack[torch.tensor(2)]) is HalfMatrix
+    inputs = torch.randn(2, 4).bfloat16()
+    exact = inputs.double() @ torch.Tensor.as_subclass(stack, torch.Tensor)[1].double().T
+    torch.testing.assert_close(F.linear(inputs, stack[1]).double(), exact, rtol=0.004, atol=1e-5)
+
+
+def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = CpuProducts(always("tall"))
+    weight, inputs = torch.randn(10, 4).bfloat16(), torch.randn(3, 4).bfloat16()
+    parts: list[int] = []
+    original = CpuProducts._tall_linear
+    monkeypatch.setattr(
+        CpuProducts, "_tall_linear", lambda self, x, w, b: (parts.append(len(w)), original(self, x, w, b))[1]
+    )
+    split = SplitMatrix.make(
+        (10, 4), torch.bfloat16, torch.device("cpu"),
+        lambda: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 7), (7, 10))),
+    )  # fmt: skip
+    torch.testing.assert_close(
+        F.linear(inputs, split).double(), inputs.double() @ weight.double().T, rtol=0.004, atol=1e-4
+    )
+    assert parts == [7, 3]
+
+
+def test_the_scratch_is_all_that_is_taken_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No float32 copy of the weight: what a product allocates has the size of inputs and outputs."""
+    products = CpuProducts(always("wide"))
+    assert products._scratch.nbytes == SCRATCH_BYTES
+    weight, inputs = torch.randn(9000, 1024).bfloat16(), torch.randn(2, 1024).bfloat16()
+    assert 4 * weight.numel() > 4 * SCRATCH_BYTES
+    bound = products.bind(weight)
+    with torch.inference_mode():
+        F.linear(inputs, bound)
+        gc.collect()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            F.linear(inputs, bound)
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0)
+    assert 0 < allocated <= 4 * inputs.numel() + 8 * len(inputs) * len(weight) + 65536
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_a_profile_is_measured_once_and_kept(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kernels.json"
+    first = CpuProducts.for_run(dtype, file)
+    monkeypatch.setattr(cpu_linear, "measure_profile", lambda dtype: pytest.fail("measured again"))
+    again = CpuProducts.for_run(dtype, file)
+    assert again._profile == first._profile
+    assert list(tmp_path.iterdir()) == [file]
+    monkeypatch.setattr(cpu_linear, "measure_profile", lambda dtype: always("tall", dtype))
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    assert CpuProducts.for_run(other, file)._profile.dtype == str(other).removeprefix("torch.")
+
+
+def test_measured_costs_are_positive_for_every_kernel() -> None:
+    profile = measure_profile(torch.bfloat16)
+    for layout, kernels in KERNELS.items():
+        assert set(profile.costs[layout]) == set(kernels)
+        for cost in profile.costs[layout].values():
+            assert 0 < cost.seconds(1, 1 << 20) <= cost.seconds(64, 1 << 20)

@@ -1,0 +1,99 @@
+"""The scheduler's loop with a compute worker that fails."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pipo_ray.errors import ActorFailedError, DriveError, PipoError
+from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
+from pipo_ray.params import SamplingParams
+from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.policy import Limits
+
+# Two requests run, the third waits for room in the KV cache.
+LIMITS = Limits(20, 512, True, None)
+
+
+def request(name: str) -> RequestSpec:
+    return RequestSpec(name, (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True), 1, 4)
+
+
+class Worker:
+    """Raises what is in `failures`, then answers each step with a token, and ends a sequence with its fourth."""
+
+    def __init__(self, *failures: Exception | None) -> None:
+        self.failures = list(failures)
+        self.starts: list[list[int]] = []
+        self.set_ups = 0
+
+    async def set_up(self) -> None:
+        self.set_ups += 1
+
+    async def run_sweep(self, request: SweepRequest) -> SweepResult:
+        self.starts.append([step.start for step in request.steps])
+        failure = self.failures.pop(0) if self.failures else None
+        if failure is not None:
+            raise failure
+        results = tuple(
+            StepResult(step.sequence, 9, finish_reason="length" if step.start >= 5 else None) for step in request.steps
+        )
+        return SweepResult(request.number, results, 0.0, 0.0, 0)
+
+
+async def events_of(loop: SchedulingLoop, client: str, after: int, count: int) -> list[TokenEvent]:
+    """The client's next events until there are so many."""
+    while len(events := await loop.poll(client, after, 1.0)) < count:
+        await asyncio.sleep(0)
+    return events
+
+
+def outcome(worker: Worker) -> tuple[list[PipoError | None], list[TokenEvent], list[TokenEvent]]:
+    """Three requests of two clients, and one more when all have ended: their errors, and the last one's events."""
+
+    async def play() -> tuple[list[PipoError | None], list[TokenEvent], list[TokenEvent]]:
+        loop = SchedulingLoop(worker.run_sweep, worker.set_up, LIMITS)
+        task = asyncio.get_running_loop().create_task(loop.run())
+        loop.submit("a", [request("0"), request("1")])
+        loop.submit("b", [request("2")])
+        first = [event for event in await events_of(loop, "a", 0, 4) if event.error is not None]
+        second = [event for event in await events_of(loop, "b", 0, 1) if event.error is not None]
+        numbered = loop._clients["a"].numbered
+        loop.submit("a", [request("3")])
+        last = await events_of(loop, "a", numbered, 4)
+        task.cancel()
+        return [event.error for event in [*first, *second]], [*first, *second], last
+
+    return asyncio.run(asyncio.wait_for(play(), 20))
+
+
+def test_an_error_ends_what_runs_and_what_waits_and_not_the_next_request() -> None:
+    error = DriveError("the drive is away")
+    errors, events, last = outcome(Worker(None, error))
+    assert errors == [error] * 3
+    assert [event.request_id for event in events] == ["0", "1", "2"]
+    assert [event.result.token_id for event in last] == [9] * 4
+    assert last[-1].result.finish_reason == "length"
+
+
+def test_a_defect_is_an_error_too() -> None:
+    errors, _, last = outcome(Worker(None, ZeroDivisionError("no")))
+    assert all(isinstance(error, ActorFailedError) and "ZeroDivisionError: no" in str(error) for error in errors)
+    assert len(errors) == 3
+    assert len(last) == 4
+
+
+def test_a_sweep_that_has_to_be_done_again_is_no_error() -> None:
+    worker = Worker(None, WorkerLostError())
+
+    async def play() -> list[TokenEvent]:
+        loop = SchedulingLoop(worker.run_sweep, worker.set_up, LIMITS)
+        task = asyncio.get_running_loop().create_task(loop.run())
+        loop.submit("a", [request("0")])
+        events = await events_of(loop, "a", 0, 4)
+        task.cancel()
+        return events
+
+    events = asyncio.run(asyncio.wait_for(play(), 20))
+    assert [event.error for event in events] == [None] * 4
+    assert worker.set_ups == 2
+    assert worker.starts[:3] == [[0], [3], [0]]
