@@ -202,13 +202,12 @@ def _digests(drive: Drive, block: StoredBlock, ranges: Sequence[tuple[int, int]]
     """Of each range of file offsets within the block, as it is on the drive; the block is read once."""
     digests = [xxhash.xxh3_128() for _ in ranges]
     begin, end = block.offset // PAGE * PAGE, _end(block)
-    with mmap.mmap(-1, _STEP_BYTES) as buffer:
-        for start in range(begin, end, _STEP_BYTES):
-            view = memoryview(buffer)[: min(_STEP_BYTES, -(-(end - start) // PAGE) * PAGE)]
-            drive.read_into(view, block.file, start)
-            for digest, (low, high) in zip(digests, ranges, strict=True):
-                low, high = max(low - start, 0), min(high - start, len(view))
-                if low < high:
-                    digest.update(view[low:high])
-            view.release()
+    buffer = memoryview(mmap.mmap(-1, _STEP_BYTES))  # not closed: an error's traceback may still have a view of it
+    for start in range(begin, end, _STEP_BYTES):
+        view = buffer[: min(_STEP_BYTES, -(-(end - start) // PAGE) * PAGE)]
+        drive.read_into(view, block.file, start)
+        for digest, (low, high) in zip(digests, ranges, strict=True):
+            low, high = max(low - start, 0), min(high - start, len(view))
+            if low < high:
+                digest.update(view[low:high])
     return [digest.hexdigest() for digest in digests]

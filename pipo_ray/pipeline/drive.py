@@ -119,7 +119,11 @@ class Drive:
                     raise
                 self.direct = False
                 self.why_buffered = f"the file system of {path.parent} refuses O_DIRECT"
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # No read-ahead of the kernel's: it caches in units of up to 2 MiB, of which one that only partly lies in what
+        # we drop stays (of 256 MiB read in steps of 1 MiB, 234 did). We read large pieces, several at a time, anyway.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
 
     def _reopen(self, file: str, descriptor: int) -> None:
         """Put a newly opened file under the same descriptor: other threads may be reading from it. If it cannot be

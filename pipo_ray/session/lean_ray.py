@@ -42,6 +42,8 @@ LEAN_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
+    # Each actor call would be reported to gcs_server and kept there, up to 100,000 of them, for the dashboard's eyes.
+    "RAY_task_events_report_interval_ms": "0",
 }
 """Added on a node without a dashboard."""
 

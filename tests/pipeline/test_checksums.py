@@ -181,3 +181,26 @@ def test_what_is_not_loaded_again_stays_wrong(store: FakeStore) -> None:
         with pytest.raises(DriveError, match="again not what is on the drive"):
             checksums.check(last, np.frombuffer(store.content(last), np.uint8))
     drive.close()
+
+
+def test_a_drive_that_fails_while_a_block_is_read_again_says_why(store: FakeStore) -> None:
+    """And not that memory is still in use; when the drive is back, so is the check."""
+
+    class Failing(Drive):
+        broken = True
+
+        def read_into(self, memory: memoryview, file: str, offset: int) -> None:
+            part = memory[4096:]  # a view that the traceback keeps
+            if self.broken:
+                raise DriveError(f"away, {len(part)} bytes missing")
+            super().read_into(memory, file, offset)
+
+    drive = Failing(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
+    *_, last = pieces_of(store, "block0")
+    content = np.frombuffer(store.content(last), np.uint8)
+    with pytest.raises(DriveError, match="away"):
+        checksums.check(last, content)
+    drive.broken = False
+    checksums.check(last, content)
+    drive.close()
