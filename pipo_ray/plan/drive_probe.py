@@ -48,7 +48,7 @@ def drive_profile(
         return tuple(ReadRate(**point) for point in json.loads(kept.read_text(encoding="utf-8"))["points"])
     if on_progress is not None:
         on_progress("measure", 0, 0)
-    points = measure_drive(file)
+    points = measure_drive(file, _BUDGET_S)
     with contextlib.suppress(OSError):  # without a cache it is measured every time
         kept.parent.mkdir(parents=True, exist_ok=True)
         scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
@@ -57,7 +57,7 @@ def drive_profile(
     return points
 
 
-def measure_drive(file: Path, budget_s: float = _BUDGET_S) -> tuple[ReadRate, ...]:
+def measure_drive(file: Path, budget_s: float) -> tuple[ReadRate, ...]:
     """Read `file` with every point of GRID in turns, O_DIRECT where the file system allows it; medians.
 
     Takes about `budget_s` seconds and 64 MiB.
