@@ -216,7 +216,7 @@ def _measure_layout(layout: Layout, dtype: torch.dtype) -> dict[Kernel, Cost]:
         seconds = _least_seconds(running, inputs, weight, _MEASURED_TIMES)
         for kernel, took in seconds.items():
             rates[kernel].append(max(0.0, took - fixed[kernel]) / weight.numel())
-            if took > _HOPELESS * min(seconds.values()):
+            if rows >= _COLUMNS // 4 and took > _HOPELESS * min(seconds.values()):
                 del running[kernel]
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 
