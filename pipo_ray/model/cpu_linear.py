@@ -7,8 +7,9 @@ is widened once, into a buffer that stays in the cache, and multiplied in float3
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 128)
 _MEASURED_SHAPE = (256, 2048)
 _MEASURED_TIMES = 5
-_HOPELESS = 3.0  # times slower than the best with so many rows: not measured with more
+_UNCACHED_BYTES = 32 << 20  # in a run, weights come from memory
+_HOPELESS = 2.0  # times slower than the best with so many rows: not measured with more
 _REMEMBERED_SHAPES = 4096
 # Float32 products with fewer columns, or an odd number, take as long as with many more: zeros fill them up.
 _COLUMNS = 16
@@ -207,24 +209,29 @@ def _measure_layout(layout: Layout, dtype: torch.dtype) -> dict[Kernel, Cost]:
     for kernel in KERNELS[layout]:
         products = CpuProducts(always(kernel, dtype))
         multiply[kernel] = products.linear if layout == "linear" else products.matmul
-    weight, small = torch.randn(_MEASURED_SHAPE).to(dtype), torch.zeros(8, 8, dtype=dtype)
-    fixed = _least_seconds(multiply, torch.zeros(1, 8, dtype=dtype), small, 4 * _MEASURED_TIMES)
+    height, width = _MEASURED_SHAPE
+    weights = itertools.cycle(torch.ones(_UNCACHED_BYTES // (2 * height * width), height, width, dtype=dtype))
+    small = itertools.repeat(torch.ones(8, 8, dtype=dtype))
+    fixed = _least_seconds(multiply, torch.ones(1, 8, dtype=dtype), small, 4 * _MEASURED_TIMES)
     rates: dict[Kernel, list[float]] = {kernel: [] for kernel in multiply}
     running = dict(multiply)
     for rows in _MEASURED_ROWS:
-        inputs = torch.randn(rows, weight.shape[1] if layout == "linear" else weight.shape[0]).to(dtype)
-        seconds = _least_seconds(running, inputs, weight, _MEASURED_TIMES)
+        inputs = torch.ones(rows, width if layout == "linear" else height, dtype=dtype)
+        seconds = _least_seconds(running, inputs, weights, _MEASURED_TIMES)
         for kernel, took in seconds.items():
-            rates[kernel].append(max(0.0, took - fixed[kernel]) / weight.numel())
-            if took > _HOPELESS * min(seconds.values()):
+            rates[kernel].append(max(0.0, took - fixed[kernel]) / (height * width))
+            if rows >= _COLUMNS // 4 and took > _HOPELESS * min(seconds.values()):
                 del running[kernel]
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 
 
 def _least_seconds(
-    multiply: dict[Kernel, Callable[..., torch.Tensor]], inputs: torch.Tensor, weight: torch.Tensor, times: int
+    multiply: dict[Kernel, Callable[..., torch.Tensor]],
+    inputs: torch.Tensor,
+    weights: Iterator[torch.Tensor],
+    times: int,
 ) -> dict[Kernel, float]:
-    """Least seconds of each kernel, in turns.
+    """Least seconds of each kernel, in turns, each time with the next of `weights`.
 
     Seconds of processor time over the number of threads: on a PC that is busy when a run starts, the clock on the wall
     would measure the others.
@@ -232,6 +239,7 @@ def _least_seconds(
     seconds: dict[Kernel, float] = dict.fromkeys(multiply, float("inf"))
     for _ in range(times):
         for kernel, call in multiply.items():
+            weight = next(weights)
             begin = time.process_time()
             call(inputs, weight)
             seconds[kernel] = min(seconds[kernel], (time.process_time() - begin) / torch.get_num_threads())
