@@ -2,20 +2,18 @@
 
 How to run (five minutes; --quick: two, one round):
 
-    python benchmarks/good_neighbour.py [--size 2GiB] [--resident 0.25] [--rounds 3] [--seconds 3] [--quick]
-        [--json FILE]
+    python benchmarks/good_neighbour.py [--size 2GiB] [--rounds 3] [--seconds 3] [--quick] [--json FILE]
 
 A random Llama of --size streams through a quarter of its size, so that both cores and the disk are busy. Three
 foreground tasks, one after the other, each for --seconds:
 
     cpu          a process on every core that computes: rounds per second
     disk         O_DIRECT reads of 1 MiB, two at a time, of a file of 1 GiB: MB/s
-    interactive  every 20 ms a burst of about 2 ms of computing, as typing makes them: bursts per second of their own
-                 95th percentile (1 / p95 of the time from the moment when it was due to its end)
+    interactive  every 20 ms a burst of about 2 ms of computing, as typing makes them: 1 / the 95th percentile of the
+                 time from the moment when a burst was due to its end
 
 alone, beside a normal run and beside one in the background, in turns. Printed: the median of what is left, as a share
-of "alone" in the same round (1 is nothing lost; goal beside --background: 0.90), with the spread; and tokens/s of the
-runs.
+of "alone" in the same round (1 is nothing lost; goal beside --background: 0.90), with the spread.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pipo_ray.store.manifest import Manifest
 
 MIB = 1 << 20
 
-PROCESS_BYTES = 1150 * MIB
+PROCESS_BYTES = 1040 * MIB
 """Driver, Ray and the four actors with torch and transformers loaded, without weights, KV and activations
 (benchmarks/footprint.py).
 """
