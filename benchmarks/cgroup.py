@@ -1,17 +1,23 @@
 """A memory control group of cgroup v1, to imitate a machine with less memory: what runs in it is held to a limit.
 
-The page cache of files that its processes read and what they write into /dev/shm count in it. Needs root.
+The page cache of files that its processes read and what they write into /dev/shm count in it. Needs root. Benchmarks
+import it; by hand it runs one command in a group and says at the end how much memory that took:
+
+    python benchmarks/cgroup.py 4GiB pipo run MODEL --memory 4GiB -p "Once upon a time"
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipo_ray.session.memory import format_size, parse_size
 
 CONTROLLER = Path("/sys/fs/cgroup/memory")
 ENDED_S = 15.0
@@ -85,3 +91,20 @@ def _files(roots: tuple[Path, ...]) -> Iterator[Path]:
             yield root
         for folder, _, names in os.walk(root):
             yield from (path for name in names if (path := Path(folder, name)).is_file())
+
+
+def main() -> int:
+    """The command line."""
+    if len(sys.argv) < 3:
+        print(__doc__)
+        return 2
+    require_controller()
+    with Group(parse_size(sys.argv[1], "the limit")) as group:
+        status = subprocess.run(sys.argv[2:], preexec_fn=group.enter, check=False).returncode
+        used, killed = group.number("max_usage_in_bytes"), group.table("oom_control")["oom_kill"]
+    print(f"at most {format_size(used)} of {sys.argv[1]}; processes killed for memory: {killed}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,16 @@
-"""What a disk gives: fio's O_DIRECT reads through libaio, on the files that a benchmark reads itself."""
+"""What a disk gives: fio's O_DIRECT reads through libaio, on the files that a benchmark reads itself.
+
+Benchmarks import it; by hand it prints all block sizes and depths (needs the package fio):
+
+    python benchmarks/fio.py STORE/*.safetensors
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +50,11 @@ def read(files: Sequence[Path], block_mib: int, depth: int, seconds: float = 2.0
     return Reading(float(job["read"]["bw_bytes"]), block_mib, depth)
 
 
-def best(files: Sequence[Path], seconds: float = 2.0) -> Reading:
-    """The fastest of BLOCKS_MIB x DEPTHS."""
+def sweep(files: Sequence[Path], seconds: float = 2.0) -> list[Reading]:
+    """BLOCKS_MIB x DEPTHS, the fastest first."""
     readings = [read(files, block_mib, depth, seconds) for block_mib in BLOCKS_MIB for depth in DEPTHS]
-    return max(readings, key=lambda reading: reading.bytes_per_s)
+    return sorted(readings, key=lambda reading: -reading.bytes_per_s)
+
+
+if __name__ == "__main__":
+    print(version(), *sweep([Path(name) for name in sys.argv[1:]]), sep="\n")

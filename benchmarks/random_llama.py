@@ -1,10 +1,16 @@
-"""Llama checkpoints of any size with random weights in bf16, written without torch."""
+"""Llama checkpoints of any size with random weights in bf16, written without torch.
+
+Benchmarks import it; by hand it writes one with Llama-3-8B's dimensions, a vocabulary of 32,000 and so many layers:
+
+    python benchmarks/random_llama.py FOLDER [LAYERS]
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +97,10 @@ class LlamaShape:
         }  # fmt: skip
 
 
+LLAMA_3_8B = LlamaShape(layers=16, hidden=4096, intermediate=14336, heads=32, kv_heads=8, rope_theta=500000.0)
+"""The dimensions of Llama-3-8B, with half its layers and a vocabulary of 32,000: 3.75 billion parameters, 7.5 GB."""
+
+
 def make_checkpoint(folder: Path, shape: LlamaShape) -> None:
     """A random Llama in a new `folder`, in shards of 1 GiB, written to the disk and dropped from the page cache.
 
@@ -147,3 +157,7 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], noise: Any, on
         # Nobody else's page cache: what the group reads it pays for.
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    make_checkpoint(Path(sys.argv[1]), LLAMA_3_8B.of_layers(int(sys.argv[2]) if len(sys.argv) > 2 else 16))

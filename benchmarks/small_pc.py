@@ -44,7 +44,7 @@ import fio
 from cgroup import drop_from_page_cache, require_controller
 from peers.environments import interpreter
 from peers.process import PeerError, PeerProcess, run_alone
-from random_llama import LlamaShape, make_checkpoint
+from random_llama import LLAMA_3_8B, LlamaShape, make_checkpoint
 
 from pipo_ray.prepare import pack_store
 from pipo_ray.session.memory import format_size, parse_size
@@ -52,7 +52,6 @@ from pipo_ray.store.manifest import Manifest
 
 CONTESTANTS = ("pipo", "accelerate", "llama.cpp", "airllm")
 RUNNERS = Path(__file__).parent / "peers"
-SHAPE = LlamaShape(layers=16, hidden=4096, intermediate=14336, heads=32, kv_heads=8, rope_theta=500000.0)
 CORES = 2
 SHORT, LONG, BATCH = 32, 512, 16
 NOT_FOR_WEIGHTS = 3 << 29
@@ -312,7 +311,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(CONTESTANTS[1:]), help="who is measured beside pipo")
     parser.add_argument("--only", help="who is measured, pipo or not, with commas between")
     parser.add_argument("--memory", default="4GiB", help="the limit of the group, and pipo's budget")
-    parser.add_argument("--layers", type=int, default=SHAPE.layers, help="of the model")
+    parser.add_argument("--layers", type=int, default=LLAMA_3_8B.layers, help="of the model")
     parser.add_argument("--tokens", type=int, default=3, help="tokens behind the first one in each round")
     parser.add_argument("--rounds", type=int, default=5, help="prompts of 32 tokens")
     parser.add_argument("--accelerate-memory", help="Accelerate's max_memory for the CPU (default: what was fastest)")
@@ -340,7 +339,7 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
     memory = parse_size(arguments.memory, "--memory")
     given = arguments.accelerate_memory
     setting = Setting(
-        folder=arguments.peers_folder.absolute(), shape=SHAPE.of_layers(arguments.layers), memory=memory,
+        folder=arguments.peers_folder.absolute(), shape=LLAMA_3_8B.of_layers(arguments.layers), memory=memory,
         rounds=arguments.rounds, tokens=arguments.tokens, long=64 if arguments.quick else LONG,
         fio_s=0.2 if arguments.quick else 2.0,
         accelerate_memory=parse_size(given, "--accelerate-memory") if given else memory - ACCELERATE_OTHER,
@@ -350,7 +349,7 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
     setting.folder.mkdir(parents=True, exist_ok=True)
     make_once(setting.checkpoint, lambda path: make_checkpoint(path, setting.shape))
     make_once(setting.store, lambda path: pack_store(setting.checkpoint, path))
-    disk = fio.best(_store_files(setting), setting.fio_s)
+    disk = fio.sweep(_store_files(setting), setting.fio_s)[0]
     print(f"disk: {disk}", flush=True)
     try:
         results = [measure(setting, contestant, disk) for contestant in wanted]
