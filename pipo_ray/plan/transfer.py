@@ -57,7 +57,7 @@ _WITHIN = {"performance": 0.98, "memory-saver": 0.93}
 # Behind the reads in flight there are the pieces that are computed with, and those that wait because a computation
 # took longer than its reading.
 _STAGING_PER_FLIGHT = 3
-_LEAST_SLOT_BYTES = 1 * MIB
+_LEAST_SLOT_BYTES = 8 * MIB  # smaller ones cost more for the pieces' sake than they save
 _SAVED = 4
 _HELD_SLOTS = 2
 
@@ -82,10 +82,8 @@ def choose_transfer(profile: Sequence[ReadRate], mode: Mode = "performance") -> 
     good = [rate for rate in profile if rate.bytes_per_s >= _WITHIN["performance"] * best]
     point = min(good, key=lambda rate: (rate.in_flight_bytes, rate.threads))
     staging = _STAGING_PER_FLIGHT * point.in_flight_bytes
-    slot = max(_LEAST_SLOT_BYTES, min(32 * MIB, _power_of_two(staging // 4)))
-    chosen = Transfer(
-        min(point.transfer_bytes, slot), point.threads, slot + 2 * PAGE, max(3, -(-staging // slot) + _HELD_SLOTS)
-    )
+    slot = max(point.transfer_bytes, _LEAST_SLOT_BYTES, min(32 * MIB, _power_of_two(staging // 4)))
+    chosen = Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
     return chosen if mode == "performance" else _saving(chosen, profile, best)
 
 
