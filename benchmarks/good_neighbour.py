@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cgroup_budget import make_checkpoint
+from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray.session.memory import format_size, parse_size
 
@@ -197,7 +197,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="pipo-bench-neighbour-"))
     os.environ["PIPO_CACHE"] = str(folder / "cache")
     try:
-        size = make_checkpoint(folder / "model", size)
+        shape = LlamaShape(1).of_at_least(size)
+        make_checkpoint(folder / "model", shape)
+        size = shape.num_bytes
         file = folder / "foreground"
         with open(file, "wb") as out:
             for _ in range(FILE_BYTES // READ_BYTES):

@@ -29,12 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from cgroup_budget import make_checkpoint
+from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
-from pipo_ray.model.attention import RAGGED_ATTENTION
+from pipo_ray.model import attention as attention  # registers ours with transformers
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
@@ -66,7 +67,7 @@ def touched(num_bytes: int) -> U8:
 class LocalPipeline:
     """Loader threads and model of `plan` over the block store in `folder`, in this process. A context manager."""
 
-    def __init__(self, folder: Path, plan: RunPlan, threads: int, read_threads: int, transfer_bytes: int) -> None:
+    def __init__(self, folder: Path, plan: RunPlan, threads: int, kernels: Path) -> None:
         torch.set_num_threads(threads)
         manifest = Manifest.load(folder)
         facts = ModelFacts.from_json(manifest.extra["facts"])
@@ -83,8 +84,8 @@ class LocalPipeline:
 
         drive = Drive(folder)
         self._loader = Loader(
-            drive, sweep.pieces, loads(), self._table, slots, residents, threads=read_threads,
-            transfer_bytes=transfer_bytes,
+            drive, sweep.pieces, loads(), self._table, slots, residents, threads=plan.transfer.read_threads,
+            transfer_bytes=plan.transfer.transfer_bytes,
             checksums=BlockChecksums({b.name: b for b in manifest.blocks}, Drive(folder)),
         )  # fmt: skip
         self._loader.start()
@@ -94,11 +95,10 @@ class LocalPipeline:
             sweep, loads(), self._table, [torch.from_numpy(slot) for slot in slots],
             [torch.from_numpy(piece) for piece in residents],
         )  # fmt: skip
-        graph = build_graph(
-            load_config(folder), DTYPES[manifest.precision], attention=RAGGED_ATTENTION if facts.ragged else "eager",
-            device=CPU,
-        )  # fmt: skip
-        binder = Binder(graph, trace_of(facts), sweep, manifest.aliases, stream, self._read_rows)
+        dtype = DTYPES[manifest.precision]
+        graph = build_graph(load_config(folder), dtype, attention=facts.attention, device=CPU)
+        products = CpuProducts.for_run(dtype, kernels) if dtype in HALF_DTYPES else None
+        binder = Binder(graph, trace_of(facts), sweep, manifest.aliases, stream, self._read_rows, products)
         self._runner = ModelRunner(graph, binder, CPU, ragged=facts.ragged)
 
     def decode(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
@@ -137,7 +137,8 @@ def compare(model: Path, weight_memory: int, rounds: int, sweeps: int) -> dict[s
     with LLM(model, weight_memory=weight_memory, device="cpu", ray_address="local") as llm:
         plan, setup = llm._plan, llm._stage._setup
         threads = len(os.sched_getaffinity(0))
-        with LocalPipeline(Path(setup.store), plan, threads, setup.read_threads, setup.transfer_bytes) as local:
+        kernels = Path(llm._session.path) / "kernels.json"  # the same ones as the actors have chosen
+        with LocalPipeline(Path(setup.store), plan, threads, kernels) as local:
             tokens = {}
             for number in range(rounds + 1):  # the first is a warm-up: residents are loaded, checksums checked
                 for side in seconds:
@@ -194,9 +195,10 @@ def main() -> int:
         folder = Path(tempfile.mkdtemp(prefix="pipo-bench-overhead-"))
         os.environ["PIPO_CACHE"] = str(folder / "cache")
         try:
-            size = make_checkpoint(folder / "model", parse_size(arguments.size, "--size"))
+            shape = LlamaShape(1).of_at_least(parse_size(arguments.size, "--size"))
+            make_checkpoint(folder / "model", shape)
             result["random"] = compare(
-                folder / "model", int(size * arguments.resident), arguments.rounds, arguments.sweeps
+                folder / "model", int(shape.num_bytes * arguments.resident), arguments.rounds, arguments.sweeps
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)

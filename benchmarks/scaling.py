@@ -23,13 +23,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from cgroup_budget import make_checkpoint
+from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.session.memory import format_size
 
-LAYER_BYTES = 2 * (2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024)
-ENDS_BYTES = 2 * (2 * 4096 * 1024 + 1024)
+SHAPE = LlamaShape(1, hidden=1024, intermediate=4096, heads=8, kv_heads=2, vocabulary=4096)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPTS = (16, 64, 256, 512, 1024)
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -75,7 +74,7 @@ def measure(folder: Path, layers: int, sweeps: int, quick: bool) -> dict[str, di
     """Per axis and value the figures of a sweep."""
     depths = sorted({max(2, layers // part) for part in ((4, 1) if quick else (8, 4, 2, 1))})
     for depth in depths:
-        make_checkpoint(folder / str(depth), depth * LAYER_BYTES + ENDS_BYTES, small=True)
+        make_checkpoint(folder / str(depth), SHAPE.of_layers(depth))
     full = folder / str(layers)
     result: dict[str, dict[float, dict[str, float]]] = {axis: {} for axis in LABELS}
     for depth in depths:

@@ -64,7 +64,7 @@ class Stage:
 
         self._session, self._plan = session, plan
         self._oom_kills = oom_kills()
-        self._supervisor_error: Exception | None = None
+        self._refusal: str | None = None  # of the staging pool
         placement = plan.placement
         self.trace_folder = Path(session.path) / "trace" if trace else None
         if self.trace_folder is not None:
@@ -133,7 +133,9 @@ class Stage:
                 time.sleep(0.1)
 
     def check(self) -> None:
-        """Raise ActorFailedError if an actor has died too often."""
+        """Raise ActorFailedError if an actor has died too often, or the staging pool does not take the memory."""
+        if self._refusal is not None:
+            raise ActorFailedError(f"StagingPool: {self._refusal}")
         lost = self.roll.lost()
         if lost is not None:
             in_use = proportional_size(self._session.pids())
@@ -191,8 +193,11 @@ class Stage:
                 try:
                     ray.get(self.staging_pool.open.remote(self._setup), timeout=_START_PATIENCE_S)
                     opened = starts
-                except ray.exceptions.RayError as error:
-                    self._supervisor_error = error
+                except ray.exceptions.RayTaskError as error:
+                    # Its text only: a traceback would keep this frame, and with it a view of the object store.
+                    self._refusal = str(error.cause)
+                except ray.exceptions.RayError:
+                    continue  # it died: there will be another start
 
     def _reason(self, lost: str) -> str:
         kills = oom_kills() - self._oom_kills

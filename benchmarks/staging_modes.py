@@ -1,0 +1,103 @@
+"""How much staging memory speed needs: the sweep over sizes, and --mode memory-saver against performance.
+
+How to run (--size of free disk, twice that while it is made; five minutes):
+
+    python benchmarks/staging_modes.py [--size 4GiB] [--rounds 5] [--sweeps 3] [--folder DIR] [--quick] [--json FILE]
+
+All settings keep the same amount of weights resident (--resident), and have what staging takes on top. They take turns,
+so that what else happens on the machine meets all of them. Printed: staging, resident
+bytes, seconds per sweep, and the speed relative to `performance` in the same round, median and spread. Goals:
+`performance` within 1 % of the best; `memory-saver` 75 % less staging, at most 8 % slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from streaming import random_store, sweep_seconds
+
+from pipo_ray import LLM
+from pipo_ray.plan.drive_probe import drive_profile
+from pipo_ray.plan.transfer import Transfer, choose_transfer
+from pipo_ray.prepare import cache_folder
+from pipo_ray.session.memory import format_size, parse_size
+
+MIB = 1 << 20
+SIZES = (0.5, 2.0, 4.0)
+
+
+def settings(store: Path, quick: bool) -> dict[str, Transfer]:
+    """By name: the two modes, and `performance` with slots that take a multiple of its memory."""
+    profile = drive_profile(store, cache_folder())
+    chosen = choose_transfer(profile)
+    result = {"performance": chosen, "memory-saver": choose_transfer(profile, "memory-saver")}
+    for factor in () if quick else SIZES:
+        slots = max(3, round(chosen.num_slots * factor))
+        result[f"x {factor:g}"] = Transfer(chosen.transfer_bytes, chosen.read_threads, chosen.slot_bytes, slots)
+    return result
+
+
+def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
+    """Seconds per sweep of every setting, by rounds. One session at a time: Ray allows one per process."""
+    resident = parse_size(arguments.resident)
+    rows: dict[str, dict[str, Any]] = {}
+    chosen = settings(store, arguments.quick)
+    for number in range(arguments.rounds):
+        for name, transfer in chosen.items():
+            weights = resident + transfer.staging_bytes
+            with LLM(
+                store, weight_memory=weights, device="cpu", ray_address="local", max_kv_tokens=512, transfer=transfer
+            ) as llm:
+                sweep_seconds(llm, 1)
+                seconds = sweep_seconds(llm, arguments.sweeps)
+                placement, report = llm._plan.placement, llm.report()
+            row = rows.setdefault(name, {"seconds": []})
+            row |= {
+                "staging_bytes": placement.num_slots * placement.slot_bytes,
+                "resident_bytes": report["resident_bytes"], "transfer_bytes": transfer.transfer_bytes,
+                "read_threads": transfer.read_threads, "slots": placement.num_slots,
+            }  # fmt: skip
+            row["seconds"].append(seconds)
+        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+    base = rows["performance"]["seconds"]
+    for row in rows.values():
+        row["speeds"] = [of / mine for of, mine in zip(base, row["seconds"], strict=True)]
+        row["speed"] = statistics.median(row["speeds"])
+    return rows
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="4GiB", help="of the model")
+    parser.add_argument("--resident", default="1GiB", help="weights that stay")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sweeps", type=int, default=3, help="in a round")
+    parser.add_argument("--folder", type=Path, help="keep the model here")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, the two modes, two rounds")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.size, arguments.rounds = "2GiB", 2
+    with random_store(parse_size(arguments.size), arguments.folder) as store:
+        rows = measure(arguments, store)
+    print(f"{'setting':14} {'staging':>10} {'slots':>6} {'reads':>12} {'resident':>10} {'s/sweep':>8} {'speed':>6}")
+    for name, row in rows.items():
+        reads = f"{row['read_threads']} x {row['transfer_bytes'] / MIB:g} MiB"
+        print(
+            f"{name:14} {format_size(row['staging_bytes']):>10} {row['slots']:6} {reads:>12} "
+            f"{format_size(row['resident_bytes']):>10} {statistics.median(row['seconds']):8.3f} {row['speed']:6.3f}"
+            f"  ({min(row['speeds']):.3f} to {max(row['speeds']):.3f})"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What the benchmarks of the weight path share: a random model in a block store, and the time of a sweep over it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from random_llama import LlamaShape, make_checkpoint
+
+from pipo_ray import LLM, SamplingParams
+from pipo_ray.prepare import pack_store
+
+PROMPT = [3, 5, 8, 13, 21, 34]
+WIDE = LlamaShape(1, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=32000)
+"""Llama-3-8B's layers."""
+
+
+@contextlib.contextmanager
+def random_store(num_bytes: int, folder: Path | None) -> Iterator[Path]:
+    """A block store of at least so many bytes; made in `folder` and kept there, or in a temporary one."""
+    base = folder or Path(tempfile.mkdtemp(prefix="pipo-bench-"))
+    shape = WIDE.of_at_least(num_bytes)
+    os.environ["PIPO_CACHE"] = str(base / "cache")
+    store = base / f"llama-{shape.layers}-store"
+    try:
+        if not store.exists():
+            checkpoint = base / f"llama-{shape.layers}"
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            make_checkpoint(checkpoint, shape)
+            pack_store(checkpoint, store)
+            shutil.rmtree(checkpoint)
+        yield store
+    finally:
+        if folder is None:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def store_files(store: Path) -> list[Path]:
+    """The store's data, largest file first."""
+    return sorted(store.glob("*.safetensors"), key=lambda path: -path.stat().st_size)
+
+
+def sweep_seconds(llm: LLM, sweeps: int, batch: int = 1) -> float:
+    """Seconds per sweep of greedy decoding, from the first token to the last."""
+    params = SamplingParams(temperature=0.0, max_tokens=sweeps + 1, ignore_eos=True)
+    first = last = 0.0
+    for output in llm.stream([[*PROMPT[1:], 3 + i] for i in range(batch)], params):
+        last = time.perf_counter()
+        if len(output.outputs[0].token_ids) == 1:
+            first = last
+    return (last - first) / sweeps
