@@ -73,7 +73,7 @@ class Setting:
     long: int
     fio_s: float
     accelerate_memory: int
-    accelerate_format: str
+    accelerate_variant: str
 
     @property
     def checkpoint(self) -> Path:
@@ -137,7 +137,7 @@ def prepare(setting: Setting, contestant: str) -> tuple[list[str], dict[str, Any
     options = {"model": str(setting.checkpoint), "threads": CORES}
     if contestant == "accelerate":
         options |= {
-            "cpu_memory": setting.accelerate_memory, "format": setting.accelerate_format,
+            "cpu_memory": setting.accelerate_memory, "variant": setting.accelerate_variant,
             "offload_folder": str(setting.offload),
         }  # fmt: skip
         return [str(python), str(RUNNERS / "accelerate_disk.py")], options, [setting.checkpoint, environment]
@@ -315,7 +315,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=3, help="tokens behind the first one in each round")
     parser.add_argument("--rounds", type=int, default=5, help="prompts of 32 tokens")
     parser.add_argument("--accelerate-memory", help="Accelerate's max_memory for the CPU (default: what was fastest)")
-    parser.add_argument("--accelerate-format", choices=("safetensors", "dat"), default="safetensors")
+    parser.add_argument("--accelerate-variant", choices=("mapped", "copied", "dat"), default="copied")
     parser.add_argument("--keep", action="store_true", help="keep AirLLM's shards and Accelerate's files")
     parser.add_argument("--quick", action="store_true", help="2 layers in 1.5 GiB, a round of 2 tokens, a prompt of 64")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -343,7 +343,7 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
         rounds=arguments.rounds, tokens=arguments.tokens, long=64 if arguments.quick else LONG,
         fio_s=0.2 if arguments.quick else 2.0,
         accelerate_memory=parse_size(given, "--accelerate-memory") if given else memory - ACCELERATE_OTHER,
-        accelerate_format=arguments.accelerate_format,
+        accelerate_variant=arguments.accelerate_variant,
     )  # fmt: skip
     name = fio.version()
     setting.folder.mkdir(parents=True, exist_ok=True)

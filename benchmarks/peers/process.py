@@ -72,8 +72,10 @@ class PeerProcess:
 
         timer = threading.Timer(self._answer_s, give_up)
         timer.start()
-        line = self._process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()  # or the program would not end before the timer does
         if not line:
             raise PeerError(self._reason(late.is_set()))
         return json.loads(line)  # type: ignore[no-any-return]
