@@ -24,6 +24,7 @@ from pipo_ray.outputs import RequestOutput
 from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.prepare import prepare_store
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.memory import (
@@ -127,9 +128,12 @@ class LLM:
                 session, prepared.folder, self._plan,
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
-                    chosen.context_bytes,
+                    chosen.context_bytes, self._plan.kv,
                 ),
-                Limits(self._plan.kv_tokens, max_batch_tokens, self._facts.chunked, self._facts.rebuild_length),
+                Limits(
+                    self._plan.kv_tokens, max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,
+                    PAGE_TOKENS if self._plan.kv is not None else 1,
+                ),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
             )  # fmt: skip
             self._stack.callback(self._stage.close)

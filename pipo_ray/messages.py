@@ -14,6 +14,7 @@ from pipo_ray.model.batch import WantedLogits
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.outputs import FinishReason, Logprob
 from pipo_ray.params import SamplingParams
+from pipo_ray.plan.kv_pages import KVPlacement
 from pipo_ray.plan.pieces import SweepPlan
 
 
@@ -53,7 +54,9 @@ class StageSetup:
 
 @dataclass(frozen=True)
 class ComputeSetup:
-    """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name."""
+    """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name; `kv` the
+    tiers of the KV cache, None: it is in the device's memory alone.
+    """
 
     facts: ModelFacts
     device: str
@@ -61,6 +64,7 @@ class ComputeSetup:
     num_threads: int
     gpu_memory_bytes: int | None = None
     gpu_context_bytes: int = 0
+    kv: KVPlacement | None = None
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,13 @@ def ragged_attention(
     cache = _current.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    cache.begin_layer()
     for segment in cache.segments:
         columns = slice(segment.start, segment.stop)
         keys, values = segment.cache.append(cache.layer, key[0, :, columns], value[0, :, columns])
         attended = attend(query[0, :, columns], keys, values, scale, sliding_window, softcap, s_aux)
         output[0, columns] = attended.transpose(0, 1)
+    cache.end_layer()
     return output, None
 
 

@@ -15,11 +15,13 @@ from pipo_ray.model.binding import Binder
 from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
+from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
@@ -57,8 +59,12 @@ class ComputeEngine:
         trace_file = f"{setup.trace_folder}/ComputeWorker-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._trace = TraceWriter(trace_file, "ComputeWorker")
         self._stream: WeightStream
+        self._kv_tiers: KVTiers | None = None
         if self._device.type == "cuda":
-            self._stream = open_device_stream(setup, compute, memory, self._device, self._trace)
+            ops = CudaOps(self._device)
+            if compute.kv is not None:
+                self._kv_tiers = KVTiers(compute.kv, dtype, ops, self._trace)
+            self._stream = open_device_stream(setup, memory, ops, self._trace)
         else:
             self._stream = HostStream(
                 setup.plan, memory.load_order(setup), memory.table,
@@ -78,7 +84,7 @@ class ComputeEngine:
                         tensor.shape,
                     )
         binder = Binder(graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows)
-        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged)
+        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_tiers=self._kv_tiers)
         self._sequences: dict[str, _Running] = {}
         self._computing_s = self._waited_s = 0.0
         self._started = time.perf_counter()
@@ -135,6 +141,9 @@ class ComputeEngine:
         """Busy: computing. Waiting: for a piece."""
         total = time.perf_counter() - self._started
         details = {"cache_bytes": self._runner.cache_bytes, **gpu_memory_in_use(self._device)}
+        if self._kv_tiers is not None:
+            details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
+            details["kv_saved_bytes"] = self._kv_tiers.saved_bytes
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]

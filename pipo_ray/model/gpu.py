@@ -53,11 +53,8 @@ def gpu_memory_in_use(device: torch.device) -> dict[str, Any]:
     return {"gpu_reserved_bytes": reserved, "gpu_context_bytes": context, "gpu_device_bytes": reserved + context}
 
 
-def open_device_stream(
-    setup: StageSetup, compute: ComputeSetup, memory: StageMemory, device: torch.device, trace: TraceWriter
-) -> DeviceStream:
+def open_device_stream(setup: StageSetup, memory: StageMemory, ops: CudaOps, trace: TraceWriter) -> DeviceStream:
     """Slots pinned, resident pieces loaded onto the GPU, and the stream that feeds from both."""
-    ops = CudaOps(device)
     slots = [torch.from_numpy(slot) for slot in memory.slots]
     residents = [torch.from_numpy(piece) for piece in memory.residents]
     for slot in slots:

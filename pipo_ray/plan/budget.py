@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipo_ray.errors import BudgetError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.kv_pages import KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
 from pipo_ray.session.memory import format_least, format_size
 from pipo_ray.store.manifest import Manifest
@@ -37,7 +38,8 @@ class RunPlan:
     """What the run does with its memory. All sizes in bytes.
 
     `weight_bytes` is slots plus resident pieces; `kv_tokens` how many tokens of KV cache `kv_bytes` hold;
-    `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
+    `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user; `kv`
+    the KV cache's tiers where there are two.
     """
 
     sweep: SweepPlan
@@ -52,6 +54,7 @@ class RunPlan:
     activation_bytes: int
     streamed_bytes_per_sweep: int
     explanation: tuple[str, ...]
+    kv: KVPlacement | None = None
 
 
 def plan_run(
@@ -158,6 +161,10 @@ def _plan_gpu_run(
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
     least_gpu = (least_sweep.max_held + 1) * least_slot + always
     least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token
+    if facts.ragged and facts.kv_bytes_per_token:
+        least_kv = (
+            pages_of(_LEAST_KV_TOKENS) * facts.num_layers * page_bytes(facts.kv_bytes_per_token, facts.num_layers)
+        )
     fixed = gpu_context_bytes + activations
     if gpu_memory_bytes < fixed + least_kv + least_gpu:
         raise BudgetError(
@@ -181,7 +188,9 @@ def _plan_gpu_run(
             f"{format_least(CUDA_PROCESS_BYTES + least_host)} would do: processes with CUDA "
             f"{format_size(CUDA_PROCESS_BYTES)}, slots {format_size(least_host)}"
         )
-    host = memory_bytes - CUDA_PROCESS_BYTES
+    kv = _kv_tiers(facts, kv_bytes, int((memory_bytes - CUDA_PROCESS_BYTES - least_host) * _KV_SHARE), context)
+    kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
+    host = memory_bytes - CUDA_PROCESS_BYTES - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
     slot_bytes = max(least_slot, min(_WANTED_SLOT_BYTES, int(gpu_weights * _STAGING_SHARE) // _WANTED_GPU_SLOTS,
@@ -201,7 +210,7 @@ def _plan_gpu_run(
     kept = set(on_gpu) | set(in_ram)
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
     copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
-    kv_tokens = max(1, kv_bytes // max(1, facts.kv_bytes_per_token))
+    kv_tokens = kv.kv_tokens if kv is not None else max(1, kv_bytes // max(1, facts.kv_bytes_per_token))
     used = num_slots * slot_bytes + resident
     return RunPlan(
         sweep=sweep,
@@ -210,22 +219,45 @@ def _plan_gpu_run(
         weight_bytes=used,
         model_bytes=model_bytes,
         resident_bytes=resident + gpu_resident,
-        kv_bytes=kv_bytes,
+        kv_bytes=kv_bytes + kv_ram_bytes,
         kv_tokens=int(kv_tokens),
         max_batch_tokens=max_batch_tokens,
         activation_bytes=activations,
         streamed_bytes_per_sweep=streamed,
         explanation=(
-            f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, processes with CUDA "
-            f"{format_size(CUDA_PROCESS_BYTES)}",
+            f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, "
+            + (f"KV cache {format_size(kv_ram_bytes)}, " if kv_ram_bytes else "")
+            + f"processes with CUDA {format_size(CUDA_PROCESS_BYTES)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
-            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, CUDA "
-            f"context {format_size(gpu_context_bytes)}",
+            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{_tiers_line(facts, kv_bytes, kv)}), activations "
+            f"{format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
         ),
+        kv=kv,
     )
+
+
+def _kv_tiers(facts: ModelFacts, gpu_bytes: int, most_ram_bytes: int, context: int) -> KVPlacement | None:
+    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them, `most_ram_bytes` at
+    most. None where transformers keeps the cache (requests in lanes) or a token takes none.
+    """
+    if not facts.ragged or not facts.kv_bytes_per_token:
+        return None
+    layers, nbytes = facts.num_layers, page_bytes(facts.kv_bytes_per_token, facts.num_layers)
+    gpu_pages = gpu_bytes // nbytes
+    wanted = min(pages_of(max(_WANTED_KV_TOKENS, context)), max(gpu_pages // 2, gpu_pages // layers))
+    ram_pages = min(max(0, most_ram_bytes) // nbytes, ram_pages_for(layers, wanted, gpu_pages))
+    if most_pages_per_layer(layers, gpu_pages, ram_pages) == gpu_pages // layers:
+        ram_pages = 0  # too little to hold more than the GPU does
+    return KVPlacement(layers, nbytes, gpu_pages, ram_pages)
+
+
+def _tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> str:
+    if kv is None or not kv.ram_pages:
+        return ""
+    return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
 
 
 def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> str:

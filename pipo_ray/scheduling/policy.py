@@ -15,22 +15,28 @@ class Limits:
     may be split.
 
     `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
+    `page_tokens`: a sequence takes KV cache in pages of so many tokens.
     """
 
     kv_tokens: int
     max_batch_tokens: int
     chunked: bool = True
     rebuild_length: int | None = None
+    page_tokens: int = 1
+
+    def reserved(self, sequence: Sequence) -> int:
+        """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become."""
+        return -(-sequence.capacity // self.page_tokens) * self.page_tokens
 
 
 def admit(waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
     """Move sequences from `waiting` to `running`, first come first served, as long as the KV budget holds all they can
-    become.
+    become. So nobody who runs is ever sent back, and a sequence's pages can be neighbours.
     """
-    reserved = sum(sequence.capacity for sequence in running)
-    while waiting and reserved + waiting[0].capacity <= limits.kv_tokens:
+    reserved = sum(limits.reserved(sequence) for sequence in running)
+    while waiting and reserved + limits.reserved(waiting[0]) <= limits.kv_tokens:
         sequence = waiting.popleft()
-        reserved += sequence.capacity
+        reserved += limits.reserved(sequence)
         running.append(sequence)
 
 

@@ -38,7 +38,7 @@ class LateCopies:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Event | None) -> Event:
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Event | None, stream: str = "") -> Event:
         event = LateEvent()
 
         def work() -> None:
