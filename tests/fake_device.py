@@ -57,7 +57,7 @@ class _Memory:
 
 
 class FakeDevice:
-    """`DeviceOps` on the CPU. With probability `eager` a copy is done when it is issued, otherwise when it is needed."""
+    """`DeviceOps` on the CPU. With probability `eager` a copy is done when it is issued, else when it is needed."""
 
     def __init__(self, seed: int = 0, eager: float = 0.5) -> None:
         self.device = torch.device("cpu")

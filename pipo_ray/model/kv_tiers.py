@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.pipeline.device_ops import DeviceOps, Event
@@ -333,6 +334,6 @@ def _place(stamp: _Stamp) -> int:
     return stamp[0]
 
 
-def _per_head(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _per_head(rows: Tensor, like: Tensor) -> Tensor:
     """Rows [tokens, heads * dim] as [heads, tokens, dim], heads and dim as `like` has them."""
     return rows.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)

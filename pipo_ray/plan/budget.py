@@ -38,8 +38,8 @@ class RunPlan:
     """What the run does with its memory. All sizes in bytes.
 
     `weight_bytes` is slots plus resident pieces; `kv_tokens` how many tokens of KV cache `kv_bytes` hold;
-    `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user; `kv`
-    the KV cache's tiers where there are two.
+    `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user;
+    `kv` are the tiers of the KV cache on a GPU.
     """
 
     sweep: SweepPlan

@@ -162,7 +162,7 @@ def test_a_token_wider_than_the_facts_say_is_refused() -> None:
     cache = tiers.open(3)
     tiers.begin_sweep([(cache, 1)])
     tiers.begin_layer(0)
-    with pytest.raises(UnsupportedModelError, match="layer 0 caches 64 elements per token, its model's facts say 24"):
+    with pytest.raises(UnsupportedModelError, match="layer 0 caches 64 elements per token, its model's facts say 16"):
         cache.append(0, torch.zeros(HEADS, 1, 16), torch.zeros(HEADS, 1, 16))
 
 
