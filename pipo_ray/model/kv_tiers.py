@@ -336,4 +336,5 @@ def _place(stamp: _Stamp) -> int:
 
 def _per_head(rows: Tensor, like: Tensor) -> Tensor:
     """Rows [tokens, heads * dim] as [heads, tokens, dim], heads and dim as `like` has them."""
-    return rows.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
+    heads: Tensor = rows.unflatten(1, (like.shape[0], like.shape[2]))
+    return heads.transpose(0, 1)
