@@ -188,7 +188,7 @@ def _plan_gpu_run(
             f"{format_least(CUDA_PROCESS_BYTES + least_host)} would do: processes with CUDA "
             f"{format_size(CUDA_PROCESS_BYTES)}, slots {format_size(least_host)}"
         )
-    kv = _kv_tiers(facts, kv_bytes, int((memory_bytes - CUDA_PROCESS_BYTES - least_host) * _KV_SHARE), context)
+    kv = _kv_tiers(manifest, facts, kv_bytes, memory_bytes - CUDA_PROCESS_BYTES - least_host, context)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
     host = memory_bytes - CUDA_PROCESS_BYTES - kv_ram_bytes
     if weight_memory_bytes is not None:
@@ -239,16 +239,21 @@ def _plan_gpu_run(
     )
 
 
-def _kv_tiers(facts: ModelFacts, gpu_bytes: int, most_ram_bytes: int, context: int) -> KVPlacement | None:
-    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them, `most_ram_bytes` at
-    most. None where transformers keeps the cache (requests in lanes) or a token takes none.
+def _kv_tiers(
+    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int
+) -> KVPlacement | None:
+    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them: of `spare_ram_bytes` a
+    share, or what the whole model leaves. None where transformers keeps the cache (requests in lanes).
     """
     if not facts.ragged or not facts.kv_bytes_per_token:
         return None
     layers, nbytes = facts.num_layers, page_bytes(facts.kv_bytes_per_token, facts.num_layers)
     gpu_pages = gpu_bytes // nbytes
-    wanted = min(pages_of(max(_WANTED_KV_TOKENS, context)), max(gpu_pages // 2, gpu_pages // layers))
-    ram_pages = min(max(0, most_ram_bytes) // nbytes, ram_pages_for(layers, wanted, gpu_pages))
+    beside_model = spare_ram_bytes - manifest.total_bytes
+    contexts = 4 if beside_model > 0 else 1
+    wanted = min(pages_of(max(_WANTED_KV_TOKENS, contexts * context)), max(gpu_pages // 2, gpu_pages // layers))
+    most_ram_pages = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
+    ram_pages = min(most_ram_pages, ram_pages_for(layers, wanted, gpu_pages))
     if most_pages_per_layer(layers, gpu_pages, ram_pages) == gpu_pages // layers:
         ram_pages = 0  # too little to hold more than the GPU does
     return KVPlacement(layers, nbytes, gpu_pages, ram_pages)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_sweeps import DIM, HEADS, VALUE_DIM, Written, append_random
 
 from pipo_ray.errors import ResourceError, UnsupportedModelError
-from pipo_ray.model.kv_cache import RaggedCache, Segment
-from pipo_ray.model.kv_tiers import KVTiers, TieredCache
+from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, ram_pages_for
 
-HEADS, DIM, VALUE_DIM = 2, 4, 2
 ROW_BYTES = HEADS * (DIM + VALUE_DIM) * 2
 LAYERS = 5
 
@@ -25,38 +22,8 @@ def tiers_for(device: FakeDevice, gpu_pages: int, ram_pages: int, layers: int = 
     return KVTiers(placement, torch.bfloat16, device)
 
 
-@dataclass
-class Written:
-    """A sequence and all that was ever appended to it, per layer."""
-
-    cache: TieredCache
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-def sweep(device: FakeDevice, tiers: KVTiers, batch: list[tuple[Written, int]], layers: int = LAYERS) -> None:
-    """Append random keys and values to every layer and compare all that is there with all that was written."""
-    segments, column = [], 0
-    for one, count in batch:
-        segments.append(Segment(one.cache, column, column + count))
-        column += count
-    row = RaggedCache(tuple(segments), tiers)
-    row.begin_sweep()
-    for layer in range(layers):
-        keys, values = torch.randn(HEADS, column, DIM).bfloat16(), torch.randn(HEADS, column, VALUE_DIM).bfloat16()
-        row.update(keys[None], values[None], layer)
-        row.begin_layer()
-        for (one, _), segment in zip(batch, segments, strict=True):
-            new = keys[:, segment.start : segment.stop], values[:, segment.start : segment.stop]
-            one.keys[layer] = torch.cat([one.keys.get(layer, new[0][:, :0]), new[0]], dim=1)
-            one.values[layer] = torch.cat([one.values.get(layer, new[1][:, :0]), new[1]], dim=1)
-            with device.watching():
-                got_keys, got_values = segment.cache.append(layer, *new)
-                got = got_keys.clone(), got_values.clone()
-            assert torch.equal(got[0], one.keys[layer])
-            assert torch.equal(got[1], one.values[layer])
-        row.end_layer()
-    row.advance()
+def sweep(device: FakeDevice, tiers: KVTiers, batch: list[tuple[Written, int]]) -> None:
+    append_random(tiers, batch, LAYERS, device.watching)
 
 
 @st.composite
@@ -77,7 +44,7 @@ def histories(draw: st.DrawFn) -> list[dict[str, object]]:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(histories(), st.integers(8, 40), st.integers(0, 1000), st.sampled_from([0.0, 0.5, 1.0]))
 def test_pages_are_bit_identical_through_the_tiers(
     history: list[dict[str, list[int]]], gpu_pages: int, seed: int, eager: float
