@@ -1,4 +1,4 @@
-"""Why the CPU's KV cache is one range of addresses per layer and sequence: attention over four layouts of the same keys.
+"""Why the CPU's KV cache is one range of addresses per layer and sequence: attention over four layouts.
 
 How to run (two minutes on two cores, nothing else may run):
 

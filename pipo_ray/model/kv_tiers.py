@@ -86,15 +86,14 @@ class KVTiers:
         self._row_bytes = placement.page_bytes // PAGE_TOKENS
         row = self._row_bytes // dtype.itemsize
         self.gpu = ops.allocate(placement.gpu_pages * self.page_bytes).view(dtype).view(-1, row)
-        memory = np.frombuffer(mmap.mmap(-1, max(1, placement.ram_pages * self.page_bytes)), np.uint8)
-        ram_bytes = torch.from_numpy(memory)[: placement.ram_pages * self.page_bytes]
-        self.ram = ram_bytes.view(dtype).view(-1, row)
+        ram_bytes = placement.ram_pages * self.page_bytes
+        # Whole pages of the operating system: a copy must not leave what is registered.
+        memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, max(1, -(-ram_bytes // 4096)) * 4096), np.uint8))
+        self.ram = memory[:ram_bytes].view(dtype).view(-1, row)
         self._gpu_pool = PagePool("GPU memory", placement.gpu_pages)
         self._ram_pool = PagePool("RAM", placement.ram_pages)
         # Registering takes 0.4 s per GB; nobody waits for it before KV outgrows the GPU.
-        self._pinning = threading.Thread(
-            target=lambda: placement.ram_pages and ops.pin(ram_bytes), name="pin KV", daemon=True
-        )
+        self._pinning = threading.Thread(target=lambda: ram_bytes and ops.pin(memory), name="pin KV", daemon=True)
         self._pinning.start()
         self._live: list[TieredCache] = []
         self._batch: Sequence[tuple[TieredCache, int]] = ()

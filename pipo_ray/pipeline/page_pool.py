@@ -57,10 +57,16 @@ def spans(page_tokens: int, start: int, stop: int, *tables: Sequence[int]) -> It
     tiers: as few as there are runs of pages that are neighbours in every tier.
     """
     while start < stop:
-        first = start // page_tokens
-        last = first
+        first, last = start // page_tokens, (stop - 1) // page_tokens
+        if not all(_neighbours(table, first, last) for table in tables):
+            last = first
         while (last + 1) * page_tokens < stop and all(table[last + 1] == table[last] + 1 for table in tables):
             last += 1
         end = min(stop, (last + 1) * page_tokens)
         yield (end - start, *(table[first] * page_tokens + start % page_tokens for table in tables))
         start = end
+
+
+def _neighbours(table: Sequence[int], first: int, last: int) -> bool:
+    # The usual case, and compared in C: a long sequence has hundreds of pages, in every layer of every sweep.
+    return table[first : last + 1] == list(range(table[first], table[first] + last + 1 - first))
