@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from fake_device import FakeDevice
@@ -11,14 +14,16 @@ from kv_sweeps import DIM, HEADS, VALUE_DIM, Written, append_random
 
 from pipo_ray.errors import ResourceError, UnsupportedModelError
 from pipo_ray.model.kv_tiers import KVTiers
+from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, ram_pages_for
 
 ROW_BYTES = HEADS * (DIM + VALUE_DIM) * 2
+PAGE_BYTES = PAGE_TOKENS * -(-ROW_BYTES // 16) * 16
 LAYERS = 5
 
 
 def tiers_for(device: FakeDevice, gpu_pages: int, ram_pages: int, layers: int = LAYERS) -> KVTiers:
-    placement = KVPlacement(layers, PAGE_TOKENS * -(-ROW_BYTES // 16) * 16, gpu_pages, ram_pages)
+    placement = KVPlacement(layers, PAGE_BYTES, gpu_pages, ram_pages)
     return KVTiers(placement, torch.bfloat16, device)
 
 
@@ -113,6 +118,20 @@ def test_the_next_layer_is_under_way_before_it_is_asked_for() -> None:
     assert len(device.copied) == before
     tiers.end_layer(0)
     assert one.cache.runs[2].gpu
+
+
+def test_loads_and_saves_are_in_the_trace(tmp_path: Path) -> None:
+    device = FakeDevice()
+    trace = TraceWriter(tmp_path / "trace.jsonl", "ComputeWorker")
+    tiers = KVTiers(KVPlacement(LAYERS, PAGE_BYTES, 20, 50), torch.bfloat16, device, trace)
+    one = Written(tiers.open(10 * PAGE_TOKENS))
+    for count in (100, 1):
+        sweep(device, tiers, [(one, count)])
+    events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    saves = [event["labels"] for event in events if event["kind"] == "KV save"]
+    assert saves[0] == {"piece": "layer 0", "bytes": 100 * PAGE_BYTES // PAGE_TOKENS}
+    assert sum(labels["bytes"] for labels in saves) == tiers.saved_bytes
+    assert sum(event["labels"]["bytes"] for event in events if event["kind"] == "KV load") == tiers.loaded_bytes > 0
 
 
 def test_more_than_both_tiers_hold_is_refused_by_name() -> None:
