@@ -254,8 +254,7 @@ class KVTiers:
     def _demote(self, cache: TieredCache, layer: int, run: _Run) -> None:
         """The layer is no longer resident."""
         run.ram = self._take_ram(cache.num_pages)
-        if run.arrivals:
-            self._stamp(*run.arrivals)
+        # Whatever the run waits for is behind us on the save stream: a stamp, or the load of `_promote`.
         stamp = self._save(layer, run, 0, self._ops.record_on_compute())
         self._free_gpu(run, stamp)
 

@@ -120,6 +120,21 @@ def test_the_next_layer_is_under_way_before_it_is_asked_for() -> None:
     assert one.cache.runs[2].gpu
 
 
+def test_a_layer_may_be_resident_for_a_while_without_being_used() -> None:
+    """Promoted when a sequence leaves and demoted when one joins, while its own sequence takes no part."""
+    device = FakeDevice(eager=0.0)
+    tiers = tiers_for(device, gpu_pages=20, ram_pages=50)
+    one, two, three = (Written(tiers.open(2 * PAGE_TOKENS)) for _ in range(3))
+    sweep(device, tiers, [(one, 70), (two, 70), (three, 70)])
+    tiers.drop(three.cache)
+    sweep(device, tiers, [(two, 1)])
+    assert not one.cache.runs[4].ram
+    four = Written(tiers.open(4 * PAGE_TOKENS))
+    sweep(device, tiers, [(two, 1), (four, 200)])
+    assert one.cache.runs[4].ram
+    sweep(device, tiers, [(one, 1), (two, 1), (four, 1)])
+
+
 def test_loads_and_saves_are_in_the_trace(tmp_path: Path) -> None:
     device = FakeDevice()
     trace = TraceWriter(tmp_path / "trace.jsonl", "ComputeWorker")
