@@ -10,6 +10,9 @@ prompt alone, unpadded, eager attention), and teacher-forced on them max|a-b| / 
 five seeds (at most 1.2). Memory: the GPU budget is enforced with `set_per_process_memory_fraction`;
 `max_memory_reserved` plus the context, and the whole device's use as the driver counts it, stay below it. The most RAM
 that was taken stays below --memory, and all slots and resident pieces in RAM (`weight_memory_bytes`) are pinned.
+KV cache:
+a batch whose keys and values exceed what the GPU has for them, in float32: the same text as transformers, pages must
+have moved; and pages of random bits through the two tiers, compared bit by bit after every append.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ GPU_BUDGET = 1000 << 20
 MEMORY = "8GiB"
 PROMPT_LENGTHS = (5, 131, 47)
 NEW_TOKENS = 64
+KV_PROMPT_LENGTHS = (900, 1000, 700, 1100, 800, 950)
+KV_NEW_TOKENS = 32
 _WIDE = {"hidden_size": 1536, "intermediate_size": 6144, "num_attention_heads": 12, "num_key_value_heads": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_hidden_layers": 9, **_WIDE},
@@ -62,9 +67,11 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for name in ARCHITECTURES:
             rows.append(_show(run_float32(Path(folder), name), options.json, rows))
+        rows.append(_show(run_large_kv(Path(folder), "llama"), options.json, rows))
         # Last: from here on this process has a CUDA context of its own, which would count as the stage's.
         for name in BF16_ARCHITECTURES:
             rows.append(_show(run_bfloat16(Path(folder), name, seeds), options.json, rows))
+        rows.append(_show(run_kv_pages(), options.json, rows))
     sys.exit(0 if all(row["ok"] for row in rows) else 1)
 
 
@@ -107,6 +114,10 @@ def make_references(folder: Path, seeds: int) -> None:
             model.config.dtype = torch.bfloat16
             arrays |= {f"half{i}": _logits(model, sequence) for i, sequence in enumerate(sequences)}
         stem = f"{name}-{dtype}-{seed}"
+        if stem == "llama-float32-0":
+            long = [torch.randint(3, 8192, (n,), generator=generator).tolist() for n in KV_PROMPT_LENGTHS]
+            wanted = [_continue(model, prompt, KV_NEW_TOKENS) for prompt in long]
+            (folder / "large-kv.json").write_text(json.dumps({"prompts": long, "sequences": wanted}))
         model.save_pretrained(folder / stem)
         np.savez(folder / f"{stem}.npz", **arrays)
         (folder / f"{stem}.json").write_text(json.dumps({"prompts": prompts, "sequences": sequences}))
@@ -115,12 +126,12 @@ def make_references(folder: Path, seeds: int) -> None:
         print(f"reference {stem} made", flush=True)
 
 
-def _continue(model: Any, prompt: list[int]) -> list[int]:
+def _continue(model: Any, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
     import torch
 
     ids = torch.tensor([prompt], device="cuda")
     tokens = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
     )
     return list(tokens[0].tolist())
 
@@ -161,6 +172,67 @@ def run_float32(folder: Path, name: str) -> dict[str, Any]:
     row["seconds"] = time.perf_counter() - begin
     row["ok"] = row["ok"] and all(same) and worst <= 1e-4
     return row
+
+
+def run_large_kv(folder: Path, name: str) -> dict[str, Any]:
+    """Greedy tokens in float32 of a batch whose KV cache is larger than the GPU's share."""
+    from pipo_ray import LLM, SamplingParams
+
+    begin = time.perf_counter()
+    truth = json.loads((folder / "large-kv.json").read_text())
+    with LLM(folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, kv_in_ram=True) as llm:
+        params = SamplingParams(temperature=0, max_tokens=KV_NEW_TOKENS, ignore_eos=True)
+        outputs = llm.generate(truth["prompts"], params)
+        report = llm.report()
+        print(*llm.describe(), sep="\n", flush=True)
+    wanted = [s[len(p) :] for s, p in zip(truth["sequences"], truth["prompts"], strict=True)]
+    same = [output.outputs[0].token_ids == tokens for output, tokens in zip(outputs, wanted, strict=True)]
+    worker = next(stage for stage in report["stages"] if stage["stage"] == "ComputeWorker")
+    batch = sum(KV_PROMPT_LENGTHS) + len(KV_PROMPT_LENGTHS) * KV_NEW_TOKENS
+    loaded, saved = worker["kv_loaded_bytes"], worker["kv_saved_bytes"]
+    row = _row(f"{name}, KV", "float32", report)
+    row |= {
+        "same_text": same, "batch_tokens": batch, "kv_tokens": report["kv_tokens"],
+        "kv_loaded_bytes": loaded, "kv_saved_bytes": saved, "seconds": time.perf_counter() - begin,
+        "result": f"text same {sum(same)}/{len(same)}, {batch} tokens of KV, {loaded / 1e6:.0f} MB loaded, "
+        f"{saved / 1e6:.0f} MB saved",
+    }  # fmt: skip
+    # The batch runs at once, so its KV exceeded the GPU's share if anything was loaded again.
+    row["ok"] = row["ok"] and all(same) and batch <= report["kv_tokens"] and loaded > 0
+    return row
+
+
+def run_kv_pages() -> dict[str, Any]:
+    """Random bits through the tiers, of Llama-3-8B's width, while sequences join and leave."""
+    import torch
+
+    from pipo_ray.model.kv_tiers import KVTiers
+    from pipo_ray.pipeline.device_ops import CudaOps
+    from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from kv_sweeps import Written, append_random
+
+    begin = time.perf_counter()
+    layers, gpu_pages = 32, 1200
+    nbytes = page_bytes(layers * 4096, layers)
+    placement = KVPlacement(layers, nbytes, gpu_pages, ram_pages_for(layers, 320, gpu_pages))
+    tiers = KVTiers(placement, torch.bfloat16, CudaOps(torch.device("cuda", 0)))
+    live: list[Written] = []
+    for sweep in range(60):
+        if sweep % 5 == 0 and sweep < 40:
+            live.append(Written(tiers.open(40 * PAGE_TOKENS)))
+        if sweep in (42, 46, 50):
+            tiers.drop(live.pop(0).cache)
+        batch = [(one, 2000 if one.cache.length == 0 else 1 + sweep % 3) for one in live]
+        append_random(tiers, batch, layers, shape=(8, 128, 128))  # raises if a bit differs
+    seconds = time.perf_counter() - begin
+    moved = tiers.loaded_bytes + tiers.saved_bytes
+    return {
+        "architecture": "KV pages", "dtype": "bfloat16", "model_mb": 0.0, "device_mb": float("nan"),
+        "copied_mb": moved / 1e6, "kv_loaded_bytes": tiers.loaded_bytes, "kv_saved_bytes": tiers.saved_bytes,
+        "result": "bit-identical", "ok": tiers.loaded_bytes > tiers.saved_bytes > 0, "seconds": seconds,
+    }  # fmt: skip
 
 
 def run_bfloat16(folder: Path, name: str, seeds: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.plan.drive_probe import describe, drive_profile
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
@@ -68,7 +69,8 @@ class LLM:
     its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
     `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
     tokens that all requests at the same time will have, so that more memory is left to weights; `transfer` takes the
-    place of what would be chosen from a short measurement of the drive (made once, and kept in the cache).
+    place of what would be chosen from a short measurement of the drive (made once, and kept in the cache). `kv_in_ram`
+    keeps in RAM what the GPU has no room for of the KV cache.
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -95,6 +97,7 @@ class LLM:
         mode: str = "performance",
         max_kv_tokens: int | None = None,
         transfer: Transfer | None = None,
+        kv_in_ram: bool = False,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -125,6 +128,7 @@ class LLM:
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
             gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
+            kv_in_ram=kv_in_ram,
         )  # fmt: skip
         self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode))
         profile: tuple[ReadRate, ...] = ()
@@ -161,11 +165,12 @@ class LLM:
                 session, prepared.folder, self._plan,
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
-                    chosen.context_bytes, str(Path(session.path) / "kernels.json"),
+                    chosen.context_bytes, str(Path(session.path) / "kernels.json"), self._plan.kv,
                 ),
                 Limits(
                     self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,
                     self._plan.max_sequences, self._plan.max_scored_tokens, self._plan.state_tokens,
+                    PAGE_TOKENS if self._plan.kv is not None else 1,
                 ),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
                 background=background,

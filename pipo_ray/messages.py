@@ -15,6 +15,7 @@ from pipo_ray.model.batch import WantedLogits
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.outputs import FinishReason, Logprob
 from pipo_ray.params import SamplingParams
+from pipo_ray.plan.kv_pages import KVPlacement
 from pipo_ray.plan.pieces import SweepPlan
 
 
@@ -58,7 +59,7 @@ class ComputeSetup:
     """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name.
 
     `kernel_profile` is a file in which the first compute worker of a run keeps which kernels it chose, for those that
-    take its place.
+    take its place. `kv` are the tiers of the KV cache, None: it is in the device's memory alone.
     """
 
     facts: ModelFacts
@@ -68,6 +69,7 @@ class ComputeSetup:
     gpu_memory_bytes: int | None = None
     gpu_context_bytes: int = 0
     kernel_profile: str | None = None
+    kv: KVPlacement | None = None
 
 
 @dataclass(frozen=True)

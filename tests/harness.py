@@ -19,6 +19,7 @@ from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
 from pipo_ray.model.inspect import find_facts, trace_of
+from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.pipeline.checksums import BlockChecksums
@@ -29,6 +30,7 @@ from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
+from pipo_ray.plan.kv_pages import KVPlacement, page_bytes
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
 from pipo_ray.store.checkpoint import Checkpoint
 from pipo_ray.store.manifest import Manifest
@@ -87,7 +89,8 @@ class Pipeline:
 
     `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle, stay in memory. Prompts go in chunks
-    of `chunk` tokens if the architecture allows it.
+    of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the GPU and in
+    RAM.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Pipeline:
         gpu_resident_pieces: int = 0,
         ops: DeviceOps | None = None,
         products: CpuProducts | None = None,
+        kv_pages: tuple[int, int] | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -144,7 +148,8 @@ class Pipeline:
             if products is None and device.type == "cpu" and packed.dtype in HALF_DTYPES:
                 products = CpuProducts(always("wide", packed.dtype))
             self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products)
-            self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged)
+            self.kv_tiers = None if kv_pages is None else self._open_kv(*kv_pages)
+            self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged, kv_tiers=self.kv_tiers)
         except BaseException:
             self.close()
             raise
@@ -169,6 +174,12 @@ class Pipeline:
             self.preloads(), self.table, slots, residents, slot_bytes, gpu_slots,
             {piece: ops.allocate(self.pieces[piece].read_bytes) for piece in self.gpu_residents}, ops,
         )  # fmt: skip
+
+    def _open_kv(self, gpu_pages: int, ram_pages: int) -> KVTiers:
+        facts = self.packed.facts
+        nbytes = page_bytes(facts.kv_bytes_per_token, facts.num_layers)
+        placement = KVPlacement(facts.num_layers, nbytes, gpu_pages, ram_pages)
+        return KVTiers(placement, self.packed.dtype, self._ops or CudaOps(self.device))
 
     def preloads(self) -> LoadOrder | None:
         """The order in which pieces that stay on the GPU are loaded."""

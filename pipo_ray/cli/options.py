@@ -41,6 +41,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
     group.add_argument("--mode", choices=get_args(Mode), default="performance", help="memory-saver: a quarter of the "
                        "memory for weights on their way, somewhat slower; default: %(default)s")  # fmt: skip
+    group.add_argument("--kv-in-ram", action="store_true", help="keep in RAM what the GPU has no room for of the KV "
+                       "cache (new: tested against a simulated GPU only)")  # fmt: skip
     group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
     group.add_argument("--no-verify", action="store_true", help="skip the checksum of each block's first read")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
@@ -100,6 +102,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--gpu-memory means nothing with --device cpu; leave one of them out")
     if options.mode != "performance":
         arguments["mode"] = options.mode
+    if options.kv_in_ram:
+        arguments["kv_in_ram"] = True
     if options.no_verify:
         arguments["verify_checksums"] = False
     if options.ray_address is not None:

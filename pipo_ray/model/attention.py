@@ -60,11 +60,13 @@ def ragged_attention(
     if cache is None:
         return attend(query[0], key[0], value[0], scale, sliding_window, softcap, s_aux).transpose(0, 1)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    cache.begin_layer()
     for segment in cache.segments:
         columns = slice(segment.start, segment.stop)
         keys, values = segment.cache.append(cache.layer, key[0, :, columns], value[0, :, columns])
         attended = attend(query[0, :, columns], keys, values, scale, sliding_window, softcap, s_aux)
         output[0, columns] = attended.transpose(0, 1)
+    cache.end_layer()
     return output, None
 
 

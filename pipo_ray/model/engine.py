@@ -17,6 +17,7 @@ from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
@@ -61,8 +62,11 @@ class ComputeEngine:
         self._trace = TraceWriter(trace_file, "ComputeWorker")
         self._stream: WeightStream
         self._ops: CudaOps | None = None
+        self._kv_tiers: KVTiers | None = None
         if self._device.type == "cuda":
             self._ops = CudaOps(self._device)
+            if compute.kv is not None:
+                self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
             self._stream = open_device_stream(setup, memory, self._ops, self._trace)
         else:
             self._stream = HostStream(
@@ -89,7 +93,7 @@ class ComputeEngine:
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products
         )
-        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged)
+        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_tiers=self._kv_tiers)
         self._sequences: dict[str, _Running] = {}
         self._computing_s = self._waited_s = 0.0
         self._started = time.perf_counter()
@@ -148,6 +152,9 @@ class ComputeEngine:
         details = {"cache_bytes": self._runner.cache_bytes, **gpu_memory_in_use(self._device)}
         if self._ops is not None:
             details |= {"pinned_bytes": self._ops.pinned_bytes, "unpinned_bytes": self._ops.refused_bytes}
+        if self._kv_tiers is not None:
+            details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
+            details["kv_saved_bytes"] = self._kv_tiers.saved_bytes
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]

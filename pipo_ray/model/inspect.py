@@ -12,7 +12,7 @@ from pipo_ray.model.facts import ModelFacts, UnitFacts, installed_transformers
 from pipo_ray.model.graph import context_length, load_config, resolve_dtype
 from pipo_ray.model.layout import block_layout
 from pipo_ray.model.probe import probe, rebuild_length
-from pipo_ray.model.trace import Trace, Unit, state_bytes, trace_config
+from pipo_ray.model.trace import Trace, Unit, recorded_kv_widths, state_bytes, trace_config
 from pipo_ray.store.manifest import Manifest
 
 
@@ -23,7 +23,8 @@ def find_facts(
 
     Raises UnsupportedModelError for a model that cannot be run.
     """
-    model, trace = trace_config(config, dtype)
+    with recorded_kv_widths() as kv_widths:
+        model, trace = trace_config(config, dtype)
     answers = probe(config)
     text: Any = config.get_text_config()
     facts = ModelFacts(
@@ -36,7 +37,10 @@ def find_facts(
         chunked=answers.chunked and rebuild_length(config) is None,
         probe_reason=answers.reason,
         rebuild_length=rebuild_length(config),
-        kv_bytes_per_token=_kv_bytes_per_token(text, dtype),
+        # Of equal parts for all layers: a page must hold the widest one's tokens.
+        kv_bytes_per_token=text.num_hidden_layers * max(kv_widths) * dtype.itemsize
+        if kv_widths and answers.ragged
+        else _kv_bytes_per_token(text, dtype),
         context_length=context_length(config),
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,

@@ -1,4 +1,9 @@
-"""The KV cache of ragged rows: each sequence's keys and values, apart from everybody else's."""
+"""The KV cache of ragged rows: each sequence's keys and values, apart from everybody else's.
+
+With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
+heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
+neighbours. Two tiers are in `kv_tiers.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import Cache
+
+from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
 
 @dataclass
@@ -52,7 +59,7 @@ class SequenceCache:
 class Segment:
     """Where one sequence's tokens lie in the ragged row: columns `start:stop`."""
 
-    cache: SequenceCache
+    cache: SequenceCache | TieredCache
     start: int
     stop: int
 
@@ -64,9 +71,9 @@ class RaggedCache(Cache):
     appends them to each sequence's own cache.
     """
 
-    def __init__(self, segments: tuple[Segment, ...]) -> None:
+    def __init__(self, segments: tuple[Segment, ...], tiers: KVTiers | None = None) -> None:
         super().__init__(layers=[])
-        self.segments = segments
+        self.segments, self._tiers = segments, tiers
         self.layer = -1
 
     def update(
@@ -79,6 +86,23 @@ class RaggedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Zero: positions are always passed in."""
         return 0
+
+    def begin_sweep(self) -> None:
+        """The row's sweep begins: the first layers' pages come within reach."""
+        if self._tiers is not None:
+            self._tiers.begin_sweep(
+                [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, TieredCache)]
+            )
+
+    def begin_layer(self) -> None:
+        """Attention of `layer` begins: its pages come within reach."""
+        if self._tiers is not None:
+            self._tiers.begin_layer(self.layer)
+
+    def end_layer(self) -> None:
+        """Attention of `layer` is over: its pages may go."""
+        if self._tiers is not None:
+            self._tiers.end_layer(self.layer)
 
     def advance(self) -> None:
         """The sweep is complete."""

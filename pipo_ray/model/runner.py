@@ -13,6 +13,7 @@ from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
+from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 from pipo_ray.model.lanes import Lanes
 
 
@@ -22,12 +23,21 @@ class OutOfStepError(Exception):
 
 class ModelRunner:
     """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
-    alone, in lockstep.
+    alone, in lockstep. `kv_tiers` holds the ragged rows' caches; without it they are in the device's memory.
     """
 
-    def __init__(self, model: PreTrainedModel, binder: Binder, device: torch.device, *, ragged: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        binder: Binder,
+        device: torch.device,
+        *,
+        ragged: bool,
+        kv_tiers: KVTiers | None = None,
+    ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
-        self._caches: dict[str, SequenceCache] = {}
+        self._kv_tiers = kv_tiers
+        self._caches: dict[str, SequenceCache | TieredCache] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -53,7 +63,9 @@ class ModelRunner:
     def drop(self, sequences: Sequence[str]) -> None:
         """Forget these sequences' caches."""
         for sequence in sequences:
-            self._caches.pop(sequence, None)
+            cache = self._caches.pop(sequence, None)
+            if isinstance(cache, TieredCache) and self._kv_tiers is not None:
+                self._kv_tiers.drop(cache)
             self._own_caches.pop(sequence, None)
 
     @property
@@ -71,7 +83,10 @@ class ModelRunner:
         if entry.start == 0:
             self.drop([entry.sequence])
             if self._ragged:
-                self._caches[entry.sequence] = SequenceCache(entry.capacity)
+                tiers = self._kv_tiers
+                self._caches[entry.sequence] = (
+                    SequenceCache(entry.capacity) if tiers is None else tiers.open(entry.capacity)
+                )
         if self.length(entry.sequence) != entry.start:
             raise OutOfStepError(
                 f"{entry.sequence}: cache holds {self.length(entry.sequence)} tokens, not {entry.start}"
@@ -91,8 +106,9 @@ class ModelRunner:
             wanted = _wanted_rows(entry)
             keep.extend(begin + row for row in wanted)
             counts.append(len(wanted))
-        cache = RaggedCache(tuple(segments))
+        cache = RaggedCache(tuple(segments), self._kv_tiers)
         self._binder.begin()
+        cache.begin_sweep()
         with ragged_row(cache):
             logits = self._forward(ids, keep, cache, positions)
         self._binder.finish_pass()

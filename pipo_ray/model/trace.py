@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,21 @@ from pipo_ray.model.graph import build_graph, set_experts_implementation, stored
 
 TRACE_IMPLEMENTATION = "pipo_trace"
 _TRACE_TOKENS = 3
+
+_kv_widths: ContextVar[list[int] | None] = ContextVar("kv_widths", default=None)
+
+
+@contextmanager
+def recorded_kv_widths() -> Iterator[list[int]]:
+    """Whatever is traced in this context adds, per attention layer, the elements of keys and values per token: what a
+    ragged row caches. Nothing comes from models that do not call a registered attention function.
+    """
+    widths: list[int] = []
+    token = _kv_widths.set(widths)
+    try:
+        yield widths
+    finally:
+        _kv_widths.reset(token)
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,9 @@ class _DecideOnMeta(TorchFunctionMode):
 def _trace_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> Any:
+    widths = _kv_widths.get()
+    if widths is not None:
+        widths.append(key.shape[1] * key.shape[3] + value.shape[1] * value.shape[3])
     batch, heads, tokens = query.shape[:3]
     return torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype, device="meta"), None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -17,6 +17,10 @@ class Event(Protocol):
         """Wait for it, asleep."""
 
 
+CopyStream = Literal["weight copy", "KV load", "KV save"]
+"""Copies on different streams overlap; each of these kinds of task has one of its own."""
+
+
 class DeviceOps(Protocol):
     """The operations of one device; `CudaOps` is the real one."""
 
@@ -25,8 +29,12 @@ class DeviceOps(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 memory on the device."""
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Event | None) -> Event:
-        """Copy on the copy stream, once `after` has happened; returns the copy's event."""
+    def copy(
+        self, source: torch.Tensor, target: torch.Tensor, after: Event | None, stream: CopyStream = "weight copy"
+    ) -> Event:
+        """Copy on the copy stream `stream`, behind what it was given before and once `after` has happened; returns the
+        copy's event.
+        """
 
     def compute_waits_for(self, event: Event) -> None:
         """What is computed from here on waits for `event`."""
@@ -37,13 +45,16 @@ class DeviceOps(Protocol):
     def synchronize(self) -> None:
         """Wait for everything."""
 
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Register host memory for copies at the link's full speed; False where that is refused."""
+
 
 class CudaOps:
-    """CUDA through torch: a copy stream beside the stream that computes."""
+    """CUDA through torch: copy streams beside the stream that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._copy_stream = torch.cuda.Stream(device)
+        self._copy_streams = {name: torch.cuda.Stream(device) for name in get_args(CopyStream)}
         self._registered: list[int] = []
         self.pinned_bytes = 0
         self.refused_bytes = 0
@@ -52,14 +63,15 @@ class CudaOps:
         """uint8 memory on the GPU."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> Any:
-        """See `DeviceOps.copy`. From pinned memory it does not occupy the calling thread."""
-        with torch.cuda.stream(self._copy_stream):
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Any, stream: CopyStream = "weight copy") -> Any:
+        """See `DeviceOps.copy`. With pinned memory it does not occupy the calling thread."""
+        copy_stream = self._copy_streams[stream]
+        with torch.cuda.stream(copy_stream):
             if after is not None:
-                self._copy_stream.wait_event(after)
+                copy_stream.wait_event(after)
             target.copy_(source, non_blocking=True)
             event = torch.cuda.Event(blocking=True)
-            event.record(self._copy_stream)
+            event.record(copy_stream)
         return event
 
     def compute_waits_for(self, event: Any) -> None:

@@ -8,6 +8,7 @@ from pipo_ray.errors import BudgetError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
+from pipo_ray.plan.kv_pages import KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
 from pipo_ray.plan.pieces import SweepPlan, largest_uncut_bytes
 from pipo_ray.plan.placement import (
     STAGING_SHARE,
@@ -47,7 +48,7 @@ class RunPlan:
     `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
     `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.policy.Limits`; `max_length` is the
     longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
-    pieces are read.
+    pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two.
     """
 
     sweep: SweepPlan
@@ -67,6 +68,7 @@ class RunPlan:
     max_length: int | None
     transfer: Transfer
     explanation: tuple[str, ...]
+    kv: KVPlacement | None = None
 
 
 def plan_run(
@@ -81,10 +83,11 @@ def plan_run(
     max_model_len: int | None = None,
     max_kv_tokens: int | None = None,
     transfer: Transfer = WITHOUT_PROFILE,
+    kv_in_ram: bool = False,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
     that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` is the most that will be needed:
-    what the KV cache does not take is left to the weights.
+    what the KV cache does not take is left to the weights. `kv_in_ram` gives the KV cache of a GPU a second tier.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
@@ -101,6 +104,7 @@ def plan_run(
             max_model_len,
             max_kv_tokens,
             transfer,
+            kv_in_ram,
         )
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
@@ -180,6 +184,7 @@ def _plan_gpu_run(
     max_model_len: int | None,
     max_kv_tokens: int | None,
     transfer: Transfer,
+    kv_in_ram: bool,
 ) -> RunPlan:
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
@@ -192,6 +197,10 @@ def _plan_gpu_run(
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
     least_gpu = (least_sweep.max_held + 1) * least_slot + always
     least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
+    if kv_in_ram and facts.ragged and facts.kv_bytes_per_token:
+        least_kv = (
+            pages_of(_LEAST_KV_TOKENS) * facts.num_layers * page_bytes(facts.kv_bytes_per_token, facts.num_layers)
+        )
     fixed = gpu_context_bytes + activations
     if gpu_memory_bytes < fixed + least_kv + least_gpu:
         raise BudgetError(
@@ -216,7 +225,11 @@ def _plan_gpu_run(
             f"{format_least(CUDA_PROCESS_BYTES + least_host)} would do: processes with CUDA "
             f"{format_size(CUDA_PROCESS_BYTES)}, slots {format_size(least_host)}"
         )
-    host = memory_bytes - CUDA_PROCESS_BYTES
+    kv = None
+    if kv_in_ram:
+        kv = _kv_tiers(manifest, facts, kv_bytes, memory_bytes - CUDA_PROCESS_BYTES - least_host, context)
+    kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
+    host = memory_bytes - CUDA_PROCESS_BYTES - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
     slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // _WANTED_GPU_SLOTS,
@@ -237,6 +250,8 @@ def _plan_gpu_run(
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
     copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
     kv_tokens, state_tokens = _tokens(facts, kv_bytes)
+    if kv is not None:
+        kv_tokens = kv.kv_tokens
     used = num_slots * slot_bytes + resident
     return RunPlan(
         sweep=sweep,
@@ -245,7 +260,7 @@ def _plan_gpu_run(
         weight_bytes=used,
         model_bytes=model_bytes,
         resident_bytes=resident + gpu_resident,
-        kv_bytes=kv_bytes,
+        kv_bytes=kv_bytes + kv_ram_bytes,
         kv_tokens=int(kv_tokens),
         max_batch_tokens=max_batch_tokens,
         activation_bytes=activations,
@@ -256,16 +271,44 @@ def _plan_gpu_run(
         max_length=None if facts.chunked else max_batch_tokens,
         transfer=transfer,
         explanation=(
-            f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, processes with CUDA "
-            f"{format_size(CUDA_PROCESS_BYTES)}",
+            f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, "
+            + (f"KV cache {format_size(kv_ram_bytes)}, " if kv_ram_bytes else "")
+            + f"processes with CUDA {format_size(CUDA_PROCESS_BYTES)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
-            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, CUDA "
-            f"context {format_size(gpu_context_bytes)}",
+            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{_tiers_line(facts, kv_bytes, kv)}), activations "
+            f"{format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
         ),
+        kv=kv,
     )
+
+
+def _kv_tiers(
+    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int
+) -> KVPlacement | None:
+    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them: of `spare_ram_bytes` a
+    share, or what the whole model leaves. None where transformers keeps the cache (requests in lanes).
+    """
+    if not facts.ragged or not facts.kv_bytes_per_token:
+        return None
+    layers, nbytes = facts.num_layers, page_bytes(facts.kv_bytes_per_token, facts.num_layers)
+    gpu_pages = gpu_bytes // nbytes
+    beside_model = spare_ram_bytes - manifest.total_bytes
+    contexts = 4 if beside_model > 0 else 1
+    wanted = min(pages_of(max(_WANTED_KV_TOKENS, contexts * context)), max(gpu_pages // 2, gpu_pages // layers))
+    most_ram_pages = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
+    ram_pages = min(most_ram_pages, ram_pages_for(layers, wanted, gpu_pages))
+    if most_pages_per_layer(layers, gpu_pages, ram_pages) == gpu_pages // layers:
+        ram_pages = 0  # too little to hold more than the GPU does
+    return KVPlacement(layers, nbytes, gpu_pages, ram_pages)
+
+
+def _tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> str:
+    if kv is None or not kv.ram_pages:
+        return ""
+    return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
 
 
 def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> str:

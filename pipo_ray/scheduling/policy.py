@@ -17,7 +17,8 @@ class Limits:
     `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
     `max_sequences`: sequences that run at the same time, because each may want a row of logits in the same sweep.
     `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
-    tokens (a recurrent state), in tokens of KV cache.
+    tokens (a recurrent state), in tokens of KV cache. `page_tokens`: a sequence takes KV cache in pages of so
+    many tokens.
     """
 
     kv_tokens: int
@@ -27,15 +28,21 @@ class Limits:
     max_sequences: int = 256
     max_scored_tokens: int = 1 << 30
     state_tokens: int = 0
+    page_tokens: int = 1
+
+    def reserved(self, sequence: Sequence) -> int:
+        """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, and its state."""
+        return -(-sequence.capacity // self.page_tokens) * self.page_tokens + self.state_tokens
 
 
 def admit(waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
     """Move sequences from `waiting` to `running`, first come first served, as long as the KV budget holds all they can
-    become, and a sweep's logits all that they may want.
+    become, and a sweep's logits all that they may want. So nobody who runs is ever sent back, and a sequence's pages
+    can be neighbours.
     """
-    reserved = sum(sequence.capacity + limits.state_tokens for sequence in running)
+    reserved = sum(limits.reserved(sequence) for sequence in running)
     while waiting and len(running) < limits.max_sequences:
-        reserved += waiting[0].capacity + limits.state_tokens
+        reserved += limits.reserved(waiting[0])
         if reserved > limits.kv_tokens:
             break
         running.append(waiting.popleft())

@@ -8,7 +8,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
+from kv_sweeps import Written, append_random
 from transformers import AutoModelForCausalLM
+
+from pipo_ray.model.kv_tiers import KVTiers
+from pipo_ray.pipeline.device_ops import CudaOps
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
 
 pytestmark = pytest.mark.gpu
 _CHOSEN = [
@@ -44,6 +49,37 @@ def test_a_failed_sweep_is_begun_anew(tmp_path: Path) -> None:
             pipeline.greedy(prompts, 2)
         handle.remove()
         assert pipeline.greedy(prompts, 6) == undisturbed
+
+
+def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
+    """Three layers of five pages need 15: of 12 none can stay."""
+    _CHOSEN[0].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (150, 70))
+    device = torch.device("cuda", 0)
+    with Pipeline(packed, slot_bytes=1 << 20, chunk=64, device=device) as pipeline:
+        wanted = pipeline.greedy(prompts, 40)
+    with Pipeline(packed, slot_bytes=1 << 20, chunk=64, device=device, kv_pages=(14, 18)) as pipeline:
+        assert pipeline.greedy(prompts, 40) == wanted
+        assert pipeline.kv_tiers is not None
+        assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+
+
+def test_kv_pages_are_bit_identical_through_the_tiers() -> None:
+    """Of Llama-3-8B's width; sequences join and leave, so that layers are demoted and promoted."""
+    layers, shape = 6, (8, 128, 128)
+    nbytes = page_bytes(layers * 4096, layers)
+    device = torch.device("cuda", 0)
+    tiers = KVTiers(KVPlacement(layers, nbytes, 100, ram_pages_for(layers, 40, 100)), torch.bfloat16, CudaOps(device))
+    live: list[Written] = []
+    for sweep in range(40):
+        if sweep in (0, 3, 6, 20):
+            live.append(Written(tiers.open(10 * PAGE_TOKENS)))
+        if sweep in (14, 18):
+            tiers.drop(live.pop(0).cache)
+        batch = [(one, 200 if one.cache.length == 0 else 1 + sweep % 3) for one in live]
+        append_random(tiers, batch, layers, shape=shape)
+    assert tiers.loaded_bytes > tiers.saved_bytes > 0
 
 
 def _fail(*_: object) -> None:

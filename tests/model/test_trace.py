@@ -128,3 +128,11 @@ def test_a_forward_pass_that_cannot_be_followed_is_refused(monkeypatch: pytest.M
         UnsupportedModelError, match=r"'llama': its forward pass cannot be traced: RuntimeError: data dependent"
     ):
         trace_config(ARCHITECTURES[0].config(), torch.float32)
+
+
+def test_kv_bytes_are_those_of_the_heads_that_are_cached(tmp_path: object) -> None:
+    """OPT's configuration here has `num_key_value_heads` 2, of which its attention knows nothing: it caches all 4."""
+    opt = next(architecture for architecture in ARCHITECTURES if architecture.slug == "opt").config()
+    assert opt.num_key_value_heads == 2
+    _, _, facts = find_facts(opt, torch.bfloat16, str(tmp_path))
+    assert facts.kv_bytes_per_token == 3 * 2 * 4 * 16 * 2

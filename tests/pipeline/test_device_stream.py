@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import BY_SLUG
+from fake_device import FakeDevice
 from harness import CPU, Pipeline, pack_checkpoint, random_prompts
 
 from pipo_ray.pipeline.device_ops import Event
@@ -38,7 +40,7 @@ class LateCopies:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Event | None) -> Event:
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Event | None, stream: str = "") -> Event:
         event = LateEvent()
 
         def work() -> None:
@@ -110,6 +112,29 @@ def test_a_sweep_given_up_in_the_middle_is_begun_anew(packed: object) -> None:
                 pipeline.greedy(prompts, 2)
             handle.remove()
             assert pipeline.greedy(prompts, 4) == wanted
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_text_with_a_kv_cache_larger_than_the_device(seed: int, tmp_path: Path) -> None:
+    """Three layers of five pages need 15: of 12 none can stay. Weights and KV pages are watched for races."""
+    BY_SLUG["llama"].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (150, 70))
+    with Pipeline(packed, slot_bytes=1 << 20, chunk=64) as pipeline:
+        wanted = pipeline.greedy(prompts, 6)
+    device = FakeDevice(seed)
+    with Pipeline(packed, slot_bytes=1 << 20, chunk=64, ops=device, kv_pages=(12, 15)) as pipeline, device.watching():
+        for _ in range(2):
+            assert pipeline.greedy(prompts, 6) == wanted
+        layer = pipeline.model.get_submodule("model.layers.1.mlp")
+        handle = layer.register_forward_pre_hook(_fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            pipeline.greedy(prompts, 2)
+        handle.remove()
+        assert pipeline.greedy(prompts, 6) == wanted
+        assert pipeline.kv_tiers is not None
+        assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+    assert {stream for stream, _ in device.copied} == {"weight copy", "KV load", "KV save"}
 
 
 def _fail(*_: object) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipo_ray.errors import BudgetError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.model.facts import ModelFacts, UnitFacts
-from pipo_ray.plan.budget import PROCESS_BYTES, RunPlan, plan_run, whole_bytes
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, PROCESS_BYTES, RunPlan, plan_run, whole_bytes
 from pipo_ray.session.memory import parse_size
 from pipo_ray.store.layout import plan_files
 from pipo_ray.store.manifest import FORMAT_VERSION, Manifest
@@ -160,3 +160,39 @@ def test_a_recurrent_state_is_paid_for_with_tokens_of_kv_cache() -> None:
     manifest, facts = model(1, 64, 1000)
     found = plan((manifest, replace(facts, state_bytes=10 * facts.kv_bytes_per_token + 1)), memory_bytes=2 * GIB)
     assert found.state_tokens == 11
+
+
+@FEW
+@given(MODELS, st.integers(0, 1 << 30), st.integers(0, 3 << 30))
+def test_kv_pages_on_a_gpu_and_in_ram_stay_within_both_budgets(
+    one: tuple[Manifest, ModelFacts], gpu_spare: int, ram_spare: int
+) -> None:
+    context = 500 << 20
+    try:
+        found = plan(one, memory_bytes=CUDA_PROCESS_BYTES + ram_spare, gpu_memory_bytes=context + gpu_spare,
+                     gpu_context_bytes=context, max_batch_tokens=16, kv_in_ram=True)  # fmt: skip
+    except BudgetError:
+        return
+    kv, placement = found.kv, found.placement
+    assert kv is not None
+    assert found.kv_tokens == kv.kv_tokens >= 256
+    assert found.weight_bytes + kv.ram_pages * kv.page_bytes <= ram_spare
+    on_gpu = sum(found.sweep.pieces[i].read_bytes for i in placement.gpu_residents)
+    on_gpu += placement.num_gpu_slots * placement.slot_bytes + kv.gpu_pages * kv.page_bytes + found.activation_bytes
+    assert on_gpu <= gpu_spare
+    assert found.kv_bytes >= (kv.gpu_pages + kv.ram_pages) * kv.page_bytes
+
+
+def test_what_the_gpu_has_no_room_for_is_kept_in_ram() -> None:
+    manifest, facts = model(8, 1000, 1000)
+    facts = replace(facts, kv_bytes_per_token=8 * 32768, num_layers=8)
+    gpu = {"gpu_memory_bytes": 3 * GIB, "gpu_context_bytes": 500 << 20, "memory_bytes": 16 * GIB, "kv_in_ram": True}
+    found = plan((manifest, facts), **gpu)
+    assert found.kv is not None
+    assert found.kv.ram_pages
+    assert found.kv_tokens > 1.5 * found.kv.gpu_pages // 8 * 64
+    assert re.search(r"KV cache .* \(\d+ tokens, of them \d+ without moving to RAM and back\)", found.explanation[1])
+    assert "KV cache" in found.explanation[0]
+    alone = plan((manifest, replace(facts, ragged=False)), **gpu)
+    assert alone.kv is None
+    assert "RAM and back" not in alone.explanation[1]

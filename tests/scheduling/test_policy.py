@@ -130,3 +130,13 @@ def test_a_sequence_that_crosses_the_rebuild_length_begins_anew(cached: int, len
     (step,) = form_batch([one], Limits(kv_tokens=999, max_batch_tokens=64, rebuild_length=20))
     assert step.start == begins
     assert (step.spec is not None) == (begins == 0)
+
+
+@pytest.mark.parametrize(("page_tokens", "admitted"), [(1, ["a", "b", "c"]), (64, ["a", "b"])])
+def test_a_sequence_takes_whole_pages(page_tokens: int, admitted: list[str]) -> None:
+    """65 + 1 + 62 tokens fit 128 exactly; in pages of 64 they are 2 + 1 + 1, and 192 is too little."""
+    waiting = deque([sequence("a", 60, 5), sequence("b", 0, 1), sequence("c", 50, 12)])
+    running: list[Sequence] = []
+    tokens = 192 if page_tokens == 64 else 128
+    admit(waiting, running, Limits(kv_tokens=tokens, max_batch_tokens=8, page_tokens=page_tokens))
+    assert [one.name for one in running] == admitted

@@ -1,0 +1,338 @@
+"""KV pages in two tiers: a working set on the GPU, the rest in RAM.
+
+`resident_layers` says which layers' pages stay on the GPU; they are never moved. The others are at home in RAM. Ahead
+of its layer a page is copied to the GPU on a stream of its own ("KV load"); behind the layer, what the sweep's tokens
+added is copied back on another ("KV save"), and the page on the GPU is free. Each copy is ordered by events alone, the
+host waits for nothing:
+
+- a load waits for the last use of its place on the GPU and for the save that completed its source;
+- compute waits for the load; a save waits for the compute that wrote the tokens;
+- whatever frees a place, frees it at a point of the save stream (`_stamp`): so two such points have an order, and to
+  wait for the later one is enough.
+
+Weights cross the same link on a third stream. A page does not queue behind them: it is needed within a layer or two,
+while the weight copier works as far ahead as it has slots.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.pipeline.device_ops import DeviceOps, Event
+from pipo_ray.pipeline.page_pool import PagePool, spans
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, resident_layers
+
+_Stamp = tuple[int, Event]
+"""A point of the save stream, and its place among all of them."""
+
+
+@dataclass
+class _Run:
+    """The page table of one layer of one sequence, which holds `tokens` tokens.
+
+    Where the layer is resident, `gpu` are pages for the sequence's whole capacity and `ram` is empty. Otherwise `ram`
+    are, and `gpu` is empty but around the layer's turn. Compute must wait for `arrivals` before it uses `gpu`.
+    """
+
+    tokens: int = 0
+    gpu: list[int] = field(default_factory=list)
+    ram: list[int] = field(default_factory=list)
+    arrivals: list[Event] = field(default_factory=list)
+    saved: _Stamp | None = None
+
+
+class TieredCache:
+    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
+
+    def __init__(self, tiers: KVTiers, capacity: int) -> None:
+        self.capacity, self.num_pages, self.length = capacity, pages_of(capacity), 0
+        self.runs: dict[int, _Run] = {}
+        self._tiers = tiers
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SequenceCache.append`; between `KVTiers.begin_layer` and `end_layer`."""
+        return self._tiers.append(self, layer, keys, values)
+
+    def advance(self, num_tokens: int) -> None:
+        """The sweep that appended `num_tokens` tokens to every layer is complete."""
+        self.length += num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages, in both tiers."""
+        return sum(len(run.ram or run.gpu) for run in self.runs.values()) * self._tiers.page_bytes
+
+
+class KVTiers:
+    """The two tiers of a stage and the page tables of its sequences. All of it belongs to the thread that computes."""
+
+    def __init__(
+        self, placement: KVPlacement, dtype: torch.dtype, ops: DeviceOps, trace: TraceWriter = NO_TRACE
+    ) -> None:
+        self.page_bytes = placement.page_bytes
+        self.loaded_bytes = self.saved_bytes = 0
+        self._num_layers, self._gpu_pages, self._ops, self._trace = (
+            placement.num_layers, placement.gpu_pages, ops, trace,
+        )  # fmt: skip
+        self._row_bytes = placement.page_bytes // PAGE_TOKENS
+        row = self._row_bytes // dtype.itemsize
+        self.gpu = ops.allocate(placement.gpu_pages * self.page_bytes).view(dtype).view(-1, row)
+        ram_bytes = placement.ram_pages * self.page_bytes
+        # Whole pages of the operating system: a copy must not leave what is registered.
+        memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, max(1, -(-ram_bytes // 4096)) * 4096), np.uint8))
+        self.ram = memory[:ram_bytes].view(dtype).view(-1, row)
+        self._gpu_pool = PagePool("GPU memory", placement.gpu_pages)
+        self._ram_pool = PagePool("RAM", placement.ram_pages)
+        # Registering takes 0.4 s per GB; nobody waits for it before KV outgrows the GPU.
+        self._pinning = threading.Thread(target=lambda: ram_bytes and ops.pin(memory), name="pin KV", daemon=True)
+        self._pinning.start()
+        self._live: list[TieredCache] = []
+        self._batch: Sequence[tuple[TieredCache, int]] = ()
+        self._resident = resident_layers(self._num_layers, 0, self._gpu_pages)
+        self._layer = -1
+        self._ahead: set[int] = set()
+        self._freed: dict[int, _Stamp] = {}
+        self._num_stamps = 0
+
+    # -- sequences
+    # -------------------------------------------------------------------------------------------------------
+
+    def open(self, capacity: int) -> TieredCache:
+        """A new sequence's cache."""
+        cache = TieredCache(self, capacity)
+        self._live.append(cache)
+        return cache
+
+    def drop(self, cache: TieredCache) -> None:
+        """Give the sequence's pages back; copies and computations that use them may be under way."""
+        self._live.remove(cache)
+        stamp = self._stamp(self._ops.record_on_compute())
+        for run in cache.runs.values():
+            self._free_gpu(run, stamp)
+            self._ram_pool.give(run.ram)
+        cache.runs.clear()
+
+    def append(
+        self, cache: TieredCache, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `keys`, `values` [heads, tokens, head_dim] behind the sequence's tokens on the GPU; all of them.
+
+        Views where the pages are neighbours, copies otherwise. Raises UnsupportedModelError for more bytes than a
+        token of this model has by its facts.
+        """
+        start, stop = cache.length, cache.length + keys.shape[1]
+        if stop > cache.capacity:
+            raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {stop}")
+        pages = cache.runs[layer].gpu
+        width = keys.shape[0] * keys.shape[2]
+        whole = width + values.shape[0] * values.shape[2]
+        if whole > self.gpu.shape[1]:
+            raise UnsupportedModelError(
+                f"layer {layer} caches {whole} elements per token, its model's facts say {self.gpu.shape[1]}"
+            )
+        at = 0
+        for count, first in spans(PAGE_TOKENS, start, stop, pages):
+            rows = self.gpu[first : first + count]
+            _per_head(rows[:, :width], keys).copy_(keys[:, at : at + count])
+            _per_head(rows[:, width:whole], values).copy_(values[:, at : at + count])
+            at += count
+        parts = [self.gpu[first : first + count] for count, first in spans(PAGE_TOKENS, 0, stop, pages)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _per_head(rows[:, :width], keys), _per_head(rows[:, width:whole], values)
+
+    # -- a sweep
+    # ---------------------------------------------------------------------------------------------------------
+
+    def begin_sweep(self, batch: Sequence[tuple[TieredCache, int]]) -> None:
+        """A sweep adds so many tokens to each of these caches."""
+        self._batch, self._layer = batch, -1
+        self._ahead.clear()
+        total = sum(cache.num_pages for cache in self._live)
+        resident = resident_layers(self._num_layers, total, self._gpu_pages)
+        if resident != self._resident:
+            self._resident = resident
+            for cache in self._live:
+                for layer, run in cache.runs.items():
+                    if layer not in resident and not run.ram:
+                        self._demote(cache, layer, run)
+                    elif layer in resident and run.ram:
+                        self._promote(cache, layer, run)
+        self._prefetch()
+
+    def begin_layer(self, layer: int) -> None:
+        """The layer's pages of all sequences of the batch are on the GPU for what is computed from here on."""
+        self._layer = layer
+        for cache, num_tokens in self._batch:
+            run = cache.runs.get(layer)
+            if run is None:
+                run = cache.runs[layer] = _Run()
+                if layer in self._resident:
+                    self._extend(run, cache.num_pages)
+                else:
+                    run.ram = self._take_ram(cache.num_pages)
+            if run.ram:
+                if not run.gpu:
+                    self._load(layer, run, pages_of(cache.length + num_tokens))
+                self._extend(run, pages_of(cache.length + num_tokens))
+            for event in run.arrivals:
+                self._ops.compute_waits_for(event)
+            run.arrivals.clear()
+
+    def end_layer(self, layer: int) -> None:
+        """What was appended goes home, and the next layers' pages come."""
+        moving = [(cache, cache.runs[layer]) for cache, _ in self._batch if cache.runs[layer].ram]
+        for cache, num_tokens in self._batch:
+            cache.runs[layer].tokens = cache.length + num_tokens
+        if moving:
+            computed = self._ops.record_on_compute()
+            stamps = [self._save(layer, run, cache.length, computed) for cache, run in moving]
+            for _, run in moving:
+                self._free_gpu(run, stamps[-1])
+            self._ahead.discard(layer)
+        self._prefetch()
+
+    # -- moving pages
+    # ----------------------------------------------------------------------------------------------------
+
+    def _prefetch(self) -> None:
+        """Load the layers that come next, in the next sweep too, as far as there is room for all of a layer."""
+        room = self._gpu_pool.num_free
+        for step in range(1, self._num_layers + 1):
+            layer = (self._layer + step) % self._num_layers
+            if layer in self._ahead:
+                continue
+            wanted: list[tuple[_Run, int]] = []
+            for cache, num_tokens in self._batch:
+                run = cache.runs.get(layer)
+                if run is None:  # a new sequence: it takes its pages when the layer begins
+                    room -= cache.num_pages if layer in self._resident else pages_of(num_tokens)
+                elif run.ram and not run.gpu:
+                    most = max(run.tokens, cache.length) + num_tokens
+                    wanted.append((run, min(cache.num_pages, pages_of(most))))
+            room -= sum(count for _, count in wanted)
+            if room < 0:
+                return
+            for run, count in wanted:
+                self._load(layer, run, count)
+            if wanted:
+                self._ahead.add(layer)
+
+    def _load(self, layer: int, run: _Run, num_pages: int) -> None:
+        """Copy the run's tokens to `num_pages` pages on the GPU."""
+        freed = self._take_gpu(run, num_pages, from_end=True)
+        after = max((stamp for stamp in (freed, run.saved) if stamp is not None), key=_place, default=None)
+        event = None if after is None else after[1]
+        for count, ram, gpu in spans(PAGE_TOKENS, 0, run.tokens, run.ram, run.gpu):
+            event = self._ops.copy(self.ram[ram : ram + count], self.gpu[gpu : gpu + count], event, "KV load")
+        if event is not None:
+            run.arrivals.append(event)
+        if run.tokens:
+            nbytes = run.tokens * self._row_bytes
+            self.loaded_bytes += nbytes
+            self._trace.mark("KV load", {"piece": f"layer {layer}", "bytes": nbytes})
+
+    def _save(self, layer: int, run: _Run, start: int, computed: Event) -> _Stamp:
+        """Copy the run's tokens from `start` on to RAM, once they have been computed."""
+        event = computed
+        for count, gpu, ram in spans(PAGE_TOKENS, start, run.tokens, run.gpu, run.ram):
+            event = self._ops.copy(self.gpu[gpu : gpu + count], self.ram[ram : ram + count], computed, "KV save")
+        nbytes = (run.tokens - start) * self._row_bytes
+        self.saved_bytes += nbytes
+        self._trace.mark("KV save", {"piece": f"layer {layer}", "bytes": nbytes})
+        run.saved = self._next_stamp(event)
+        return run.saved
+
+    def _demote(self, cache: TieredCache, layer: int, run: _Run) -> None:
+        """The layer is no longer resident."""
+        run.ram = self._take_ram(cache.num_pages)
+        # Whatever the run waits for is behind us on the save stream: a stamp, or the load of `_promote`.
+        stamp = self._save(layer, run, 0, self._ops.record_on_compute())
+        self._free_gpu(run, stamp)
+
+    def _promote(self, cache: TieredCache, layer: int, run: _Run) -> None:
+        """The layer is resident from now on."""
+        self._free_gpu(run)
+        self._make_room(cache.num_pages)
+        self._load(layer, run, cache.num_pages)
+        if run.arrivals:
+            self._stamp(*run.arrivals)  # no save overwrites the pages in RAM before they have been read
+        self._ram_pool.give(run.ram)
+        run.ram = []
+
+    def _extend(self, run: _Run, num_pages: int) -> None:
+        """Let the run have `num_pages` pages on the GPU at least."""
+        if num_pages > len(run.gpu):
+            freed = self._take_gpu(run, num_pages - len(run.gpu), from_end=bool(run.ram))
+            if freed is not None:
+                run.arrivals.append(freed[1])
+
+    # -- places
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _take_gpu(self, run: _Run, count: int, *, from_end: bool) -> _Stamp | None:
+        """Add `count` pages to the run; when the last of them is free of earlier uses."""
+        self._make_room(count)
+        pages = self._gpu_pool.take(count, from_end=from_end)
+        run.gpu.extend(pages)
+        return max((self._freed[page] for page in pages if page in self._freed), key=_place, default=None)
+
+    def _take_ram(self, count: int) -> list[int]:
+        self._pinning.join()
+        return self._ram_pool.take(count)
+
+    def _make_room(self, count: int) -> None:
+        """Give up pages that were loaded ahead, if `count` are not free otherwise."""
+        for run in self._loaded_ahead():
+            if self._gpu_pool.num_free >= count:
+                return
+            self._free_gpu(run)
+
+    def _loaded_ahead(self) -> Iterator[_Run]:
+        for cache in self._live:
+            for layer, run in cache.runs.items():
+                if run.ram and run.gpu and layer != self._layer:
+                    self._ahead.discard(layer)
+                    yield run
+
+    def _free_gpu(self, run: _Run, stamp: _Stamp | None = None) -> None:
+        """The run's pages on the GPU are free at `stamp`, None: once its loads and all earlier stamps have passed."""
+        if not run.gpu:
+            return
+        if run.arrivals:
+            stamp = self._stamp(*run.arrivals)
+            run.arrivals.clear()
+        elif stamp is None:
+            stamp = self._stamp(self._ops.record_on_compute())
+        for page in run.gpu:
+            self._freed[page] = stamp
+        self._gpu_pool.give(run.gpu)
+        run.gpu = []
+
+    def _stamp(self, *events: Event) -> _Stamp:
+        """A point of the save stream behind `events`: a copy of nothing waits for each of them."""
+        for event in events:
+            point = self._ops.copy(self.gpu[:0], self.ram[:0], event, "KV save")
+        return self._next_stamp(point)
+
+    def _next_stamp(self, event: Event) -> _Stamp:
+        self._num_stamps += 1
+        return self._num_stamps, event
+
+
+def _place(stamp: _Stamp) -> int:
+    return stamp[0]
+
+
+def _per_head(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows [tokens, heads * dim] as [heads, tokens, dim], heads and dim as `like` has them."""
+    heads: Tensor = rows.unflatten(1, (like.shape[0], like.shape[2]))
+    return heads.transpose(0, 1)
