@@ -42,7 +42,12 @@ def mended(failing: FailingDrive) -> Iterator[None]:
     failing.mend()
 
 
-@pytest.mark.parametrize(("kind", "times"), [("eio", 1), ("eio", 3), ("eagain", 2), ("enodev", 1), ("short", 40)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("kind", "times"), [
+    ("eio", 3), ("short", 40), *(pytest.param(*one, marks=SLOW) for one in (("eio", 1), ("eagain", 2), ("enodev", 1)))
+])  # fmt: skip
 def test_what_passes_is_not_noticed(
     kind: Kind, times: int, llm: LLM, failing: FailingDrive, expected: list[list[int]]
 ) -> None:
@@ -53,7 +58,9 @@ def test_what_passes_is_not_noticed(
     assert llm.pids() == pids
 
 
-@pytest.mark.parametrize(("kind", "cause"), [("eio", "Input/output error"), ("enodev", "No such device")])
+@pytest.mark.parametrize(("kind", "cause"), [
+    ("eio", "Input/output error"), pytest.param("enodev", "No such device", marks=SLOW)
+])  # fmt: skip
 def test_what_stays_ends_the_request_and_not_the_run(
     kind: Kind, cause: str, llm: LLM, store: Path, failing: FailingDrive, expected: list[list[int]]
 ) -> None:
@@ -74,7 +81,7 @@ def test_what_stays_ends_the_request_and_not_the_run(
     assert llm.pids() == pids
 
 
-@pytest.mark.parametrize(("seconds", "patience_s"), [(2.5, 1.0), pytest.param(30.0, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seconds", "patience_s"), [(2.5, 1.0), pytest.param(30.0, None, marks=SLOW)])
 def test_a_stall_ends_by_itself_and_is_told_once(
     seconds: float,
     patience_s: float | None,

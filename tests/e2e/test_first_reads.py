@@ -28,7 +28,7 @@ def mended(failing: FailingDrive) -> Iterator[None]:
     failing.mend()
 
 
-@pytest.mark.parametrize("block", [0, -1])
+@pytest.mark.parametrize("block", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_bytes_that_come_out_wrong_once_are_read_again(
     block: int, store: Path, failing: FailingDrive, expected: list[list[int]]
 ) -> None:
@@ -50,7 +50,7 @@ def pipo(store: Path, failing: FailingDrive, *more: str) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(("kind", "status", "words"), [
-    ("eio", 1, "cannot be read: "),
+    pytest.param("eio", 1, "cannot be read: ", marks=pytest.mark.slow),
     ("flip", 2, "is damaged: "),  # every reading is wrong, as if it were wrong on the drive
 ])  # fmt: skip
 def test_the_command_line_says_it_in_one_line(

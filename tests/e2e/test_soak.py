@@ -30,6 +30,7 @@ def test_a_slope_is_that_of_the_line() -> None:
     assert error == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_descriptors_and_threads_do_not_grow(tmp_path: Path) -> None:
     """While requests join, leave and are aborted."""
     folder = make_checkpoint(tmp_path / "checkpoint", BYTES_LLAMA, tokenizer=True)
