@@ -74,6 +74,7 @@ class ComputeWorker:
 
     def _texts(self) -> Any:
         if self._text is None:
+            _import_engine()  # prompts may come while another thread imports transformers, which is no time to use it
             from pipo_ray.model.prompts import PromptEncoder
 
             self._text = PromptEncoder(self._setup.store, self._compute_setup.facts)

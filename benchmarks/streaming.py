@@ -1,10 +1,16 @@
-"""What the benchmarks of the weight path share: a random model in a block store, and the time of a sweep over it."""
+"""What the benchmarks of the weight path share: a random model in a block store, and the time of a sweep over it.
+
+By hand it makes the store that they keep with --folder, once for all of them:
+
+    python benchmarks/streaming.py FOLDER [SIZE, 4GiB]
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +20,7 @@ from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.prepare import pack_store
+from pipo_ray.session.memory import parse_size
 
 PROMPT = [3, 5, 8, 13, 21, 34]
 WIDE = LlamaShape(1, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=32000)
@@ -54,3 +61,10 @@ def sweep_seconds(llm: LLM, sweeps: int, batch: int = 1) -> float:
         if len(output.outputs[0].token_ids) == 1:
             first = last
     return (last - first) / sweeps
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python benchmarks/streaming.py FOLDER [SIZE]")
+    with random_store(parse_size(sys.argv[2] if len(sys.argv) > 2 else "4GiB"), Path(sys.argv[1])) as made:
+        print(made)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipo_ray.assembly import RequestAssembly
-from pipo_ray.device import Device, choose_device
+from pipo_ray.budgets import Size, gpu_budget, memory_budget
+from pipo_ray.device import choose_device
 from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
 from pipo_ray.messages import ComputeSetup, RequestSpec, TokenEvent
 from pipo_ray.outputs import RequestOutput
@@ -32,24 +33,15 @@ from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.background import give_way
-from pipo_ray.session.memory import (
-    available_memory,
-    default_budget,
-    format_size,
-    machine_total,
-    memory_limit,
-    parse_size,
-)
+from pipo_ray.session.memory import parse_size
 from pipo_ray.session.peak import PeakSampler
 from pipo_ray.session.ray_node import check_address
 from pipo_ray.session.session import Session
 from pipo_ray.stage import Stage, store_bytes
 
-Size: TypeAlias = "int | str | None"
 OnProgress = Callable[[str, int, int], None]
 
 _POLL_S = 1.0
-_GPU_SHARE = 0.9
 _LOST_PATIENCE_S = 60.0
 
 
@@ -118,9 +110,9 @@ class LLM:
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         chosen = choose_device(device)
-        budget, budget_line = _memory_budget(memory)
+        budget, budget_line = memory_budget(memory)
         weights = None if weight_memory is None else parse_size(weight_memory, "--weight-memory")
-        self._gpu_memory = _gpu_budget(gpu_memory, chosen)
+        self._gpu_memory = gpu_budget(gpu_memory, chosen)
         check_address(ray_address)  # now, and not after an hour of packing
         prepared = prepare_store(os.fspath(model), dtype=dtype, on_progress=on_progress)
         self._facts = prepared.facts
@@ -472,49 +464,6 @@ class LLM:
                     f"trace file {self._trace} cannot be written: {error.strerror}; free some space, or choose another "
                     "file"
                 ) from error
-
-
-def _memory_budget(memory: Size) -> tuple[int, str]:
-    available = available_memory()
-    if memory is None:
-        budget = default_budget(available)
-        return budget, (
-            f"memory budget {format_size(budget)}: {format_size(available)} available, minus the larger of 2 GiB and "
-            "25 % for the "
-            "rest of the PC (change with --memory)"
-        )
-    budget = parse_size(memory, "--memory")
-    if budget > machine_total():
-        raise InputError(
-            f"--memory {format_size(budget)} is more than the {format_size(machine_total())} of RAM that this machine "
-            "has; lower it"
-        )
-    limit = memory_limit()
-    if limit is not None and budget > limit:
-        raise InputError(
-            f"--memory {format_size(budget)} is above the limit of the memory group we run in, "
-            f"{format_size(limit)}; lower it"
-        )
-    return budget, f"memory budget {format_size(budget)} as asked for ({format_size(available)} available)"
-
-
-def _gpu_budget(gpu_memory: Size, device: Device) -> int | None:
-    if device.kind != "cuda":
-        if gpu_memory is not None:
-            raise InputError(
-                "--gpu-memory was given, but the run computes on the CPU; leave it out or use --device cuda"
-            )
-        return None
-    if gpu_memory is None:
-        return int((device.free_bytes + device.context_bytes) * _GPU_SHARE)
-    budget = parse_size(gpu_memory, "--gpu-memory")
-    free = device.free_bytes + device.context_bytes
-    if budget > free:
-        raise InputError(
-            f"--gpu-memory {format_size(budget)} is more than the {format_size(free)} that are free on the GPU; "
-            "lower it"
-        )
-    return budget
 
 
 def _num_threads() -> int:

@@ -58,6 +58,8 @@ def import_transformers() -> None:
         importlib.import_module("transformers.utils").is_torch_distributed_available()  # it keeps the answer
         for name in ("masking_utils", "modeling_utils", "generation", "models.auto.modeling_auto"):
             importlib.import_module(f"transformers.{name}")
+        # Found by transformers only when it is asked for, and not by two threads at the same time.
+        importlib.import_module("transformers").AutoTokenizer  # noqa: B018
 
 
 class _StandIn(ModuleType):

@@ -1,0 +1,70 @@
+"""The budgets that a user gives, in bytes, checked against the machine."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from pipo_ray.device import Device
+from pipo_ray.errors import InputError
+from pipo_ray.session.memory import (
+    available_memory,
+    default_budget,
+    format_size,
+    machine_total,
+    memory_limit,
+    parse_size,
+)
+
+Size: TypeAlias = "int | str | None"
+"""Bytes, or a size like "3GiB"; None: what the machine allows."""
+
+_GPU_SHARE = 0.9
+
+
+def memory_budget(memory: Size) -> tuple[int, str]:
+    """What `--memory` says, or what is available without spoiling the PC for others; and a line about it. Raises
+    InputError for more than there is.
+    """
+    available = available_memory()
+    if memory is None:
+        budget = default_budget(available)
+        return budget, (
+            f"memory budget {format_size(budget)}: {format_size(available)} available, minus the larger of 2 GiB and "
+            "25 % for the "
+            "rest of the PC (change with --memory)"
+        )
+    budget = parse_size(memory, "--memory")
+    if budget > machine_total():
+        raise InputError(
+            f"--memory {format_size(budget)} is more than the {format_size(machine_total())} of RAM that this machine "
+            "has; lower it"
+        )
+    limit = memory_limit()
+    if limit is not None and budget > limit:
+        raise InputError(
+            f"--memory {format_size(budget)} is above the limit of the memory group we run in, "
+            f"{format_size(limit)}; lower it"
+        )
+    return budget, f"memory budget {format_size(budget)} as asked for ({format_size(available)} available)"
+
+
+def gpu_budget(gpu_memory: Size, device: Device) -> int | None:
+    """What `--gpu-memory` says, or most of what is free; None without a GPU. Raises InputError for more than is free,
+    and for a budget without a GPU.
+    """
+    if device.kind != "cuda":
+        if gpu_memory is not None:
+            raise InputError(
+                "--gpu-memory was given, but the run computes on the CPU; leave it out or use --device cuda"
+            )
+        return None
+    if gpu_memory is None:
+        return int((device.free_bytes + device.context_bytes) * _GPU_SHARE)
+    budget = parse_size(gpu_memory, "--gpu-memory")
+    free = device.free_bytes + device.context_bytes
+    if budget > free:
+        raise InputError(
+            f"--gpu-memory {format_size(budget)} is more than the {format_size(free)} that are free on the GPU; "
+            "lower it"
+        )
+    return budget
