@@ -134,7 +134,11 @@ def computed(sweeps: list[Event]) -> int:
 
 
 @pytest.mark.parametrize(("victims", "point"), [
-    *(pytest.param((actor,), point, id=f"{actor}-{point}") for actor in ACTORS for point in range(POINTS)),
+    *(
+        pytest.param((actor,), point, id=f"{actor}-{point}", marks=[pytest.mark.slow] if point else [])
+        for actor in ACTORS
+        for point in range(POINTS)
+    ),
     pytest.param(("NvmeLoader", "ComputeWorker"), 1, id="NvmeLoader+ComputeWorker"),
     pytest.param(("StagingPool", "Scheduler"), 1, id="StagingPool+Scheduler"),
 ])  # fmt: skip

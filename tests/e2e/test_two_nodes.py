@@ -30,6 +30,7 @@ def address() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)  # without the affinity it waits for ever
 def test_the_actors_are_where_the_slots_are(address: str, tmp_path: Path) -> None:
     import ray
