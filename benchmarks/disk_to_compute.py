@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fio
-from streaming import random_store, store_files, sweep_seconds
+from streaming import options, random_store, store_files, sweep_seconds
 
 from pipo_ray import LLM
 from pipo_ray.session.memory import parse_size
@@ -52,14 +52,8 @@ def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="4GiB", help="of the model")
+    parser = options(__doc__, rounds=5, sweeps=4, quick="a smaller model, three rounds")
     parser.add_argument("--weight-memory", default="700MiB", help="slots and what stays")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweeps", type=int, default=4, help="in a round")
-    parser.add_argument("--folder", type=Path, help="keep the model here")
-    parser.add_argument("--quick", action="store_true", help="a smaller model, three rounds")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.size, arguments.rounds = "2GiB", 3

@@ -32,7 +32,6 @@ import torch
 from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
-from pipo_ray.model import attention as attention  # registers ours with transformers
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts

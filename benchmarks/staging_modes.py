@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from streaming import random_store, sweep_seconds
+from streaming import options, random_store, sweep_seconds
 
 from pipo_ray import LLM
 from pipo_ray.plan.drive_probe import drive_profile
@@ -73,14 +73,8 @@ def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="4GiB", help="of the model")
+    parser = options(__doc__, rounds=5, sweeps=3, quick="a smaller model, the two modes, two rounds")
     parser.add_argument("--resident", default="1GiB", help="weights that stay")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweeps", type=int, default=3, help="in a round")
-    parser.add_argument("--folder", type=Path, help="keep the model here")
-    parser.add_argument("--quick", action="store_true", help="a smaller model, the two modes, two rounds")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.size, arguments.rounds = "2GiB", 2

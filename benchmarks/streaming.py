@@ -2,15 +2,15 @@
 
 By hand it makes the store that they keep with --folder, once for all of them:
 
-    python benchmarks/streaming.py FOLDER [SIZE, 4GiB]
+    python benchmarks/streaming.py FOLDER [--size 4GiB]
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,6 +47,18 @@ def random_store(num_bytes: int, folder: Path | None) -> Iterator[Path]:
             shutil.rmtree(base, ignore_errors=True)
 
 
+def options(description: str | None, *, rounds: int, sweeps: int, quick: str) -> argparse.ArgumentParser:
+    """The options that the benchmarks share; `quick` says what --quick leaves out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="4GiB", help="of the model")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--sweeps", type=int, default=sweeps, help="in a round")
+    parser.add_argument("--folder", type=Path, help="keep the model here")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
 def store_files(store: Path) -> list[Path]:
     """The store's data, largest file first."""
     return sorted(store.glob("*.safetensors"), key=lambda path: -path.stat().st_size)
@@ -64,7 +76,9 @@ def sweep_seconds(llm: LLM, sweeps: int, batch: int = 1) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python benchmarks/streaming.py FOLDER [SIZE]")
-    with random_store(parse_size(sys.argv[2] if len(sys.argv) > 2 else "4GiB"), Path(sys.argv[1])) as made:
+    by_hand = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    by_hand.add_argument("folder", type=Path)
+    by_hand.add_argument("--size", default="4GiB", help="of the model")
+    arguments = by_hand.parse_args()
+    with random_store(parse_size(arguments.size), arguments.folder) as made:
         print(made)

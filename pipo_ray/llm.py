@@ -26,7 +26,7 @@ from pipo_ray.outputs import RequestOutput
 from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
-from pipo_ray.plan.drive_probe import describe, drive_profile
+from pipo_ray.plan.drive_probe import describe_drive, drive_profile
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer
 from pipo_ray.prepare import cache_folder, prepare_store
@@ -126,10 +126,11 @@ class LLM:
         profile: tuple[ReadRate, ...] = ()
         if transfer is None and self._plan.streamed_bytes_per_sweep:
             profile = drive_profile(prepared.folder, cache_folder(), on_progress)
+        if profile:
             self._plan = plan(transfer=choose_transfer(profile, chosen_mode))
         self._lines = [budget_line, *self._plan.explanation]
         if profile:
-            self._lines.append(describe(profile, self._plan.transfer))
+            self._lines.append(describe_drive(profile, self._plan.transfer))
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
         self._max_model_len = min(

@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from pipo_ray import errors
 from pipo_ray.errors import BudgetError, CheckpointError, InputError, PipoError, ResourceError, StoreError
+from pipo_ray.json_file import write_json
 from pipo_ray.model.facts import FACTS_KEY, ModelFacts, installed_transformers
 from pipo_ray.model.registry import require_supported
 from pipo_ray.packing import GENERATION_CONFIG_KEY, PRECISIONS, generation_config_checksum, own_precision
@@ -236,10 +237,7 @@ def _facts(folder: Path, manifest: Manifest, root: Path, on_progress: Progress |
             return facts
     raw = _run_child(["facts", str(folder)], on_progress)["facts"]
     with contextlib.suppress(OSError):  # without a cache they are found anew every time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(raw), encoding="utf-8")
-        os.replace(scratch, path)
+        write_json(path, raw)
     return ModelFacts.from_json(raw)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from pipo_ray.model.cpu_linear import HALF_DTYPES
 from pipo_ray.model.facts import RAGGED_ATTENTION
 from pipo_ray.model.kv_cache import RaggedCache
 
@@ -147,7 +148,7 @@ def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
 
 
 def _half_on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.device.type == "cpu" and tensor.dtype in HALF_DTYPES
 
 
 def _attend_plain(

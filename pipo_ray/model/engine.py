@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes, StepResult, SweepRequest, SweepResult
-from pipo_ray.model import attention as attention  # registers ours with transformers
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+from pipo_ray.json_file import write_json
 
 Layout = Literal["linear", "matmul"]
 """How a weight is multiplied: "linear" is `x @ weight.T` of [out, in], "matmul" is `x @ weight` of [in, out]."""
@@ -80,9 +81,7 @@ class KernelProfile:
         costs = {
             layout: {kernel: vars(cost) for kernel, cost in kernels.items()} for layout, kernels in self.costs.items()
         }
-        new = file.with_name(f"{file.name}.{os.getpid()}")
-        new.write_text(json.dumps({"dtype": self.dtype, "num_threads": self.num_threads, "costs": costs}))
-        new.replace(file)
+        write_json(file, {"dtype": self.dtype, "num_threads": self.num_threads, "costs": costs})
 
     @classmethod
     def load(cls, file: Path) -> KernelProfile | None:

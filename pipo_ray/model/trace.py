@@ -128,14 +128,7 @@ def trace(model: PreTrainedModel) -> Trace:
     """
     called: list[tuple[str, bool]] = []
     with _recording(model, called):
-        try:
-            with torch.no_grad(), _DecideOnMeta(), torch.device("meta"):
-                model(input_ids=torch.zeros(1, _TRACE_TOKENS, dtype=torch.long), use_cache=False)
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"architecture {model.config.model_type!r}: its forward pass cannot be traced: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+        _run_on_meta(model, _TRACE_TOKENS, "its forward pass cannot be traced", use_cache=False)
     return _units_of(model, called)
 
 
@@ -151,19 +144,24 @@ def _cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     cache = DynamicCache(config=model.config)
     set_experts_implementation(model, TRACE_IMPLEMENTATION)
     try:
-        with torch.no_grad(), _DecideOnMeta(), torch.device("meta"):
-            ids = torch.zeros(1, num_tokens, dtype=torch.long)
-            model(input_ids=ids, use_cache=True, past_key_values=cache)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"architecture {model.config.model_type!r}: the size of its cache cannot be found: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        _run_on_meta(model, num_tokens, "the size of its cache cannot be found", use_cache=True, past_key_values=cache)
     finally:
         set_experts_implementation(model, "eager")
     tensors: dict[int, torch.Tensor] = {}
     _collect_tensors(cache, tensors)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _run_on_meta(model: PreTrainedModel, num_tokens: int, failure: str, **options: Any) -> None:
+    """A forward pass of `num_tokens` tokens without data. Raises UnsupportedModelError, which begins with `failure`."""
+    try:
+        with torch.no_grad(), _DecideOnMeta(), torch.device("meta"):
+            model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), **options)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"architecture {model.config.model_type!r}: {failure}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 
 def _collect_tensors(value: Any, found: dict[int, torch.Tensor]) -> None:

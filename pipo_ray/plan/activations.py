@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
 from pipo_ray.model.kernel_profile import SCRATCH_BYTES
-
-MIB = 1 << 20
+from pipo_ray.session.memory import MIB
 
 _WANTED_BATCH_TOKENS = 512
 _LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256

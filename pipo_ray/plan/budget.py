@@ -20,10 +20,8 @@ from pipo_ray.plan.placement import (
     whole_bytes,
 )
 from pipo_ray.plan.transfer import WITHOUT_PROFILE, Transfer
-from pipo_ray.session.memory import format_least, format_size
+from pipo_ray.session.memory import MIB, format_least, format_size
 from pipo_ray.store.manifest import Manifest
-
-MIB = 1 << 20
 
 PROCESS_BYTES = 850 * MIB
 """Driver, Ray and the four actors with torch and transformers loaded, without weights, KV and activations:

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import xxhash
 
+from pipo_ray.json_file import write_json
 from pipo_ray.pipeline.drive import PAGE, Drive
 from pipo_ray.plan.transfer import ReadRate, Transfer
-from pipo_ray.session.memory import format_size
+from pipo_ray.session.memory import MIB, format_size
 
-MIB = 1 << 20
 LEAST_FILE_BYTES = 256 * MIB
 """A smaller file says nothing about a drive, and what is in it is read in no time."""
 
@@ -50,10 +50,7 @@ def drive_profile(
         on_progress("measure", 0, 0)
     points = measure_drive(file, _BUDGET_S)
     with contextlib.suppress(OSError):  # without a cache it is measured every time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
-        scratch.write_text(json.dumps({"file": str(file), "points": [asdict(point) for point in points]}))
-        os.replace(scratch, kept)
+        write_json(kept, {"file": str(file), "points": [asdict(point) for point in points]})
     return points
 
 
@@ -127,14 +124,15 @@ def _key(file: Path) -> str:
     """Of the machine and the drive, as far as they can be told apart from user space."""
     device = os.stat(file).st_dev
     name = f"{os.major(device)}:{os.minor(device)}"
+    block = Path("/sys/dev/block", name)
     with contextlib.suppress(OSError):
-        name += os.path.realpath(f"/sys/dev/block/{name}")
-        name += Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/size").read_text()
+        name += os.path.realpath(block)
+        name += (block / "size").read_text()
     machine = f"{platform.node()} {platform.machine()} {platform.release()} {os.cpu_count()}"
     return xxhash.xxh3_64(f"{machine} {name}".encode()).hexdigest()
 
 
-def describe(profile: Sequence[ReadRate], transfer: Transfer) -> str:
+def describe_drive(profile: Sequence[ReadRate], transfer: Transfer) -> str:
     """A line for the user: what the drive gave, and what was made of it."""
     best = max(rate.bytes_per_s for rate in profile)
     return (

@@ -101,6 +101,7 @@ def choose_residents(pieces: Sequence[Piece], budget: int) -> list[int]:
 
 
 def pack_arenas(pieces: Sequence[Piece], chosen: Sequence[int]) -> tuple[tuple[int, ...], dict[int, tuple[int, int]]]:
+    """Room for the `chosen` pieces: bytes of each arena, and where a piece is (arena, offset)."""
     arenas: list[int] = []
     places: dict[int, tuple[int, int]] = {}
     for index in chosen:

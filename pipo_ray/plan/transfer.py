@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pipo_ray.errors import InputError
-
-MIB = 1 << 20
-PAGE = 4096
+from pipo_ray.plan.pieces import PAGE
+from pipo_ray.session.memory import MIB
 
 Mode = Literal["performance", "memory-saver"]
 """performance: the least staging that reads at the drive's best speed. memory-saver: a quarter of it."""
@@ -84,10 +83,10 @@ def choose_transfer(profile: Sequence[ReadRate], mode: Mode = "performance") -> 
     staging = _STAGING_PER_FLIGHT * point.in_flight_bytes
     slot = max(point.transfer_bytes, _LEAST_SLOT_BYTES, min(32 * MIB, _power_of_two(staging // 4)))
     chosen = Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
-    return chosen if mode == "performance" else _saving(chosen, profile, best)
+    return chosen if mode == "performance" else _saving(chosen, profile)
 
 
-def _saving(full: Transfer, profile: Sequence[ReadRate] = (), best: float = 0.0) -> Transfer:
+def _saving(full: Transfer, profile: Sequence[ReadRate] = ()) -> Transfer:
     """A quarter of the staging of `full`, with the reads that are fastest of those that fit into it."""
     staging = full.staging_bytes // _SAVED
     slots = _HELD_SLOTS + 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,13 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
+def attend_in_parts(max_scores: int, *arguments: Any) -> torch.Tensor:
+    """`attend` with at most so many scores at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_MAX_SCORES", max_scores)
+        return attend(*arguments)
+
+
 @settings(max_examples=150, deadline=None)
 @given(shapes(), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
 def test_attend_in_16_bits_is_attention(case: dict[str, int], dtype: torch.dtype, one: bool) -> None:
@@ -72,12 +80,7 @@ def test_attend_in_16_bits_is_attention(case: dict[str, int], dtype: torch.dtype
     values = torch.rand(case["kv_heads"], case["length"] + 3, case["value_dim"], generator=generator).to(dtype) + 1
     keys, values = keys[:, : case["length"]], values[:, : case["length"]]  # as the cache hands them out
     options = (0.4, case["window"], case["softcap"], None)
-    before = attention._MAX_SCORES
-    attention._MAX_SCORES = case["max_scores"]
-    try:
-        got = attend(query, keys, values, *options)
-    finally:
-        attention._MAX_SCORES = before
+    got = attend_in_parts(case["max_scores"], query, keys, values, *options)
     assert got.shape == (case["heads"], new, case["value_dim"])
     assert got.dtype == dtype
     assert float((got.double() - naive(query, keys, values, *options)).abs().max()) < 4 * torch.finfo(dtype).eps
@@ -92,12 +95,7 @@ def test_attend_is_attention(case: dict[str, int]) -> None:
     values = torch.randn(case["kv_heads"], case["length"], case["value_dim"], generator=generator)
     sinks = torch.randn(case["heads"], generator=generator) if case["sinks"] else None
     options = (0.4, case["window"], case["softcap"], sinks)
-    before = attention._MAX_SCORES
-    attention._MAX_SCORES = case["max_scores"]
-    try:
-        got = attend(query, keys, values, *options)
-    finally:
-        attention._MAX_SCORES = before
+    got = attend_in_parts(case["max_scores"], query, keys, values, *options)
     assert got.shape == (case["heads"], case["new"], case["value_dim"])
     assert got.dtype == query.dtype
     torch.testing.assert_close(got.double(), naive(query, keys, values, *options), rtol=1e-5, atol=1e-5)

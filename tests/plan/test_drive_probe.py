@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipo_ray.plan import drive_probe
-from pipo_ray.plan.drive_probe import describe, drive_profile, measure_drive
+from pipo_ray.plan.drive_probe import describe_drive, drive_profile, measure_drive
 from pipo_ray.plan.transfer import choose_transfer
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def test_every_point_is_measured(store: Path) -> None:
     profile = measure_drive(store / "large.safetensors", 0.01)
     assert [(rate.transfer_bytes, rate.threads) for rate in profile] == list(GRID)
     assert all(rate.bytes_per_s > 0 for rate in profile)
-    assert "when it was measured" in describe(profile, choose_transfer(profile))
+    assert "when it was measured" in describe_drive(profile, choose_transfer(profile))
 
 
 def test_once_per_drive(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
