@@ -29,6 +29,8 @@ def retries(llm: LLM) -> int:
 def llm(store: Path, failing: FailingDrive, expected: list[list[int]]) -> Iterator[LLM]:
     with start(store, failing) as llm:
         footprint = Footprint(llm._session.path, os.getpid())
+        # The compute worker checks the embedding while it starts: a fault meant for the loader could hit that reading.
+        assert tokens(llm) == expected
         yield llm
         footprint.note()
     wait_until_gone(footprint, 2.0)
