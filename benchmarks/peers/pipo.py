@@ -12,7 +12,14 @@ from pipo_ray import LLM, SamplingParams
 
 def start(options: dict[str, Any]) -> tuple[Generate, list[str]]:
     """`options`: model (checkpoint or store), memory (bytes)."""
-    llm = LLM(options["model"], memory=options["memory"], device="cpu", ray_address="local", max_model_len=1024)
+    llm = LLM(
+        options["model"],
+        memory=options["memory"],
+        device="cpu",
+        ray_address="local",
+        max_model_len=1024,
+        max_kv_tokens=1024,
+    )
     atexit.register(llm.close)
 
     def generate(prompts: list[list[int]], tokens: int, on_token: OnToken) -> None:

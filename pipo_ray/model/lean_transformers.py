@@ -5,17 +5,22 @@ with it sympy, torch.fx's symbolic shapes and `torch.distributed.tensor`: 70 MiB
 (torch 2.13, transformers 5.23; `benchmarks/footprint.py` shows the compute worker's share). Inside `without_compiler()`
 a stand-in answers these decorators by handing the function back, which is all that they do where nothing is compiled.
 Outside it `torch._dynamo` is the real one, imported when somebody asks for it. Where it was imported before, nothing is
-swapped.
+swapped. A package that asks for a module inside it (torchvision does, and transformers imports torchvision where it is
+installed) gets the real one, too.
 
-`torch.distributed` is reported as absent to transformers, as a torch without it would: one process computes here.
+`torch.distributed` and torchvision are reported as absent to transformers in the compute worker: one process computes,
+and no images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.abc
+import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -35,9 +40,12 @@ def without_compiler() -> Iterator[None]:
     stand_ins = (_Compiler(_COMPILER), _Wrapped(_WRAPPED))
     sys.modules.update({one.__name__: one for one in stand_ins})
     torch.__dict__["_dynamo"] = stand_ins[0]
+    finder = _RealModules()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         _remove()
 
 
@@ -53,7 +61,11 @@ def without_distributed() -> Iterator[None]:
 
 
 def import_transformers() -> None:
-    """Import the parts of transformers that a run needs; to be called before anything else of it is imported."""
+    """Import the parts of transformers that a run needs; to be called before anything else of it is imported.
+
+    torchvision cannot be imported in this process afterwards, unless it was before.
+    """
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]  # Python's way to say that there is none
     with without_compiler(), without_distributed():
         importlib.import_module("transformers.utils").is_torch_distributed_available()  # it keeps the answer
         for name in ("masking_utils", "modeling_utils", "generation", "models.auto.modeling_auto"):
@@ -75,6 +87,8 @@ class _StandIn(ModuleType):
 class _Compiler(_StandIn):
     """Marks on functions that only a compiler reads."""
 
+    __path__: MutableSequence[str] = []  # noqa: RUF012  # a package: `_RealModules` finds what is in it
+
     def disable(self, function: Any = None, *_: Any, **__: Any) -> Any:
         return function if function is not None else lambda function: function
 
@@ -90,6 +104,29 @@ class _Wrapped(_StandIn):
     def TransformGetItemToIndex(self, *arguments: Any) -> Any:
         _remove()
         return importlib.import_module(self.__name__).TransformGetItemToIndex(*arguments)
+
+
+class _RealModules(importlib.abc.MetaPathFinder):
+    """For the import of a module inside the stand-in: takes the stand-in away and finds the real one."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if not fullname.startswith(f"{_COMPILER}.") or not isinstance(sys.modules.get(_COMPILER), _StandIn):
+            return None
+        _remove()
+        return importlib.util.spec_from_loader(fullname, _Imported(importlib.import_module(fullname)))
+
+
+class _Imported(importlib.abc.Loader):
+    """Loads what is imported already."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # the import system has put its own there
 
 
 def _remove() -> None:

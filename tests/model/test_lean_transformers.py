@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BUNDLED = Path(__file__).parents[2] / "pipo_ray" / "bundled"
 BUILD = f"""
 import sys
@@ -33,6 +35,33 @@ def test_the_compiler_works_when_it_is_asked_for() -> None:
     number, file = run(program).split()
     assert float(number) == 2
     assert file.endswith("__init__.py")
+
+
+def test_a_package_that_imports_a_part_of_the_compiler_gets_the_real_one() -> None:
+    """As torchvision does."""
+    program = """
+from pipo_ray.model.lean_transformers import without_compiler
+with without_compiler():
+    from torch._dynamo.utils import counters
+    import torch._dynamo.utils as again
+assert again.counters is counters is sys.modules["torch._dynamo"].utils.counters
+assert again.__spec__.origin == again.__file__
+print(torch._dynamo.config.cache_size_limit > 0, not any("RealModules" in type(one).__name__ for one in sys.meta_path))
+"""
+    assert run(program) == "True True\n"
+
+
+def test_torchvision_counts_as_absent_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = """
+import importlib.util
+from transformers.utils.import_utils import _is_package_available
+import transformers.models.gemma2.modeling_gemma2
+print(importlib.util.find_spec("torchvision"), bool(_is_package_available("torchvision")[0]))
+"""
+    assert run(program) == "None False\n"
 
 
 def test_what_a_stand_in_does_not_know_comes_from_the_real_module() -> None:
