@@ -30,7 +30,7 @@ from pipo_ray.session.memory import parse_size
 def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
     """The figures of all rounds."""
     files = store_files(store)
-    best = fio.best(files, 1.0 if arguments.quick else 2.0)
+    best = fio.sweep(files, 1.0 if arguments.quick else 2.0)[0]
     weight_memory = parse_size(arguments.weight_memory)
     with LLM(store, weight_memory=weight_memory, device="cpu", ray_address="local", max_kv_tokens=512) as llm:
         for line in llm.describe():

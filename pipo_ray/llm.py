@@ -127,7 +127,8 @@ class LLM:
         if transfer is None and self._plan.streamed_bytes_per_sweep:
             profile = drive_profile(prepared.folder, cache_folder(), on_progress)
         if profile:
-            self._plan = plan(transfer=choose_transfer(profile, chosen_mode))
+            sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
+            self._plan = plan(transfer=choose_transfer(profile, chosen_mode, **sizes))
         self._lines = [budget_line, *self._plan.explanation]
         if profile:
             self._lines.append(describe_drive(profile, self._plan.transfer))

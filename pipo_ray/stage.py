@@ -19,6 +19,7 @@ from pipo_ray.pipeline.slots import SlotTable
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.plan.budget import RunPlan
 from pipo_ray.scheduling.policy import Limits
+from pipo_ray.session.huge_pages import use_huge_pages
 from pipo_ray.session.memory import format_size, proportional_size
 from pipo_ray.session.oom import oom_kills
 from pipo_ray.session.session import Session
@@ -89,6 +90,7 @@ class Stage:
         # While the actors' processes start and import what they need; they wait for the lease then.
         self._table_buffer = session.allocate(SlotTable.nbytes(placement.num_slots, len(placement.residents)))
         self._buffers: list[SharedBuffer] = [session.allocate(placement.slot_bytes) for _ in range(placement.num_slots)]
+        self.huge_page_bytes = use_huge_pages([buffer.view for buffer in self._buffers])
         self._arenas: list[SharedBuffer] = [session.allocate(nbytes) for nbytes in placement.arena_bytes]
         setup = StageSetup(
             store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],

@@ -6,6 +6,7 @@ The choice is one pure function, `choose_transfer`; a planner that knows more ca
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -52,11 +53,15 @@ class ReadRate:
 WITHOUT_PROFILE = Transfer()
 """For a drive that was not measured."""
 
-_WITHIN = {"performance": 0.98, "memory-saver": 0.93}
-# Behind the reads in flight there are the pieces that are computed with, and those that wait because a computation
-# took longer than its reading.
-_STAGING_PER_FLIGHT = 3
+_WITHIN = 0.01  # of the best sweep: what less staging may cost
+_SAVER_WITHIN = 0.07
+_LEAST_READS = 2  # one at a time leaves the drive idle while its thread waits for a core
+# Beyond the reads in flight there are the pieces that are computed with, and those that wait because a computation took
+# longer than its reading.
+_WAITING_PER_FLIGHT = 2
+_MOST_WAITING_BYTES = 32 * MIB
 _LEAST_SLOT_BYTES = 8 * MIB  # smaller ones cost more for the pieces' sake than they save
+_MOST_SLOT_BYTES = 16 * MIB
 _SAVED = 4
 _HELD_SLOTS = 2
 
@@ -68,32 +73,72 @@ def check_mode(mode: str) -> Mode:
     return mode  # type: ignore[return-value]
 
 
-def choose_transfer(profile: Sequence[ReadRate], mode: Mode = "performance") -> Transfer:
-    """The transfer for a drive with this profile (empty: not measured).
+def choose_transfer(
+    profile: Sequence[ReadRate], mode: Mode = "performance", *, model_bytes: int = 0, weight_bytes: int = 0
+) -> Transfer:
+    """The transfer for a drive with this profile (empty: not measured), and for a model of `model_bytes`, of which
+    `weight_bytes` may be in memory, slots included.
 
-    Of the points that are nearly as fast as the best, the one with the least in flight, and of those with equally much
-    the one with the fewest threads. Slots hold several transfers, because large ones cut fewer matrices.
+    Staging takes memory from what could be resident: of the points with which a sweep's reading is within 1 % of the
+    shortest, the one with the least staging. Slots hold several transfers, because large ones cut fewer matrices.
     """
     if not profile:
         chosen = WITHOUT_PROFILE
         return chosen if mode == "performance" else _saving(chosen)
-    best = max(rate.bytes_per_s for rate in profile)
-    good = [rate for rate in profile if rate.bytes_per_s >= _WITHIN["performance"] * best]
-    point = min(good, key=lambda rate: (rate.in_flight_bytes, rate.threads))
-    staging = _STAGING_PER_FLIGHT * point.in_flight_bytes
-    slot = max(point.transfer_bytes, _LEAST_SLOT_BYTES, min(32 * MIB, _power_of_two(staging // 4)))
-    chosen = Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
+    rates = smoothed(profile)
+    candidates = [point for point in profile if point.threads >= _LEAST_READS] or list(profile)
+    transfers = [_staged(point) for point in candidates]
+
+    def seconds(number: int) -> float:
+        streamed = max(model_bytes + transfers[number].staging_bytes - weight_bytes, 0) if model_bytes else 1
+        return streamed / rates[candidates[number].in_flight_bytes]
+
+    numbers = range(len(transfers))
+    best = min(map(seconds, numbers))
+    good = [number for number in numbers if seconds(number) <= (1 + _WITHIN) * best]
+    chosen = transfers[min(good, key=lambda number: (transfers[number].staging_bytes, candidates[number].threads))]
     return chosen if mode == "performance" else _saving(chosen, profile)
+
+
+def smoothed(profile: Sequence[ReadRate]) -> dict[int, float]:
+    """Bytes per second by bytes in flight, never less for more of them: a drive that others use too is measured with a
+    spread of 20 % and more, and the best of many points is then a lucky one.
+
+    Points with as much in flight count as one, and neighbours that fall are replaced by their mean: the monotone
+    sequence with the least squared distance to what was measured (pool adjacent violators).
+    """
+    groups: dict[int, list[float]] = {}
+    for point in sorted(profile, key=lambda point: point.in_flight_bytes):
+        groups.setdefault(point.in_flight_bytes, []).append(point.bytes_per_s)
+    pools: list[tuple[float, list[int]]] = []
+    for in_flight, found in groups.items():
+        level, members = statistics.fmean(found), [in_flight]
+        while pools and pools[-1][0] >= level:
+            before, others = pools.pop()
+            level = (before * len(others) + level * len(members)) / (len(others) + len(members))
+            members = others + members
+        pools.append((level, members))
+    return {in_flight: level for level, members in pools for in_flight in members}
+
+
+def _staged(point: ReadRate) -> Transfer:
+    """The slots behind a point."""
+    in_flight = point.in_flight_bytes
+    staging = in_flight + min(_WAITING_PER_FLIGHT * in_flight, _MOST_WAITING_BYTES)
+    slot = max(point.transfer_bytes, _LEAST_SLOT_BYTES, min(_MOST_SLOT_BYTES, _power_of_two(staging // 4)))
+    return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
 
 
 def _saving(full: Transfer, profile: Sequence[ReadRate] = ()) -> Transfer:
     """A quarter of the staging of `full`, with the reads that are fastest of those that fit into it."""
     staging = full.staging_bytes // _SAVED
-    slots = _HELD_SLOTS + 3
-    slot = max(256 * 1024, staging // slots // PAGE * PAGE)
+    slot = max(256 * 1024, min(staging // (_HELD_SLOTS + 3), _LEAST_SLOT_BYTES) // PAGE * PAGE)
+    slots = max(_HELD_SLOTS + 3, staging // slot)
     in_flight = (slots - _HELD_SLOTS) * slot
+    rates = smoothed(profile)
     fitting = [r for r in profile if r.in_flight_bytes <= in_flight and r.transfer_bytes <= slot]
-    good = [r for r in fitting if r.bytes_per_s >= _WITHIN["memory-saver"] * max(f.bytes_per_s for f in fitting)]
+    most = max((rates[r.in_flight_bytes] for r in fitting), default=0.0)
+    good = [r for r in fitting if rates[r.in_flight_bytes] >= (1 - _SAVER_WITHIN) * most and r.threads >= _LEAST_READS]
     if not good:
         return Transfer(slot // 2 // PAGE * PAGE, full.read_threads, slot, slots)
     point = min(good, key=lambda rate: (rate.threads, -rate.transfer_bytes))
