@@ -29,7 +29,7 @@ LEAST_FILE_BYTES = 256 * MIB
 
 GRID = tuple(
     (size * MIB, threads)
-    for size, threads in ((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
+    for size, threads in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8), (8, 8), (16, 8), (16, 16))
 )
 """Up to 256 MiB in flight: no drive by itself wants that much, but one behind a virtual machine's limiter may."""
 _ROUNDS = 3

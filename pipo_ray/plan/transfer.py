@@ -55,7 +55,10 @@ WITHOUT_PROFILE = Transfer()
 
 _WITHIN = 0.01  # of the best sweep: what less staging may cost
 _SAVER_WITHIN = 0.07
-_LEAST_READS = 2  # one at a time leaves the drive idle while its thread waits for a core
+# An idle machine reads as fast with less, as the probe sees it; while products keep the cores busy, a read that has
+# ended waits until its thread gets one, and the others must last as long (`benchmarks/staging_modes.py`).
+_LEAST_READS = 8
+_LEAST_IN_FLIGHT_BYTES = 16 * MIB
 # Beyond the reads in flight there are the pieces that are computed with, and those that wait because a computation took
 # longer than its reading.
 _WAITING_PER_FLIGHT = 2
@@ -86,7 +89,7 @@ def choose_transfer(
         chosen = WITHOUT_PROFILE
         return chosen if mode == "performance" else _saving(chosen)
     rates = smoothed(profile)
-    candidates = [point for point in profile if point.threads >= _LEAST_READS] or list(profile)
+    candidates = [point for point in profile if _keeps_busy(point)] or list(profile)
     transfers = [_staged(point) for point in candidates]
 
     def seconds(number: int) -> float:
@@ -121,6 +124,10 @@ def smoothed(profile: Sequence[ReadRate]) -> dict[int, float]:
     return {in_flight: level for level, members in pools for in_flight in members}
 
 
+def _keeps_busy(point: ReadRate) -> bool:
+    return point.threads >= _LEAST_READS and point.in_flight_bytes >= _LEAST_IN_FLIGHT_BYTES
+
+
 def _staged(point: ReadRate) -> Transfer:
     """The slots behind a point."""
     in_flight = point.in_flight_bytes
@@ -138,10 +145,10 @@ def _saving(full: Transfer, profile: Sequence[ReadRate] = ()) -> Transfer:
     rates = smoothed(profile)
     fitting = [r for r in profile if r.in_flight_bytes <= in_flight and r.transfer_bytes <= slot]
     most = max((rates[r.in_flight_bytes] for r in fitting), default=0.0)
-    good = [r for r in fitting if rates[r.in_flight_bytes] >= (1 - _SAVER_WITHIN) * most and r.threads >= _LEAST_READS]
+    good = [r for r in fitting if rates[r.in_flight_bytes] >= (1 - _SAVER_WITHIN) * most]
     if not good:
         return Transfer(slot // 2 // PAGE * PAGE, full.read_threads, slot, slots)
-    point = min(good, key=lambda rate: (rate.threads, -rate.transfer_bytes))
+    point = max(good, key=lambda rate: (rate.in_flight_bytes, rate.threads))
     return Transfer(point.transfer_bytes, point.threads, slot, slots)
 
 

@@ -7,10 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo_ray.errors import InputError
+from pipo_ray.plan.drive_probe import GRID
 from pipo_ray.plan.transfer import WITHOUT_PROFILE, ReadRate, Transfer, check_mode, choose_transfer, smoothed
 
 MIB = 1 << 20
-GRID = [(size * MIB, threads) for size in (1, 2, 4, 8, 16) for threads in (1, 2, 4, 8)]
+    (size * MIB, threads)
+    for size, threads in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8), (8, 8), (16, 8), (16, 16))
+]
 
 
 @st.composite
@@ -45,17 +48,17 @@ def test_staging_is_worth_its_memory(profile: list[ReadRate], model_gib: int, we
 
     chosen = seconds(choose_transfer(profile, **sizes))
     for point in profile:
-        if point.threads > 1:
+        if point.threads >= 8 and point.in_flight_bytes >= 16 * MIB:
             only = [ReadRate(point.transfer_bytes, point.threads, point.bytes_per_s)]
             assert chosen <= 1.0101 * seconds(choose_transfer(only, **sizes))
 
 
 def test_more_in_flight_where_that_reads_more_than_it_takes_from_the_residents() -> None:
-    profile = [ReadRate(1 * MIB, 4, 1.1e9), ReadRate(16 * MIB, 16, 1.6e9)]
+    profile = [ReadRate(2 * MIB, 8, 1.1e9), ReadRate(16 * MIB, 16, 1.6e9)]
     deep = choose_transfer(profile, model_bytes=7000 * MIB, weight_bytes=3000 * MIB)
     assert deep.transfer_bytes * deep.read_threads == 256 * MIB
     shallow = choose_transfer(profile, model_bytes=7000 * MIB, weight_bytes=6500 * MIB)
-    assert shallow.transfer_bytes * shallow.read_threads == 4 * MIB
+    assert shallow.transfer_bytes * shallow.read_threads == 16 * MIB
 
 
 @given(profiles())
@@ -85,17 +88,17 @@ def test_saving_takes_a_quarter_of_the_staging(profile: list[ReadRate]) -> None:
 
 def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
     profile = [
-        ReadRate(1 * MIB, 1, 0.8e9), ReadRate(2 * MIB, 2, 1.99e9), ReadRate(1 * MIB, 4, 1.98e9),
-        ReadRate(16 * MIB, 4, 2.0e9),
+        ReadRate(1 * MIB, 8, 2.1e9), ReadRate(2 * MIB, 8, 1.99e9), ReadRate(4 * MIB, 8, 1.98e9),
+        ReadRate(16 * MIB, 16, 2.0e9),
     ]  # fmt: skip
     chosen = choose_transfer(profile)
-    assert (chosen.transfer_bytes, chosen.read_threads) == (2 * MIB, 2)
+    assert (chosen.transfer_bytes, chosen.read_threads) == (2 * MIB, 8)
     assert chosen.staging_bytes < WITHOUT_PROFILE.staging_bytes
 
 
-def test_a_single_read_in_flight_is_not_enough() -> None:
-    chosen = choose_transfer([ReadRate(2 * MIB, 1, 2.0e9), ReadRate(1 * MIB, 4, 2.0e9)])
-    assert chosen.read_threads == 4
+def test_few_reads_in_flight_are_not_enough_for_busy_cores() -> None:
+    chosen = choose_transfer([ReadRate(2 * MIB, 1, 2.0e9), ReadRate(1 * MIB, 8, 2.0e9), ReadRate(8 * MIB, 8, 2.0e9)])
+    assert chosen.transfer_bytes == 8 * MIB
 
 
 def test_a_drive_that_was_not_measured() -> None:
