@@ -2,7 +2,7 @@
 
 How to run (on a machine with CUDA; about ten minutes, 30 GB of temporary disk):
 
-    python benchmarks/gpu_correctness.py [--quick] [--json FILE]
+    python benchmarks/gpu_correctness.py [--quick] [--parts float32,kv,bfloat16,pages] [--json FILE]
 
 For each architecture a random checkpoint is made. float32: the same 64 greedy tokens as transformers' `generate` (each
 prompt alone, unpadded, eager attention), and teacher-forced on them max|a-b| / max|b| of the logits at each position
@@ -34,7 +34,7 @@ GPU_BUDGET = 1000 << 20
 MEMORY = "8GiB"
 PROMPT_LENGTHS = (5, 131, 47)
 NEW_TOKENS = 64
-KV_PROMPT_LENGTHS = (900, 1000, 700, 1100, 800, 950)
+KV_PROMPT_LENGTHS = (380, 410, 280, 470, 310, 370)
 KV_NEW_TOKENS = 32
 _WIDE = {"hidden_size": 1536, "intermediate_size": 6144, "num_attention_heads": 12, "num_key_value_heads": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -48,31 +48,40 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BF16_ARCHITECTURES = ("llama", "gemma2", "qwen3")
 BF16_LAYERS = 16
+PARTS = ("float32", "kv", "bfloat16", "pages")
 
 
 def main() -> None:
     """Parse arguments, make references in a process of its own, run ours, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one bfloat16 seed")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is run (default: %(default)s)")
+    parser.add_argument("--bfloat16", default=",".join(BF16_ARCHITECTURES), help="architectures (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reference", nargs=2, metavar=("FOLDER", "SEEDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    parts, half = options.parts.split(","), options.bfloat16.split(",")
+    full = list(ARCHITECTURES) if "float32" in parts else ["llama"] if "kv" in parts else []
     if options.reference:
-        make_references(Path(options.reference[0]), int(options.reference[1]))
+        make_references(
+            Path(options.reference[0]), full, half if "bfloat16" in parts else [], int(options.reference[1])
+        )
         return
     seeds = 1 if options.quick else 5
     with tempfile.TemporaryDirectory(prefix="pipo-bench-") as folder:
         os.environ["PIPO_CACHE"] = f"{folder}/cache"
-        subprocess.run([sys.executable, __file__, "--reference", folder, str(seeds)], check=True)
+        subprocess.run([sys.executable, __file__, "--reference", folder, str(seeds), *sys.argv[1:]], check=True)
         print(f"{'architecture':12} {'dtype':9} {'model MB':>8} {'budget':>7} {'device':>7} {'MB copied':>10}  result")
         rows: list[dict[str, Any]] = []
-        for name in ARCHITECTURES:
+        for name in full if "float32" in parts else ():
             rows.append(_show(run_float32(Path(folder), name), options.json, rows))
-        rows.append(_show(run_large_kv(Path(folder), "llama"), options.json, rows))
-        for name in BF16_ARCHITECTURES:
+        if "kv" in parts:
+            rows.append(_show(run_large_kv(Path(folder), "llama"), options.json, rows))
+        for name in half if "bfloat16" in parts else ():
             rows.append(_show(run_bfloat16(Path(folder), name, seeds), options.json, rows))
         # Last: from here on this process has a CUDA context of its own, which would count as the stage's.
-        rows.append(_show(run_kv_pages(), options.json, rows))
+        if "pages" in parts:
+            rows.append(_show(run_kv_pages(), options.json, rows))
     sys.exit(0 if all(row["ok"] for row in rows) else 1)
 
 
@@ -89,14 +98,14 @@ def _show(row: dict[str, Any], file: Path | None, before: list[dict[str, Any]]) 
     return row
 
 
-def make_references(folder: Path, seeds: int) -> None:
-    """Checkpoints and what transformers makes of them: large ones in float32, small ones in both precisions."""
+def make_references(folder: Path, full: list[str], half: list[str], seeds: int) -> None:
+    """Checkpoints and what transformers makes of them: `full` in float32, `half` in both precisions."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    tasks = [(name, 0, "float32") for name in ARCHITECTURES]
-    tasks += [(name, seed, "bfloat16") for name in BF16_ARCHITECTURES for seed in range(seeds)]
+    tasks = [(name, 0, "float32") for name in full]
+    tasks += [(name, seed, "bfloat16") for name in half for seed in range(seeds)]
     for name, seed, dtype in tasks:
         torch.manual_seed(seed)
         sizes = {**ARCHITECTURES[name], **({"num_hidden_layers": BF16_LAYERS} if dtype == "bfloat16" else {})}
@@ -181,7 +190,11 @@ def run_large_kv(folder: Path, name: str) -> dict[str, Any]:
 
     begin = time.perf_counter()
     truth = json.loads((folder / "large-kv.json").read_text())
-    with LLM(folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, kv_in_ram=True) as llm:
+    batch = sum(KV_PROMPT_LENGTHS) + len(KV_PROMPT_LENGTHS) * KV_NEW_TOKENS
+    with LLM(
+        folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, kv_in_ram=True,
+        max_batch_tokens=128,
+    ) as llm:  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=KV_NEW_TOKENS, ignore_eos=True)
         outputs = llm.generate(truth["prompts"], params)
         report = llm.report()
@@ -189,7 +202,6 @@ def run_large_kv(folder: Path, name: str) -> dict[str, Any]:
     wanted = [s[len(p) :] for s, p in zip(truth["sequences"], truth["prompts"], strict=True)]
     same = [output.outputs[0].token_ids == tokens for output, tokens in zip(outputs, wanted, strict=True)]
     worker = next(stage for stage in report["stages"] if stage["stage"] == "ComputeWorker")
-    batch = sum(KV_PROMPT_LENGTHS) + len(KV_PROMPT_LENGTHS) * KV_NEW_TOKENS
     loaded, saved = worker["kv_loaded_bytes"], worker["kv_saved_bytes"]
     row = _row(f"{name}, KV", "float32", report)
     row |= {
@@ -242,14 +254,16 @@ def run_bfloat16(folder: Path, name: str, seeds: int) -> dict[str, Any]:
 
     ratios = []
     begin = time.perf_counter()
-    rows = []
+    rows, started = [], []
     for seed in range(seeds):
         stem = folder / f"{name}-bfloat16-{seed}"
         truth = json.loads(stem.with_suffix(".json").read_text())
         arrays = np.load(stem.with_suffix(".npz"))
+        before = time.perf_counter()
         with LLM(
             stem, device="cuda", dtype="bfloat16", gpu_memory=GPU_BUDGET, memory=MEMORY, max_batch_tokens=64
         ) as llm:
+            started.append(time.perf_counter() - before)
             scores = llm.score(truth["sequences"])
             rows.append(_row(name, "bfloat16", llm.report()))
         ours = _rms([score - arrays[f"logits{i}"] for i, score in enumerate(scores)])
@@ -259,7 +273,11 @@ def run_bfloat16(folder: Path, name: str, seeds: int) -> dict[str, Any]:
         shutil.rmtree(Path(os.environ["PIPO_CACHE"]) / "stores")
     mean = float(np.mean(ratios))
     row = max(rows, key=lambda one: float(one["device_mb"]))
-    row |= {"rms_ratios": ratios, "result": f"RMS error over transformers' {mean:.3f} (mean of {seeds})"}
+    row |= {
+        "rms_ratios": ratios,
+        "start_s": started,
+        "result": f"RMS error over transformers' {mean:.3f} (mean of {seeds})",
+    }
     row |= {"seconds": time.perf_counter() - begin, "ok": mean <= 1.2 and all(one["ok"] for one in rows)}
     return row
 
