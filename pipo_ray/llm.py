@@ -285,6 +285,8 @@ class LLM:
             "peak_memory_bytes": self._peak.peak_bytes,
             "memory_budget_bytes": self._plan.memory_bytes,
             "weight_memory_bytes": self._plan.weight_bytes,
+            "huge_page_bytes": self._stage.huge_page_bytes,
+            "kv_ram_bytes": 0 if self._plan.kv is None else self._plan.kv.ram_pages * self._plan.kv.page_bytes,
             "gpu_memory_bytes": self._gpu_memory,
             "model_bytes": self._plan.model_bytes,
             "resident_bytes": self._plan.resident_bytes,

@@ -13,6 +13,8 @@ REPORT = {
     "peak_memory_bytes": 3 << 29,
     "memory_budget_bytes": 2 << 30,
     "weight_memory_bytes": 1 << 30,
+    "huge_page_bytes": 0,
+    "kv_ram_bytes": 0,
     "gpu_memory_bytes": None,
     "model_bytes": 5 << 30,
     "resident_bytes": 1 << 29,
