@@ -100,6 +100,7 @@ class Stage:
         )  # fmt: skip
         self._setup = setup
         self.memory = StageMemory.attach(setup)
+        self._drive = DriveWatch(self.memory.table, str(store))
         self._closing = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
@@ -173,8 +174,9 @@ class Stage:
                 ray.kill(actor, no_restart=True)
         for buffer in [*self._buffers, *self._arenas, self._table_buffer]:
             buffer.release()
-        # Any view keeps the whole object store's memory taken, as long as somebody keeps this object.
-        del self.memory, self._setup
+        # Any view keeps the whole object store's memory taken, as long as somebody keeps this object, or a frame:
+        # Ray's errors refer to themselves, and their tracebacks keep it. So no local variable holds a view.
+        del self.memory, self._setup, self._drive
 
     def _supervise(self) -> None:
         """Open the staging pool whenever it was started; stop the pipeline when an actor has died too often; say what
@@ -183,9 +185,8 @@ class Stage:
         import ray
 
         opened = 0
-        drive = DriveWatch(self.memory.table, self._setup.store)
         while not self._closing.wait(_SUPERVISE_S):
-            for line in drive.news():
+            for line in self._drive.news():
                 _log.warning("pipo: %s", line)
             if self.roll.lost() is not None:
                 self.memory.table.stop()
