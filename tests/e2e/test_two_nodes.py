@@ -25,7 +25,9 @@ def address() -> Iterator[str]:
         [sys.executable, str(CLUSTER), folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
-    yield child.stdout.readline().strip()
+    line = child.stdout.readline().strip()
+    assert line, "the cluster did not start"
+    yield line
     child.communicate("", timeout=30)
     shutil.rmtree(folder, ignore_errors=True)
 

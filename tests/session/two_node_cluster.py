@@ -1,13 +1,36 @@
 """Somebody else's Ray cluster of two nodes on one machine, of which the second has more room. Ends when stdin does."""
 
+import contextlib
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
 
+RAYS_FOLDER = Path("/tmp/ray")
+
 
 def main() -> None:
+    with rays_folder():
+        run()
+
+
+@contextlib.contextmanager
+def rays_folder() -> Iterator[None]:
+    """Ray notes the cluster's address there wherever its other files are, and takes for granted that there is one."""
+    there = RAYS_FOLDER.exists()
+    RAYS_FOLDER.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if not there:
+            shutil.rmtree(RAYS_FOLDER, ignore_errors=True)
+
+
+def run() -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"  # or Ray would write a token into ~/.ray
     cluster = Cluster(
         initialize_head=True,
