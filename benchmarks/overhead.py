@@ -47,6 +47,7 @@ from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 from pipo_ray.plan.budget import RunPlan
+from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.manifest import Manifest
 from pipo_ray.store.rows import RowReader
@@ -75,7 +76,7 @@ class LocalPipeline:
         self._table = SlotTable(
             touched(SlotTable.nbytes(placement.num_slots, len(rows))), placement.num_slots, len(rows)
         )
-        slots = [touched(placement.slot_bytes) for _ in range(placement.num_slots)]
+        slots = [scratch_memory(placement.slot_bytes) for _ in range(placement.num_slots)]
         residents = [touched(sweep.pieces[piece].read_bytes) for piece in rows]
 
         def loads() -> LoadOrder:
@@ -85,7 +86,7 @@ class LocalPipeline:
         self._loader = Loader(
             drive, sweep.pieces, loads(), self._table, slots, residents, threads=plan.transfer.read_threads,
             transfer_bytes=plan.transfer.transfer_bytes,
-            checksums=BlockChecksums({b.name: b for b in manifest.blocks}, Drive(folder)),
+            checksums=BlockChecksums({b.name: b for b in manifest.blocks}, sweep.pieces, Drive(folder)),
         )  # fmt: skip
         self._loader.start()
         self._folder, self._manifest = folder, manifest
