@@ -1,6 +1,6 @@
 """How much staging memory speed needs: the sweep over sizes, and --mode memory-saver against performance.
 
-How to run (--size of free disk, twice that while it is made; five minutes):
+How to run (--size of free disk, twice that while it is made; ten minutes):
 
     python benchmarks/staging_modes.py [--size 4GiB] [--rounds 5] [--sweeps 3] [--folder DIR] [--quick] [--json FILE]
 
