@@ -56,14 +56,15 @@ WITHOUT_PROFILE = Transfer()
 _WITHIN = 0.01  # of the best sweep: what less staging may cost
 _SAVER_WITHIN = 0.07
 # An idle machine reads as fast with less, as the probe sees it; while products keep the cores busy, a read that has
-# ended waits until its thread gets one, and the others must last as long (`benchmarks/staging_modes.py`).
+# ended waits until its thread gets one, and the others must last as long. (Tried by hand on one machine:
+# no script varies these two; `benchmarks/staging_modes.py` varies the number of slots.)
 _LEAST_READS = 8
 _LEAST_IN_FLIGHT_BYTES = 16 * MIB
 # Beyond the reads in flight there are the pieces that are computed with, and those that wait because a computation took
 # longer than its reading.
 _WAITING_PER_FLIGHT = 2
 _MOST_WAITING_BYTES = 32 * MIB
-# Smaller ones cost more for the pieces' sake than they save: with 8 MiB a prompt of 512 tokens took 6 % longer.
+# Smaller ones cost more for the pieces' sake than they save (tried by hand: a prompt of 512 tokens, 8 MiB, 6 % longer).
 _SLOT_BYTES = 16 * MIB
 _SAVED = 4
 _HELD_SLOTS = 3
@@ -89,17 +90,16 @@ def choose_transfer(
         chosen = WITHOUT_PROFILE
         return chosen if mode == "performance" else _saving(chosen)
     rates = smoothed(profile)
-    candidates = [point for point in profile if _keeps_busy(point)] or list(profile)
-    transfers = [_staged(point) for point in candidates]
+    candidates = [(point, _staged(point)) for point in profile if _keeps_busy(point)]
+    candidates = candidates or [(point, _staged(point)) for point in profile]
 
-    def seconds(number: int) -> float:
-        streamed = max(model_bytes + transfers[number].staging_bytes - weight_bytes, 0) if model_bytes else 1
-        return streamed / rates[candidates[number].in_flight_bytes]
+    def seconds(point: ReadRate, staged: Transfer) -> float:
+        streamed = max(model_bytes + staged.staging_bytes - weight_bytes, 0) if model_bytes else 1
+        return streamed / rates[point.in_flight_bytes]
 
-    numbers = range(len(transfers))
-    best = min(map(seconds, numbers))
-    good = [number for number in numbers if seconds(number) <= (1 + _WITHIN) * best]
-    chosen = transfers[min(good, key=lambda number: (transfers[number].staging_bytes, candidates[number].threads))]
+    best = min(seconds(*one) for one in candidates)
+    good = [staged for point, staged in candidates if seconds(point, staged) <= (1 + _WITHIN) * best]
+    chosen = min(good, key=lambda staged: (staged.staging_bytes, staged.read_threads))
     return chosen if mode == "performance" else _saving(chosen, profile)
 
 

@@ -12,6 +12,7 @@ the huge page's size, as ours seldom does; mremap(2) with an old size of 0 makes
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ _Bytes = npt.NDArray[np.uint8]
 
 def use_huge_pages(views: Sequence[_Bytes]) -> int:
     """Put huge pages under these views (shared memory, every page touched), as far as the system can; what is in them
-    stays. To be called before anybody reads into them: pages in use cannot be moved.
+    stays. To be called before a drive reads into them: pages in use cannot be moved.
 
     Returns the bytes that are in huge pages now: 0 on a kernel without MADV_COLLAPSE.
     """
@@ -90,6 +91,7 @@ def _collapse(start: int, length: int, size: int) -> int:
         libc.munmap(room, length + size)
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
