@@ -13,7 +13,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -101,8 +101,26 @@ LLAMA_3_8B = LlamaShape(layers=16, hidden=4096, intermediate=14336, heads=32, kv
 """The dimensions of Llama-3-8B, with half its layers and a vocabulary of 32,000: 3.75 billion parameters, 7.5 GB."""
 
 
-def make_checkpoint(folder: Path, shape: LlamaShape) -> None:
-    """A random Llama in a new `folder`, in shards of 1 GiB, written to the disk and dropped from the page cache.
+class Shape(Protocol):
+    """What a checkpoint is made of."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole model in bf16."""
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name, in the order of use."""
+
+    def config(self) -> dict[str, Any]:
+        """What stands in config.json."""
+
+
+def make_checkpoint(folder: Path, shape: Shape) -> None:
+    """A random model in a new `folder`, in shards of 1 GiB, written to the disk and dropped from the page cache.
 
     The matrices hold the same random numbers, turned. The tokenizer is the bundled model's.
     """

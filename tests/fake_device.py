@@ -101,6 +101,9 @@ class FakeDevice:
             self._do(event)
             _merge(self._clocks.setdefault("compute", {}), event.clock)
 
+    def stalled_s(self) -> float:
+        return 0.0
+
     def record_on_compute(self) -> FakeEvent:
         with self._lock:
             return FakeEvent(self, "compute", dict(self._step("compute", None)))

@@ -19,7 +19,7 @@ from pipo_ray.pipeline.weight_stream import WeightStream
 from pipo_ray.plan.pieces import CallPlan, PieceTensor, SweepPlan
 
 TableReader = Callable[[str, torch.Tensor], torch.Tensor]
-"""(stored table name, unique row ids) -> rows [len(ids), width] on the compute device."""
+"""(stored table name, row ids [n]) -> rows [n, width] on the compute device."""
 
 
 @dataclass

@@ -6,7 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes, StepResult, SweepRequest, SweepResult
@@ -15,6 +14,7 @@ from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
+from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
@@ -123,6 +123,8 @@ class ComputeEngine:
         results = self._finish(request, logits)
         end = time.perf_counter()
         waited = self._stream.times.waited_s - waited
+        if self._ops is not None:
+            waited += self._ops.stalled_s()
         self._waited_s += waited
         self._computing_s += end - begin - waited
         tokens = sum(len(step.token_ids) for step in request.steps)
@@ -171,8 +173,8 @@ class ComputeEngine:
         if self._lookup_checksums is not None:
             self._lookup_checksums.wait()
         reader, dtype, shape = self._readers[name]
-        rows = reader.read(ids.cpu().numpy().astype(np.int64, copy=False))
-        return torch.from_numpy(rows).view(dtype).view(len(ids), *shape[1:]).to(self._device)
+        rows = reader.read(host_values(ids))
+        return to_device(torch.from_numpy(rows).view(dtype).view(len(ids), *shape[1:]), self._device)
 
     def _finish(self, request: SweepRequest, logits: list[torch.Tensor | None]) -> list[StepResult]:
         sampled_rows: list[torch.Tensor] = []

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 from pipo_ray.model.lanes import Lanes
@@ -136,12 +137,12 @@ class ModelRunner:
         """Logits [len(keep), vocabulary] of the columns `keep` of one row of tokens."""
         arguments: dict[str, Any] = {}
         if positions is not None:
-            arguments["position_ids"] = torch.tensor([positions], device=self._device)
-        rows = torch.tensor(keep, dtype=torch.long, device=self._device)
+            arguments["position_ids"] = row_of(known(positions, self._device))
+        rows = known(keep, self._device)
         if self._keeps_logits:
             arguments["logits_to_keep"] = rows
         output = self._model(
-            input_ids=torch.tensor([ids], device=self._device), past_key_values=cache, use_cache=True, **arguments
+            input_ids=row_of(known(ids, self._device)), past_key_values=cache, use_cache=True, **arguments
         )
         logits: torch.Tensor = output.logits[0]
         return logits if self._keeps_logits else logits[rows]

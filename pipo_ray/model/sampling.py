@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from pipo_ray.errors import PipoError
+from pipo_ray.model.host_values import to_device
 from pipo_ray.params import SamplingParams
 
 # Tokens are drawn with whole-numbered weights, probabilities in units of 2^-52. Sums of whole numbers are exact in any
@@ -207,9 +208,7 @@ def _changes_order(sequence: SequenceSampling) -> bool:
 
 
 def _to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    tensor = torch.tensor(values, dtype=dtype)
-    # From pinned memory, because a copy from ordinary memory waits for the device.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return to_device(torch.tensor(values, dtype=dtype), device)
 
 
 def _add(scores: torch.Tensor, additions: Mapping[int, float]) -> None:

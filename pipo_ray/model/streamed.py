@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.host_values import flat
 
 LookUp = Callable[[torch.Tensor], torch.Tensor]
 RowParts = Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
@@ -83,8 +84,7 @@ class LookedUpTable(_StandIn):
             return NotImplemented
         ids = args[0] if args else kwargs["input"]
         table = args[1] if len(args) > 1 else kwargs["weight"]
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        return F.embedding(inverse, table._answer(unique))
+        return table._answer(flat(ids)).view(*ids.shape, -1)
 
 
 class SplitMatrix(_StandIn):

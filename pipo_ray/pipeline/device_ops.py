@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -39,6 +40,11 @@ class DeviceOps(Protocol):
     def compute_waits_for(self, event: Event) -> None:
         """What is computed from here on waits for `event`."""
 
+    def stalled_s(self) -> float:
+        """Seconds that the computation has spent in `compute_waits_for`, since this was last asked; what is not over
+        yet counts next time.
+        """
+
     def record_on_compute(self) -> Event:
         """The computation issued so far."""
 
@@ -58,6 +64,7 @@ class CudaOps:
         self._registered: list[int] = []
         self.pinned_bytes = 0
         self.refused_bytes = 0
+        self._stalls: deque[tuple[Any, Any]] = deque()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 memory on the GPU."""
@@ -76,7 +83,20 @@ class CudaOps:
 
     def compute_waits_for(self, event: Any) -> None:
         """See `DeviceOps.compute_waits_for`."""
-        torch.cuda.current_stream(self.device).wait_event(event)
+        stream = torch.cuda.current_stream(self.device)
+        before, behind = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record(stream)
+        stream.wait_event(event)
+        behind.record(stream)
+        self._stalls.append((before, behind))
+
+    def stalled_s(self) -> float:
+        """See `DeviceOps.stalled_s`: by CUDA's clock, and without waiting for the device."""
+        stalled = 0.0
+        while self._stalls and self._stalls[0][1].query():
+            before, behind = self._stalls.popleft()
+            stalled += before.elapsed_time(behind) / 1000
+        return stalled
 
     def record_on_compute(self) -> Any:
         """See `DeviceOps.record_on_compute`."""

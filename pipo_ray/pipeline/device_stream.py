@@ -1,15 +1,15 @@
 """Pieces on the GPU: copied from slots and resident memory on a stream of their own, ahead of the computation.
 
-A copier thread walks the sweeps' pieces in order, as far ahead as GPU slots are free: it waits for a piece in RAM, lets
-the copy stream wait for the last use of the GPU slot, and issues the copy. A retire thread frees the slot in RAM when
-its copy is complete. The computing thread waits for nothing but the issue of a copy; the compute stream waits for the
-copy itself.
+The computing thread itself issues the copies, in the order of the sweeps and as far ahead as GPU slots are free: with
+every piece it lets go of, the next copy goes behind the last use of that slot on the copy stream. It needs nobody
+for that, so no thread has to be woken, or to wait for Python's interpreter lock, between a piece and the next. It waits
+only for a piece that is not in RAM yet; the compute stream waits for the copies. A retire thread frees the slot in
+RAM when its copy is complete.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ import torch
 
 from pipo_ray.pipeline.device_ops import DeviceOps, Event
 from pipo_ray.pipeline.order import LoadOrder
-from pipo_ray.pipeline.slots import SlotTable, StoppedError
+from pipo_ray.pipeline.slots import SlotTable
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.pipeline.weight_stream import StreamTimes
 from pipo_ray.plan.pieces import SweepPlan
@@ -50,30 +50,30 @@ class DeviceStream:
         self.times = StreamTimes()
         self._plan, self._table, self._ops, self._trace = plan, table, ops, trace
         self._loads, self._copies = loads(), copies()
-        self._copier_copies = copies()
+        self._ahead = copies()  # the place of the next copy, sweeps ahead of `_copies` at times
         self._slots, self._residents, self._gpu_residents = slots, residents, gpu_residents
         self._gpu_slots = [ops.allocate(slot_bytes) for _ in range(num_gpu_slots)]
+        self._copied = [
+            position for position in range(len(self._copies.order))
+            if self._copies.load_number(0, position) is not None
+        ]  # fmt: skip
         self._changed = threading.Condition()
-        self._generation = 0
+        self._retiring: deque[tuple[Event, int, int]] = deque()  # event, slot, load
         self._stopping = False
-        self._reset_books()
         if preloads is not None and preloads.loads_per_sweep:
             self._preload(preloads)
-        self._base = table.restart_sweep(self._loads.loads_per_sweep)
-        table.wait_epoch_seen(table.epoch, lambda: False)
-        self._copier = threading.Thread(target=self._copy_loop, name="copier", daemon=True)
+        self._begin_anew()
         self._retirer = threading.Thread(target=self._retire_loop, name="retire", daemon=True)
-        self._copier.start()
         self._retirer.start()
 
-    def _reset_books(self) -> None:
+    def _begin_anew(self) -> None:
+        self._base = self._table.restart_sweep(self._loads.loads_per_sweep)
+        self._table.wait_epoch_seen(self._table.epoch, lambda: False)
         self._sweep = 0
+        self._next_copy = 0  # the number of the next copy; those of a sweep are numbered behind those of the one before
         self._issued: dict[int, Event] = {}
-        self._released: dict[int, Event] = {}
+        self._last_use: dict[int, Event] = {}
         self._free = [True] * len(self._gpu_slots)
-        self._retiring: deque[tuple[Event, int, int, int]] = deque()  # event, slot, load, generation
-        self._error: BaseException | None = None
-        self._idle = False
 
     # -- WeightStream
     # -----------------------------------------------------------------------------------------------------
@@ -88,18 +88,10 @@ class DeviceStream:
         number = self._copies.load_number(self._sweep * self._copies.loads_per_sweep, position)
         if number is None:
             return self._gpu_residents[piece.index]
-        begin = time.perf_counter()
-        with self._changed:
-            while number not in self._issued:
-                if self._error is not None:
-                    raise self._error
-                if self._table.stopped:
-                    raise StoppedError
-                self._changed.wait(0.5)
-            event = self._issued.pop(number)
-        self.times.waited_s += time.perf_counter() - begin
+        while self._next_copy <= number:
+            self._copy_next()
         self.times.streamed_bytes += piece.read_bytes
-        self._ops.compute_waits_for(event)
+        self._ops.compute_waits_for(self._issued.pop(number))
         return self._gpu_slots[self._copies.slot(number)]
 
     def release(self, position: int) -> None:
@@ -108,102 +100,71 @@ class DeviceStream:
         if number is None:
             return
         slot = self._copies.slot(number)
-        event = self._ops.record_on_compute()
-        with self._changed:
-            self._released[slot] = event
-            self._free[slot] = True
-            self._changed.notify_all()
+        self._last_use[slot] = self._ops.record_on_compute()
+        self._free[slot] = True
+        while self._next_is_possible():
+            self._copy_next()
 
     def end_sweep(self) -> None:
         """The next sweep's copies follow this one's."""
-        with self._changed:
-            self._sweep += 1
+        self._sweep += 1
 
     def abandon(self) -> None:
         """Start the next sweep at its first piece; what was copied ahead is dropped."""
+        self._ops.synchronize()
         with self._changed:
-            self._generation += 1
-            self._changed.notify_all()
-        base = self._table.restart_sweep(self._loads.loads_per_sweep)
-        with self._changed:
-            while not self._idle:  # the copier has seen the new generation
-                self._changed.wait(0.5)
-            self._ops.synchronize()
-            self._reset_books()
-            self._base = base
-        self._table.wait_epoch_seen(self._table.epoch, lambda: False)
-        with self._changed:
-            self._changed.notify_all()
+            self._retiring.clear()
+        self._begin_anew()
 
     def close(self) -> None:
-        """End the threads; the table must have been stopped."""
+        """End the thread; the table must have been stopped."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._copier.join()
         self._retirer.join()
 
-    # -- the copier
-    # -------------------------------------------------------------------------------------------------------
+    # -- copies
+    # ----------------------------------------------------------------------------------------------------------
 
-    def _copy_loop(self) -> None:
-        generation = 0
-        while not self._stopping and not self._table.stopped:
-            try:
-                self._copy_sweeps(generation)
-            except StoppedError:
-                pass
-            except BaseException as error:
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
+    def _next_place(self) -> tuple[int, int | None]:
+        """The position of the next copy in its sweep, and the load number of its piece; None if that stays in RAM."""
+        sweep, rank = divmod(self._next_copy, self._copies.loads_per_sweep)
+        position = self._copied[rank]
+        return position, self._loads.load_number(self._base + sweep * self._loads.loads_per_sweep, position)
+
+    def _next_is_possible(self) -> bool:
+        """Whether the next copy has a free slot on the GPU, and its piece is in RAM."""
+        if not self._free[self._ahead.slot(self._next_copy)]:
+            return False
+        position, load = self._next_place()
+        if load is None:
+            return self._table.resident_ready(self._loads.resident_row(position))
+        return self._table.is_loaded(self._loads.slot(load), load)
+
+    def _copy_next(self) -> None:
+        """Issue the next copy, waiting until its piece is in RAM. Raises PieceUnreadableError, StoppedError."""
+        position, load = self._next_place()
+        piece = self._plan.pieces[self._copies.order[position]]
+        if load is None:
+            row = self._loads.resident_row(position)
+            self.times.waited_s += self._table.wait_resident(row, lambda: False)
+            source = self._residents[row]
+        else:
+            self.times.waited_s += self._table.wait_ready(self._loads.slot(load), load, lambda: False)
+            source = self._slots[self._loads.slot(load)]
+        gpu_slot = self._ahead.slot(self._next_copy)
+        assert self._free[gpu_slot]  # as the order of releases has it
+        self._free[gpu_slot] = False
+        nbytes = piece.read_bytes
+        last_use = self._last_use.pop(gpu_slot, None)
+        event = self._ops.copy(source[:nbytes], self._gpu_slots[gpu_slot][:nbytes], last_use)
+        self._trace.mark("weight copy", {"piece": piece.block, "gpu_slot": gpu_slot})
+        if load is not None:
             with self._changed:
-                self._idle = True
+                self._retiring.append((event, self._loads.slot(load), load))
                 self._changed.notify_all()
-                while not self._stopping and not self._table.stopped and (self._idle or self._generation == generation):
-                    self._changed.wait(0.5)
-                generation = self._generation
-
-    def _copy_sweeps(self, generation: int) -> None:
-        sweep = 0
-        loads, copies = self._loads, self._copier_copies
-        changed = lambda: self._generation != generation or self._stopping  # noqa: E731
-        while copies.loads_per_sweep:
-            for position, index in enumerate(copies.order):
-                number = copies.load_number(sweep * copies.loads_per_sweep, position)
-                if number is None:
-                    continue
-                nbytes = self._plan.pieces[index].read_bytes
-                load = loads.load_number(self._base + sweep * loads.loads_per_sweep, position)
-                if load is None:
-                    row = loads.resident_row(position)
-                    self._table.wait_resident(row, changed)
-                    source = self._residents[row]
-                else:
-                    self._table.wait_ready(loads.slot(load), load, changed)
-                    source = self._slots[loads.slot(load)]
-                gpu_slot = copies.slot(number)
-                last_use = self._wait_free(gpu_slot, changed)
-                event = self._ops.copy(source[:nbytes], self._gpu_slots[gpu_slot][:nbytes], last_use)
-                self._trace.mark("weight copy", {"piece": self._plan.pieces[index].block, "gpu_slot": gpu_slot})
-                with self._changed:
-                    if load is not None:
-                        self._retiring.append((event, loads.slot(load), load, generation))
-                    self._issued[number] = event
-                    self._changed.notify_all()
-            sweep += 1
-        while not changed() and not self._table.stopped:  # everything is on the GPU
-            with self._changed:
-                self._changed.wait(0.5)
-
-    def _wait_free(self, gpu_slot: int, changed: Callable[[], bool]) -> Event | None:
-        with self._changed:
-            while not self._free[gpu_slot]:
-                if changed() or self._table.stopped:
-                    raise StoppedError
-                self._changed.wait(0.5)
-            self._free[gpu_slot] = False
-            return self._released.pop(gpu_slot, None)
+        self._issued[self._next_copy] = event
+        self._next_copy += 1
 
     def _retire_loop(self) -> None:
         while True:
@@ -213,14 +174,13 @@ class DeviceStream:
                         return
                     self._changed.wait(0.5)
                 entry = self._retiring[0]
-            event, slot, load, generation = entry
+            event, slot, load = entry
             event.synchronize()
             with self._changed:
+                # Gone if its sweep was given up: the slot may be another load's by now.
                 if self._retiring and self._retiring[0] is entry:
                     self._retiring.popleft()
-                    # A copy of a sweep that was given up: its slot may be another load's by now.
-                    if self._generation == generation:
-                        self._table.release(slot, load)
+                    self._table.release(slot, load)
 
     def _preload(self, preloads: LoadOrder) -> None:
         """Fill the memory of the pieces that stay on the GPU, through the slots."""

@@ -60,6 +60,9 @@ class LateCopies:
     def compute_waits_for(self, event: Event) -> None:
         event.synchronize()
 
+    def stalled_s(self) -> float:
+        return 0.0
+
     def record_on_compute(self) -> Event:
         event = LateEvent()
         event.done.set()

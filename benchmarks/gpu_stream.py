@@ -1,0 +1,225 @@
+"""Models larger than the GPU budget, streamed from RAM: pipo against the limit that the link sets.
+
+How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes):
+
+    python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk] [--gpu-memory 6GiB]
+                                    [--folder FOLDER] [--json FILE] [--quick]
+
+Checkpoints of these shapes with random bf16 weights are made and packed in --folder (a temporary one). Decoding: 1, 4,
+or 32 requests with prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a
+sweep moves, from pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens in one sweep. `disk`: one
+request, and 8 GiB of RAM for everything.
+
+    link limit   (weights without what is looked up - (GPU budget - 1 GiB)) / rate of the pure copies
+    of limit     median over the rounds of link limit / seconds per sweep
+    busy         share of the sweeps in which the compute stream did not wait for a piece, by CUDA's events
+    GPU          most bytes that torch reserved, and the CUDA context
+
+`--quick`: a model of 3 GB and a budget of 2 GiB, to see whether everything works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pinned_link import PinnedLink
+from random_llama import LlamaShape, make_checkpoint
+from random_opt import OPT_13B, OptShape
+
+from pipo_ray import LLM, SamplingParams
+from pipo_ray.session.memory import format_size, parse_size
+
+SHAPES: dict[str, LlamaShape | OptShape] = {
+    "llama-3-8b": LlamaShape(32, 4096, 14336, 32, 8, vocabulary=128256, rope_theta=500000.0),
+    "opt-13b": OPT_13B,
+    "small": LlamaShape(12, 4096, 14336, 32, 8),
+}
+PROMPT = 32
+LONG, LONG_PROMPTS = 2048, 8
+ROWS = ("1", "4", "32", "prompt", "disk")
+BESIDE_WEIGHTS = 1 << 30
+"""Bytes of the GPU budget that the link limit leaves for everything that is not weights."""
+
+
+def settings(row: str, sweeps: int, rounds: int) -> dict[str, Any]:
+    """The arguments of LLM for a row."""
+    if row == "prompt":
+        return {"max_batch_tokens": LONG * LONG_PROMPTS, "max_kv_tokens": (LONG + 16) * LONG_PROMPTS, "memory": "64GiB"}
+    batch = 1 if row == "disk" else int(row)
+    length = PROMPT + sweeps + 17
+    return {
+        "max_batch_tokens": max(64, batch * PROMPT), "max_kv_tokens": batch * length,
+        "memory": "8GiB" if row == "disk" else "64GiB",
+    }  # fmt: skip
+
+
+def prompts_for(row: str, vocabulary: int) -> list[list[int]]:
+    """Token ids without meaning, different in every prompt."""
+    count, length = (LONG_PROMPTS, LONG) if row == "prompt" else (1 if row == "disk" else int(row), PROMPT)
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
+
+
+def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int) -> float:
+    """Seconds per sweep: between the tokens of the first request, when all of them decode."""
+    params = SamplingParams(temperature=0.0, max_tokens=sweeps + 2, ignore_eos=True)
+    times: dict[str, list[tuple[float, int]]] = {}
+    for output in llm.stream([list(prompt) for prompt in prompts], params):
+        times.setdefault(output.request_id, []).append((time.perf_counter(), len(output.outputs[0].token_ids)))
+    last = times[max(times, key=lambda name: times[name][0][0])]  # the request that began last
+    return (last[-1][0] - last[0][0]) / (last[-1][1] - last[0][1])
+
+
+def worker_times(llm: LLM) -> tuple[float, float]:
+    """Seconds that the compute worker was busy, and waited for pieces (its compute stream by CUDA's events)."""
+    worker = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
+    return worker["busy_s"], worker["waiting_s"]
+
+
+def run_row(
+    store: Path, name: str, row: str, gpu_memory: int, sweeps: int, rounds: int, shape: LlamaShape | OptShape
+) -> dict[str, Any]:
+    """One line of the table."""
+    begin = time.perf_counter()
+    prompts = prompts_for(row, shape.vocabulary)
+    with LLM(store, device="cuda", gpu_memory=gpu_memory, **settings(row, sweeps, rounds)) as llm:
+        started = time.perf_counter() - begin
+        print(*llm.describe(), sep="\n", flush=True)
+        plan = llm._plan
+        kept = set(plan.placement.gpu_residents)
+        sizes = [plan.sweep.pieces[i].read_bytes for i in plan.sweep.order if i not in kept]
+        one = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        warm_up = time.perf_counter()
+        if row == "prompt":
+            llm.generate(prompts, one)
+        else:
+            decode(llm, prompts, 2)
+        warm_up = time.perf_counter() - warm_up
+        wait_until_pinned(llm, sum(plan.placement.arena_bytes))
+        report = llm.report()
+        worker = next(stage for stage in report["stages"] if stage["stage"] == "ComputeWorker")
+        seconds, limits, busy, links = [], [], [], []
+        with PinnedLink() as link:
+            link.rate(sizes)
+            for _ in range(rounds):
+                links.append(link.rate(sizes))
+                before = worker_times(llm)
+                if row == "prompt":
+                    begin_s = time.perf_counter()
+                    llm.generate(prompts, one)
+                    seconds.append(time.perf_counter() - begin_s)
+                else:
+                    seconds.append(decode(llm, prompts, sweeps))
+                after = worker_times(llm)
+                busy.append((after[0] - before[0]) / (after[0] - before[0] + after[1] - before[1]))
+                streamable = shape.num_bytes - shape.embedding_bytes - max(0, gpu_memory - BESIDE_WEIGHTS)
+                limits.append(streamable / links[-1])
+    shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
+    return {
+        "shape": name, "row": row, "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
+        "share": statistics.median(shares), "shares": shares, "busy": statistics.median(busy),
+        "link_gb_s": statistics.median(links) / 1e9, "copied_gb": sum(sizes) / 1e9, "model_gb": shape.num_bytes / 1e9,
+        "copy_s": sum(sizes) / statistics.median(links),
+        "tokens": sum(map(len, prompts)) if row == "prompt" else len(prompts),
+        "gpu_reserved_gb": worker["gpu_reserved_bytes"] / 1e9, "gpu_context_gb": worker["gpu_context_bytes"] / 1e9,
+        "gpu_budget_gb": gpu_memory / 1e9, "pinned_gb": worker["pinned_bytes"] / 1e9,
+        "unpinned_gb": worker["unpinned_bytes"] / 1e9, "start_s": started, "warm_up_s": warm_up,
+        "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9,
+    }  # fmt: skip
+
+
+def wait_until_pinned(llm: LLM, arena_bytes: int, patience_s: float = 60.0) -> None:
+    """Registering the resident pieces goes on in the background."""
+    deadline = time.perf_counter() + patience_s
+    while time.perf_counter() < deadline:
+        worker = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
+        if worker["pinned_bytes"] + worker["unpinned_bytes"] >= arena_bytes:
+            return
+        time.sleep(0.25)
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line."""
+    print(
+        f"{row['shape']:>11}{row['row']:>7}{row['seconds']:9.3f} s{row['tokens'] / row['seconds']:10.1f} tok/s"
+        f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['busy']:7.1f} %{row['link_gb_s']:7.1f}"
+        f"{row['copied_gb']:8.2f}{row['copy_s']:8.3f} s{row['gpu_reserved_gb'] + row['gpu_context_gb']:8.2f}"
+        f"{row['start_s']:7.1f}{row['warm_up_s']:7.1f}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="llama-3-8b,opt-13b", help="default: %(default)s")
+    parser.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
+    parser.add_argument("--gpu-memory", default="6GiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sweeps", type=int, default=12, help="in a round")
+    parser.add_argument("--folder", type=Path, help="for checkpoints and stores, which are kept there")
+    parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args()
+    names, gpu_memory = options.shapes.split(","), parse_size(options.gpu_memory, "--gpu-memory")
+    if options.quick:
+        names, gpu_memory = ["small"], 2 << 30
+    rows: list[dict[str, Any]] = []
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="pipo-bench-gpu-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in names:
+            store = make_store(folder, name)
+            for row in options.rows.split(","):
+                rows.append(run_row(store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name]))
+                show(rows[-1])
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1))
+            if options.folder is None:
+                shutil.rmtree(store)
+    finally:
+        if options.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(torch.cuda.get_device_name(0), torch.__version__)
+    print(
+        f"{'shape':>11}{'batch':>7}{'a sweep':>11}{'':>16}{'limit':>11}{'of it':>9}{'busy':>9}{'GB/s':>7}{'copied':>8}"
+        f"{'copies':>10}{'GPU GB':>8}{'start':>7}{'first':>7}"
+    )
+    for one in rows:
+        show(one)
+    return 0
+
+
+def make_store(folder: Path, name: str) -> Path:
+    """The packed store of a shape; its checkpoint is deleted."""
+    from pipo_ray.prepare import pack_store
+
+    store = folder / f"{name}.store"
+    if not store.exists():
+        begin = time.perf_counter()
+        make_checkpoint(folder / name, SHAPES[name])
+        made = time.perf_counter()
+        pack_store(folder / name, store)
+        shutil.rmtree(folder / name)
+        print(
+            f"{name}: {format_size(SHAPES[name].num_bytes)} made in {made - begin:.0f} s, packed in "
+            f"{time.perf_counter() - made:.0f} s",
+            flush=True,
+        )
+    return store
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(main())
