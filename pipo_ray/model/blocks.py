@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 BlockKind = Literal["embedding", "attention", "mlp", "expert", "layer", "rest", "head"]
@@ -16,7 +16,7 @@ class TensorSpec:
     `name` is the name in the module graph's state dict. With `expert` set, the tensor is `graph_tensor[expert]` and
     `shape` is the slice's (without the expert dimension). `dtype` is the safetensors name ("BF16", "F16", "F32", "I64",
     ...) it is stored in. `cut` says whether a part of the rows (dim 0) may be used alone ("rows") or the tensor is only
-    usable whole ("none").
+    usable whole ("none"). `first_row` is None for all of it; else this is a part, whose `shape[0]` rows begin there.
     """
 
     name: str
@@ -24,6 +24,7 @@ class TensorSpec:
     dtype: str
     expert: int | None = None
     cut: Cut = "none"
+    first_row: int | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

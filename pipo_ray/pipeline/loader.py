@@ -16,7 +16,7 @@ from pipo_ray.errors import DriveError, PipoError, StoreError
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.order import LoadOrder
-from pipo_ray.pipeline.slots import U8, SlotState, SlotTable, StoppedError
+from pipo_ray.pipeline.slots import U8, SlotTable, StoppedError
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import Piece
 
@@ -60,8 +60,11 @@ class _Fill:
 
 
 class Loader:
-    """Fills `slots` and `residents` (uint8 views, 4096-aligned) with the pieces of `loads.order`, and keeps `table` up
-    to date.
+    """Fills `slots` and `residents` (uint8 views, 4096-aligned) with those pieces of `loads.order` that are on drive
+    `number`, and keeps `table` up to date.
+
+    Of several loaders each goes its own way through the sweeps: it waits for slots, which all share, and never for what
+    another one reads, except when an epoch begins: until all know of it, one may still be reading into any slot.
 
     In a preloading epoch the order is that of `preloads`, the pieces that stay on the GPU. A slot is filled only when
     it is FREE, so the table is all the credit there is. Every block is checked against its checksum the first time it
@@ -82,8 +85,10 @@ class Loader:
         transfer_bytes: int = 8 << 20,
         preloads: LoadOrder | None = None,
         trace: TraceWriter = NO_TRACE,
+        number: int = 0,
     ) -> None:
         self._drive, self._pieces, self._loads, self._table = drive, pieces, loads, table
+        self._number = number
         self._main_loads, self._preloads = loads, preloads
         self._slots = [slot.data for slot in slots]
         self._residents = [resident.data for resident in residents]
@@ -125,57 +130,57 @@ class Loader:
     # -------------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        self._table.drive_asked(0)
-        self._table.clear_failed_residents()
-        # A predecessor that was killed may have left slots that say FILLING: nobody fills them any more.
-        for slot in range(self._table.num_slots):
-            if self._table.view(slot).state in (SlotState.FILLING, SlotState.FAILED):
-                self._table.reset_slot(slot)
-        epoch = self._table.epoch_seen
+        self._table.drive_asked(0, self._number)
+        self._table.clear_unfinished(self._number)
+        epoch = self._table.epoch_seen(self._number)
         while not self._table.stopped:
             try:
                 if epoch != self._table.epoch:
                     self._wait_idle()
                     epoch = self._table.epoch
-                    self._table.clear_slots()
-                    self._drop_misread_residents()
-                    self._table.acknowledge_epoch(epoch)
+                    self._table.clear_slots(self._number)
+                    self._drop_misread_residents(epoch)
+                    self._table.acknowledge_epoch(epoch, self._number)
                 self._run_epoch(epoch)
             except StoppedError:
                 continue
 
-    def _drop_misread_residents(self) -> None:
+    def _drop_misread_residents(self, epoch: int) -> None:
         """What came out wrong is read again in the new epoch, except what is on the GPU and not loaded any more."""
         if self._checksums is None:
             return
-        kept = () if self._table.preloading else self._elsewhere
+        kept = () if self._table.preloading(epoch) else self._elsewhere
         wrong = self._checksums.begin_again(kept)
         for position, index in enumerate(self._main_loads.order):
             if index in wrong and self._main_loads.is_resident(position):
                 self._table.reset_resident(self._main_loads.resident_row(position))
 
     def _run_epoch(self, epoch: int) -> None:
-        preloading = self._table.preloading and self._preloads is not None
+        preloading = self._table.preloading(epoch) and self._preloads is not None
         self._loads = self._preloads if preloading and self._preloads is not None else self._main_loads
+        self._table.wait_epoch_seen(epoch, lambda: self._table.epoch != epoch)
         per_sweep = self._loads.loads_per_sweep
-        next_load = self._table.consumed
-        sweep_base = self._table.first_load
+        next_load = self._table.consumed_in(epoch)
+        first_load = sweep_base = self._table.first_load_of(epoch)
         if per_sweep:
             sweep_base = next_load // per_sweep * per_sweep
+        own = [
+            (position, self._pieces[index])
+            for position, index in enumerate(self._loads.order)
+            if self._pieces[index].drive == self._number and not self._loads.is_elsewhere(position)
+        ]
+        streams = any(self._loads.load_number(0, position) is not None for position, _ in own)
         while True:
-            for position in range(len(self._loads.order)):
-                if self._loads.is_elsewhere(position):
-                    continue
+            for position, piece in own:
                 load = self._loads.load_number(sweep_base, position)
-                piece = self._pieces[self._loads.order[position]]
                 if load is None:
                     self._fill_resident(position, piece)
                 elif load >= next_load:
-                    self._fill_slot(load, piece, epoch)
+                    self._fill_slot(load, piece, epoch, first_load)
                 if self._table.stopped or self._table.epoch != epoch:
                     raise StoppedError
             sweep_base += per_sweep
-            if not per_sweep:  # everything is resident: nothing to do until a new epoch
+            if not streams:  # everything that is on this drive is resident: nothing to do until a new epoch
                 self._table.wait_epoch_change(epoch)
                 raise StoppedError
 
@@ -187,22 +192,22 @@ class Loader:
 
         def done(error: Exception | None) -> None:
             self._note(error)
-            self._table.finish_resident(row, failed=error is not None)
+            self._table.finish_resident(row, failed=error is not None, loader=self._number)
             self._filling_residents.discard(row)
 
         self._read(piece, self._residents[row][: piece.read_bytes], done, {"piece": piece.block, "resident": row})
 
-    def _fill_slot(self, load: int, piece: Piece, epoch: int) -> None:
+    def _fill_slot(self, load: int, piece: Piece, epoch: int, first_load: int) -> None:
         slot = self._loads.slot(load)
         if self._table.is_loaded(slot, load):
             return
         self._waiting_since = (time.perf_counter(), self._reading_s())
         try:
-            self._table.wait_free(slot, epoch)
+            self._table.wait_free(slot, epoch, self._loads.load_before(load, first_load))
         finally:
             self.counters.waiting_for_slots_s = self._waiting_s()
             self._waiting_since = None
-        self._table.begin_fill(slot, load)
+        self._table.begin_fill(slot, load, self._number)
 
         def done(error: Exception | None) -> None:
             self._note(error)
@@ -269,9 +274,9 @@ class Loader:
         with self._in_flight_changed:
             self._asked += change
             if change < 0 or self._asked == 1:
-                self._table.drive_asked(time.perf_counter() if self._asked else 0)
+                self._table.drive_asked(time.perf_counter() if self._asked else 0, self._number)
             if not self._drive.direct:
-                self._table.note_buffered()
+                self._table.note_buffered(self._number)
 
     def _read_loop(self) -> None:
         while True:

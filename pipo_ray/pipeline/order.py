@@ -58,6 +58,12 @@ class LoadOrder:
             assigned.append(free[load])
         free.extend(assigned[r] for r in released[pending:])
         self._assigned = assigned
+        self._last_use = {name: rank for rank, name in enumerate(assigned)}
+        earlier: dict[int, int] = {}
+        self._use_before: list[int | None] = []
+        for rank_in_sweep, name in enumerate(assigned):
+            self._use_before.append(earlier.get(name))
+            earlier[name] = rank_in_sweep
         self._next = free[streamed:]
         self._sweep = 0
         self._queue = list(range(num_slots))
@@ -84,6 +90,25 @@ class LoadOrder:
     def slot(self, load: int) -> int:
         """The slot that load number `load` goes into."""
         sweep, rank = divmod(load, self.loads_per_sweep)
+        self._go_to(sweep)
+        return self._queue[self._assigned[rank]]
+
+    def load_before(self, load: int, first: int) -> int | None:
+        """The load that had the slot of `load` before it: until that one is released the slot is not free for `load`.
+        None if it is the slot's first load since load number `first`, with which a sweep began.
+        """
+        sweep, rank = divmod(load, self.loads_per_sweep)
+        within = self._use_before[rank]
+        name = self._assigned[rank]
+        while within is None:
+            sweep -= 1
+            if sweep * self.loads_per_sweep < first:
+                return None
+            name = self._next[name]  # as the slot was called a sweep earlier
+            within = self._last_use.get(name)
+        return sweep * self.loads_per_sweep + within
+
+    def _go_to(self, sweep: int) -> None:
         if sweep != self._sweep:
             steps = sweep - self._sweep
             if steps < 0:
@@ -91,7 +116,6 @@ class LoadOrder:
             power = _power(self._next, steps)
             self._queue = [self._queue[i] for i in power]
             self._sweep = sweep
-        return self._queue[self._assigned[rank]]
 
 
 def _power(permutation: Sequence[int], exponent: int) -> list[int]:

@@ -3,7 +3,10 @@
 A slot goes FREE -> FILLING (loader) -> READY (loader) -> FREE (compute). Each load has a number that is never used
 twice, so that what is in a slot can be told after any process was killed. The word that is waited for is a futex.
 
-Layout, little-endian 64-byte rows: row 0 is the header, then one row per slot, per resident piece, and per actor.
+With several loaders (one per drive, numbered from 0) "the loader" of a load is that of the drive which the piece is on.
+FREE does not tell for which of them a slot is free: that the load before has been released does.
+
+Layout, little-endian 64-byte rows: row 0 is the header, then one row per slot, per resident piece, and per loader.
 """
 
 from __future__ import annotations
@@ -33,10 +36,14 @@ class SlotState(IntEnum):
     FAILED = 3
 
 
-# Header words (uint64 index within row 0).
-_EPOCH, _EPOCH_SEEN, _NEXT_LOAD, _CONSUMED, _STOP, _PRELOAD, _DRIVE_ASKED, _DRIVE_BUFFERED = range(8)
-# Words of a slot's row: uint32 word 0 is the state (the futex); uint64 words from 1 on.
-_LOAD, _ERROR = 1, 2
+# Header words (uint64 index within row 0). An epoch's first load and whether it preloads stand in one of two words, in
+# turns: a loader that has not seen the new epoch yet finds those of its own.
+_EPOCH, _CONSUMED, _STOP, _FIRST_LOAD, _PRELOAD = 0, 1, 2, 3, 5
+# Words of a slot's or resident piece's row: uint32 word 0 is the state (the futex); uint64 words from 1 on. The loader
+# whose load it is writes _LOAD and _LOADER before the state; compute writes _RELEASED, the last released load plus 1.
+_LOAD, _LOADER, _RELEASED = 1, 2, 3
+# Words of a loader's row (uint64).
+_EPOCH_SEEN, _DRIVE_ASKED, _DRIVE_BUFFERED = range(3)
 
 
 class StoppedError(Exception):
@@ -44,7 +51,14 @@ class StoppedError(Exception):
 
 
 class PieceUnreadableError(OSError):
-    """The loader could not read a piece; it knows why."""
+    """The loader of this number could not read a piece; it knows why."""
+
+    def __init__(self, loader: int = 0) -> None:
+        super().__init__("the loader could not read this piece")
+        self.loader = loader
+
+    def __reduce__(self) -> tuple[type[PieceUnreadableError], tuple[int]]:
+        return type(self), (self.loader,)
 
 
 @dataclass(frozen=True)
@@ -58,20 +72,22 @@ class SlotView:
 class SlotTable:
     """The table over `memory` (uint8, at least `SlotTable.nbytes(...)` bytes, zeroed once by the driver)."""
 
-    def __init__(self, memory: U8, num_slots: int, num_resident: int) -> None:
-        if memory.nbytes < self.nbytes(num_slots, num_resident):
-            raise ValueError(f"slot table needs {self.nbytes(num_slots, num_resident)} bytes, got {memory.nbytes}")
+    def __init__(self, memory: U8, num_slots: int, num_resident: int, num_loaders: int = 1) -> None:
+        needed = self.nbytes(num_slots, num_resident, num_loaders)
+        if memory.nbytes < needed:
+            raise ValueError(f"slot table needs {needed} bytes, got {memory.nbytes}")
         self.num_slots = num_slots
         self.num_resident = num_resident
+        self.num_loaders = num_loaders
         self._memory = memory
         self._words32 = memory[: memory.nbytes // 4 * 4].view(np.uint32)
         self._words64 = memory[: memory.nbytes // 8 * 8].view(np.uint64)
         self._address = memory.ctypes.data
 
     @staticmethod
-    def nbytes(num_slots: int, num_resident: int) -> int:
+    def nbytes(num_slots: int, num_resident: int, num_loaders: int = 1) -> int:
         """Bytes of a table."""
-        return ROW_BYTES * (1 + num_slots + num_resident)
+        return ROW_BYTES * (1 + num_slots + num_resident + num_loaders)
 
     # -- rows
     # -----------------------------------------------------------------------------------------------------------
@@ -82,6 +98,13 @@ class SlotTable:
     def _resident_row(self, index: int) -> int:
         return 1 + self.num_slots + index
 
+    def _loader_word(self, loader: int, word: int) -> int:
+        """Index of a uint64 word of a loader's row."""
+        return (1 + self.num_slots + self.num_resident + loader) * ROW_BYTES // 8 + word
+
+    def _word_at(self, row: int, word: int) -> int:
+        return int(self._words64[row * ROW_BYTES // 8 + word])
+
     def _state_at(self, row: int) -> int:
         return int(self._words32[row * ROW_BYTES // 4])
 
@@ -90,7 +113,7 @@ class SlotTable:
         futex.wake(self._address + row * ROW_BYTES)
 
     def _load_at(self, row: int) -> int:
-        return int(self._words64[row * ROW_BYTES // 8 + _LOAD])
+        return self._word_at(row, _LOAD)
 
     def _wait_row(self, row: int, done: Callable[[], bool], stopped: Callable[[], bool]) -> float:
         """Wait until done(); seconds waited. Raises StoppedError when stopped() says so."""
@@ -108,16 +131,23 @@ class SlotTable:
     # -- loader's side
     # --------------------------------------------------------------------------------------------------
 
-    def wait_free(self, slot: int, epoch: int) -> float:
-        """Loader: wait until `slot` is FREE; seconds waited."""
+    def wait_free(self, slot: int, epoch: int, after: int | None = None) -> float:
+        """Loader: wait until `slot` is FREE and load `after`, which has it before, was released (None: the epoch's
+        first load of this slot); seconds waited.
+        """
         row = self._row(slot)
-        return self._wait_row(
-            row, lambda: self._state_at(row) == SlotState.FREE, lambda: self.stopped or self.epoch != epoch
-        )
+        least = 0 if after is None else after + 1
 
-    def begin_fill(self, slot: int, load: int) -> None:
+        def free() -> bool:
+            # In this order: compute writes FREE behind what it has released, and would undo what is written in between.
+            return self._word_at(row, _RELEASED) >= least and self._state_at(row) == SlotState.FREE
+
+        return self._wait_row(row, free, lambda: self.stopped or self.epoch != epoch)
+
+    def begin_fill(self, slot: int, load: int, loader: int = 0) -> None:
         """Loader: `slot` is being filled with load number `load`."""
         row = self._row(slot)
+        self._words64[row * ROW_BYTES // 8 + _LOADER] = loader
         self._words64[row * ROW_BYTES // 8 + _LOAD] = load
         self._set_state(row, SlotState.FILLING)
 
@@ -127,9 +157,11 @@ class SlotTable:
         self._words64[row * ROW_BYTES // 8 + _LOAD] = load
         self._set_state(row, SlotState.FAILED if failed else SlotState.READY)
 
-    def finish_resident(self, index: int, *, failed: bool = False) -> None:
+    def finish_resident(self, index: int, *, failed: bool = False, loader: int = 0) -> None:
         """Loader: the resident piece in resident row `index` is in memory for good."""
-        self._set_state(self._resident_row(index), SlotState.FAILED if failed else SlotState.READY)
+        row = self._resident_row(index)
+        self._words64[row * ROW_BYTES // 8 + _LOADER] = loader
+        self._set_state(row, SlotState.FAILED if failed else SlotState.READY)
 
     def resident_ready(self, index: int) -> bool:
         """Whether the resident piece is in memory."""
@@ -144,41 +176,45 @@ class SlotTable:
         """Loader: the resident piece in resident row `index` is to be loaded again."""
         self._set_state(self._resident_row(index), SlotState.FREE)
 
-    def reset_slot(self, slot: int) -> None:
-        """Loader, at its start: nobody fills `slot` any more."""
-        self._set_state(self._row(slot), SlotState.FREE)
+    def clear_unfinished(self, loader: int = 0) -> None:
+        """Loader, at its start: nobody fills any more what its predecessor, who was killed, was filling or failed to
+        read.
+        """
+        self._clear(loader, (SlotState.FILLING, SlotState.FAILED))
 
-    def clear_slots(self) -> None:
-        """Loader, on a new epoch: whatever the slots hold is dropped, and residents that failed get another try."""
-        for slot in range(self.num_slots):
-            self._set_state(self._row(slot), SlotState.FREE)
-        self.clear_failed_residents()
+    def clear_slots(self, loader: int = 0) -> None:
+        """Loader, on a new epoch: whatever it has put into slots is dropped, and residents that it failed to read get
+        another try.
+        """
+        self._clear(loader, (SlotState.FILLING, SlotState.READY, SlotState.FAILED))
 
-    def clear_failed_residents(self) -> None:
-        """Loader, on a new epoch and at its start: resident pieces that could not be read will be read again."""
+    def _clear(self, loader: int, states: tuple[SlotState, ...]) -> None:
+        # The state is read first: who writes FILLING has put its number there before.
+        for row in range(self._row(0), self._row(self.num_slots)):
+            if self._state_at(row) in states and self._word_at(row, _LOADER) == loader:
+                self._set_state(row, SlotState.FREE)
         for index in range(self.num_resident):
-            if self._state_at(self._resident_row(index)) == SlotState.FAILED:
+            row = self._resident_row(index)
+            if self._state_at(row) == SlotState.FAILED and self._word_at(row, _LOADER) == loader:
                 self.reset_resident(index)
 
-    @property
-    def drive_buffered(self) -> bool:
+    def drive_buffered(self, loader: int = 0) -> bool:
         """Whether the loader reads through the page cache."""
-        return bool(self._words64[_DRIVE_BUFFERED])
+        return bool(self._words64[self._loader_word(loader, _DRIVE_BUFFERED)])
 
-    def note_buffered(self) -> None:
+    def note_buffered(self, loader: int = 0) -> None:
         """Loader: reads go through the page cache."""
-        self._words64[_DRIVE_BUFFERED] = 1
+        self._words64[self._loader_word(loader, _DRIVE_BUFFERED)] = 1
 
-    def drive_asked(self, since_s: float) -> None:
-        """Loader: since `since_s` (`time.perf_counter`) the drive has been asked and has given nothing; 0: it is asked
+    def drive_asked(self, since_s: float, loader: int = 0) -> None:
+        """Loader: since `since_s` (`time.perf_counter`) its drive has been asked and has given nothing; 0: it is asked
         nothing.
         """
-        self._words64[_DRIVE_ASKED] = int(since_s * 1e6)
+        self._words64[self._loader_word(loader, _DRIVE_ASKED)] = int(since_s * 1e6)
 
-    @property
-    def drive_silent_s(self) -> float:
-        """Seconds for which the drive has been asked and has given nothing."""
-        since = int(self._words64[_DRIVE_ASKED])
+    def drive_silent_s(self, loader: int = 0) -> float:
+        """Seconds for which the loader's drive has been asked and has given nothing."""
+        since = int(self._words64[self._loader_word(loader, _DRIVE_ASKED)])
         return max(0.0, time.perf_counter() - since / 1e6) if since else 0.0
 
     # -- compute's side
@@ -196,7 +232,7 @@ class SlotTable:
 
         waited = self._wait_row(row, done, lambda: self.stopped or stopped())
         if self._state_at(row) == SlotState.FAILED:
-            raise PieceUnreadableError("the loader could not read this piece")
+            raise PieceUnreadableError(self._word_at(row, _LOADER))
         return waited
 
     def wait_resident(self, index: int, stopped: Callable[[], bool]) -> float:
@@ -207,13 +243,15 @@ class SlotTable:
         ready = (SlotState.READY, SlotState.FAILED)
         waited = self._wait_row(row, lambda: self._state_at(row) in ready, lambda: self.stopped or stopped())
         if self._state_at(row) == SlotState.FAILED:
-            raise PieceUnreadableError("the loader could not read this piece")
+            raise PieceUnreadableError(self._word_at(row, _LOADER))
         return waited
 
     def release(self, slot: int, load: int) -> None:
         """Compute: load number `load` is used up; everything before it is, too."""
+        row = self._row(slot)
         self._words64[_CONSUMED] = max(int(self._words64[_CONSUMED]), load + 1)
-        self._set_state(self._row(slot), SlotState.FREE)
+        self._words64[row * ROW_BYTES // 8 + _RELEASED] = max(self._word_at(row, _RELEASED), load + 1)
+        self._set_state(row, SlotState.FREE)
 
     # -- epochs: starting a sweep anew
     # ------------------------------------------------------------------------------------
@@ -226,17 +264,24 @@ class SlotTable:
     @property
     def first_load(self) -> int:
         """The load number with which the current epoch begins: the first piece of a sweep."""
-        return int(self._words64[_NEXT_LOAD])
+        return self.first_load_of(self.epoch)
 
-    @property
-    def preloading(self) -> bool:
-        """Whether the current epoch's loads are those of the pieces that stay on the GPU."""
-        return bool(self._words64[_PRELOAD])
+    def first_load_of(self, epoch: int) -> int:
+        """The same of `epoch`, which is the current one or the one before."""
+        return int(self._words64[_FIRST_LOAD + epoch % 2])
+
+    def preloading(self, epoch: int) -> bool:
+        """Whether the loads of `epoch` are those of the pieces that stay on the GPU."""
+        return bool(self._words64[_PRELOAD + epoch % 2])
 
     @property
     def consumed(self) -> int:
         """Every load number below this one has been used up, or dropped."""
-        return max(int(self._words64[_CONSUMED]), self.first_load)
+        return self.consumed_in(self.epoch)
+
+    def consumed_in(self, epoch: int) -> int:
+        """The same in `epoch`, which is the current one or the one before."""
+        return max(int(self._words64[_CONSUMED]), self.first_load_of(epoch))
 
     def restart_sweep(self, loads_per_sweep: int, *, preload: bool = False) -> int:
         """Compute, after it lost its place: the next load it will use is the first of a sweep. Returns that load
@@ -244,14 +289,17 @@ class SlotTable:
 
         With `preload` the epoch's loads are those of the pieces that stay on the GPU.
 
-        The loader drops what it has read ahead; `wait_epoch_seen` returns once it has. Load numbers of the old epoch
-        are never used again.
+        Each loader drops what it has read ahead; `wait_epoch_seen` returns once all have. Load numbers of the old
+        epoch are never used again.
         """
+        first = self.first_load
         if loads_per_sweep:
             ahead = self.consumed + self.num_slots
-            self._words64[_NEXT_LOAD] = -(-ahead // loads_per_sweep) * loads_per_sweep
-        self._words64[_PRELOAD] = preload
-        self._words64[_EPOCH] = self.epoch + 1
+            first = -(-ahead // loads_per_sweep) * loads_per_sweep
+        epoch = self.epoch + 1
+        self._words64[_FIRST_LOAD + epoch % 2] = first
+        self._words64[_PRELOAD + epoch % 2] = preload
+        self._words64[_EPOCH] = epoch
         futex.wake(self._address)
         for slot in range(self.num_slots):  # whoever waits for a slot must look at the epoch
             futex.wake(self._address + self._row(slot) * ROW_BYTES)
@@ -262,19 +310,19 @@ class SlotTable:
         while self.epoch == epoch and not self.stopped:
             futex.wait(self._address, epoch & 0xFFFFFFFF, _WAIT_SLICE_S)
 
-    def acknowledge_epoch(self, epoch: int) -> None:
-        """Loader: nothing of an older epoch is being read any more, and the slots are cleared."""
-        self._words64[_EPOCH_SEEN] = epoch
-        futex.wake(self._address)
+    def acknowledge_epoch(self, epoch: int, loader: int = 0) -> None:
+        """Loader: it reads nothing of an older epoch any more, and what it had put into slots is cleared."""
+        self._words64[self._loader_word(loader, _EPOCH_SEEN)] = epoch
 
-    @property
-    def epoch_seen(self) -> int:
+    def epoch_seen(self, loader: int = 0) -> int:
         """The epoch that the loader works in."""
-        return int(self._words64[_EPOCH_SEEN])
+        return int(self._words64[self._loader_word(loader, _EPOCH_SEEN)])
 
     def wait_epoch_seen(self, epoch: int, stopped: Callable[[], bool]) -> None:
-        """Compute: wait until the loader works in `epoch`."""
-        while self.epoch_seen != epoch:
+        """Compute, and every loader before its first load of an epoch: wait until all loaders work in `epoch`. Before
+        that a slot may still be one's that reads into it.
+        """
+        while any(self.epoch_seen(loader) != epoch for loader in range(self.num_loaders)):
             if self.stopped or stopped():
                 raise StoppedError
             time.sleep(0.0005)
@@ -290,7 +338,7 @@ class SlotTable:
     def stop(self) -> None:
         """Driver: everybody stops waiting."""
         self._words64[_STOP] = 1
-        for row in range(1 + self.num_slots + self.num_resident):
+        for row in range(1 + self.num_slots + self.num_resident):  # nobody waits for a loader's row
             futex.wake(self._address + row * ROW_BYTES)
 
     def view(self, slot: int) -> SlotView:

@@ -33,7 +33,8 @@ class Piece:
     """A byte range of a block: what one slot holds.
 
     `file_offset` and `read_bytes` are multiples of 4096, as O_DIRECT wants; the range may begin in a neighbour's last
-    page. `payload_bytes` counts only this piece's tensors.
+    page. `payload_bytes` counts only this piece's tensors. `drive` is the number of the store's folder that has the
+    file, and of the loader that reads it.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Piece:
     read_bytes: int
     payload_bytes: int
     tensors: tuple[PieceTensor, ...]
+    drive: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class SweepPlan:
     uses: tuple[int, ...]
     releases: tuple[int, ...]
     max_held: int
+
+    @property
+    def num_drives(self) -> int:
+        """How many drives the pieces are on, and so how many loaders there are."""
+        return 1 + max((piece.drive for piece in self.pieces), default=0)
 
 
 def largest_uncut_bytes(blocks: Iterable[StoredBlock]) -> int:
@@ -255,7 +262,10 @@ def _flush(pieces: list[Piece], block: StoredBlock, pending: list[tuple[StoredTe
         nbytes = tensor.nbytes if whole else (stop - start) * _row_bytes(tensor)
         offset = tensor.offset + (0 if whole else start * _row_bytes(tensor)) - begin
         shape = tensor.shape if whole else (stop - start, *tensor.shape[1:])
+        if tensor.first_row is not None:  # what is stored is itself a part
+            whole, start, stop = False, start + tensor.first_row, stop + tensor.first_row
         members.append(PieceTensor(tensor.name, tensor.dtype, shape, tensor.expert, start, stop, offset, nbytes, whole))
     payload = sum(member.nbytes for member in members)
-    pieces.append(Piece(len(pieces), block.name, block.kind, block.file, begin, read_bytes, payload, tuple(members)))
+    place = block.file, begin, read_bytes
+    pieces.append(Piece(len(pieces), block.name, block.kind, *place, payload, tuple(members), block.folder))
     pending.clear()

@@ -32,8 +32,10 @@ class FileLayout:
     blocks: tuple[StoredBlock, ...]
 
 
-def plan_files(blocks: Sequence[BlockSpec], file_bytes: int = FILE_BYTES) -> tuple[FileLayout, ...]:
-    """Place `blocks` in their order into files of about `file_bytes`.
+def plan_files(
+    blocks: Sequence[BlockSpec], file_bytes: int = FILE_BYTES, prefix: str = "blocks"
+) -> tuple[FileLayout, ...]:
+    """Place `blocks` in their order into files of about `file_bytes`, whose names begin with `prefix`.
 
     Raises ValueError if there is no block, or if a block or a tensor comes twice.
     """
@@ -48,7 +50,7 @@ def plan_files(blocks: Sequence[BlockSpec], file_bytes: int = FILE_BYTES) -> tup
         groups[-1].append(block)
         filled += size
     return tuple(
-        _plan_file(f"blocks-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        _plan_file(f"{prefix}-{number:05d}-of-{len(groups):05d}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     )
 
@@ -58,7 +60,7 @@ def _refuse_doubles(blocks: Sequence[BlockSpec]) -> None:
         raise ValueError("there is no block to pack")
     seen: set[str] = set()
     for block in blocks:
-        keys = [stored_key(tensor.name, tensor.expert) for tensor in block.tensors]
+        keys = [stored_key(tensor.name, tensor.expert, tensor.first_row) for tensor in block.tensors]
         for key in [f"block {block.name}", *keys]:
             if key in seen:
                 raise ValueError(f"{key} comes twice")
@@ -94,6 +96,7 @@ def _plan_file(name: str, blocks: Sequence[BlockSpec]) -> FileLayout:
                     cut=tensor.cut,
                     offset=len(header) + offset,
                     nbytes=num_bytes(tensor.dtype, tensor.shape),
+                    first_row=tensor.first_row,
                 )
                 for tensor, offset in zip(block.tensors, offsets, strict=True)
             ),
@@ -119,7 +122,7 @@ def _place(block: BlockSpec, start: int, pads: int) -> tuple[list[Placed], list[
     for tensor in block.tensors:
         align(TENSOR_ALIGNMENT)
         offsets.append(position)
-        entries.append((stored_key(tensor.name, tensor.expert), tensor.dtype, tensor.shape))
+        entries.append((stored_key(tensor.name, tensor.expert, tensor.first_row), tensor.dtype, tensor.shape))
         position += num_bytes(tensor.dtype, tensor.shape)
     align(BLOCK_ALIGNMENT)
     return entries, offsets, position - start

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 from pipo_ray.errors import StoreError
 from pipo_ray.model.blocks import BlockKind, Cut
 from pipo_ray.store.dtypes import DTYPE_BITS, num_bytes
+from pipo_ray.store.stripe_folder import check_stripes, refuse_stripe
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -24,7 +25,10 @@ _Type = TypeVar("_Type")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a block: `offset` is absolute in the block's file, in bytes. See TensorSpec for the other fields."""
+    """A tensor in a block: `offset` is absolute in the block's file, in bytes. See TensorSpec for the other fields.
+
+    What older stores do not have is left out of `repr`, by which a store is told from another (`plan_fingerprint`).
+    """
 
     name: str
     dtype: str
@@ -33,11 +37,12 @@ class StoredTensor:
     cut: Cut
     offset: int
     nbytes: int
+    first_row: int | None = field(default=None, repr=False)
 
     @property
     def key(self) -> str:
         """The tensor's name in its safetensors file."""
-        return stored_key(self.name, self.expert)
+        return stored_key(self.name, self.expert, self.first_row)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class StoredBlock:
     """A contiguous byte range of one file: the tensors of a block in the order of use, padding included.
 
     `offset` and `nbytes` are multiples of 4096, so that a block can be read with O_DIRECT as it is. `checksum` is the
-    xxh3_128 of the range in hex.
+    xxh3_128 of the range in hex. `folder` is 0 for the store's own folder, n for the n-th stripe.
     """
 
     name: str
@@ -56,6 +61,7 @@ class StoredBlock:
     nbytes: int
     checksum: str
     tensors: tuple[StoredTensor, ...]
+    folder: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Manifest:
 
     `source` is where it was packed from, `precision` a torch dtype such as "bfloat16", `aliases` maps a tied tensor
     to the stored one, `total_bytes` is the sum of the blocks' `nbytes`, `fingerprint` identifies checkpoint and
-    layout (see `store/pack.py`), `extra` is JSON of the caller's.
+    layout (see `store/pack.py`), `extra` is JSON of the caller's. `stripes` are further folders that have files of the
+    store, on other drives; absolute paths. `blocks` are in the order of use, wherever they lie.
     """
 
     format_version: int
@@ -77,6 +84,15 @@ class Manifest:
     total_bytes: int
     fingerprint: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    stripes: tuple[str, ...] = ()
+
+    def folders(self, store: str | os.PathLike[str]) -> tuple[Path, ...]:
+        """All folders of the store at `store`, by `StoredBlock.folder`."""
+        return (Path(store), *map(Path, self.stripes))
+
+    def path(self, store: str | os.PathLike[str], block: StoredBlock) -> Path:
+        """The file that has `block` of the store at `store`."""
+        return self.folders(store)[block.folder] / block.file
 
     @property
     def files(self) -> dict[str, int]:
@@ -87,13 +103,23 @@ class Manifest:
         return sizes
 
     def find(self, name: str, expert: int | None = None) -> tuple[StoredBlock, StoredTensor]:
-        """The stored tensor of this name, through `aliases`, and its block. Raises KeyError."""
+        """The stored tensor of this name, through `aliases`, and its block; the first part of one that was split.
+        Raises KeyError.
+        """
+        return self.find_parts(name, expert)[0]
+
+    def find_parts(self, name: str, expert: int | None = None) -> list[tuple[StoredBlock, StoredTensor]]:
+        """All of the tensor, in the order of its rows, if it was split; see `find`."""
         name = self.aliases.get(name, name)
-        for block in self.blocks:
-            for tensor in block.tensors:
-                if tensor.name == name and tensor.expert == expert:
-                    return block, tensor
-        raise KeyError(stored_key(name, expert))
+        found = [
+            (block, tensor)
+            for block in self.blocks
+            for tensor in block.tensors
+            if tensor.name == name and tensor.expert == expert
+        ]
+        if not found:
+            raise KeyError(stored_key(name, expert))
+        return sorted(found, key=lambda one: one[1].first_row or 0)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `manifest.json` into `folder`: whole or not at all, and on the disk when this returns."""
@@ -111,15 +137,17 @@ class Manifest:
         """Read the manifest of the store in `folder`, and check all that a reader will rely on, but for the checksums.
 
         Raises StoreError: no such folder, a checkpoint or another folder that is not a store, a store half packed or
-        of a newer format, a file missing or truncated, an entry that contradicts itself or lies outside its file.
+        of a newer format, a file missing or truncated, an entry that contradicts itself or lies outside its file, a
+        stripe's folder that is not there or another store's.
         """
         folder = Path(folder)
         return _Reader(folder, _read_json(folder)).manifest()
 
 
-def stored_key(name: str, expert: int | None) -> str:
-    """The name under which a tensor, or an expert's slice of one, is kept in a safetensors file."""
-    return name if expert is None else f"{name}.expert.{expert}"
+def stored_key(name: str, expert: int | None, first_row: int | None = None) -> str:
+    """The name under which a tensor, an expert's slice of one, or a part of its rows, is kept in a safetensors file."""
+    key = name if expert is None else f"{name}.expert.{expert}"
+    return key if first_row is None else f"{key}.rows.{first_row}"
 
 
 def is_store(folder: str | os.PathLike[str]) -> bool:
@@ -157,6 +185,7 @@ def _read_json(folder: Path) -> Any:
             raise StoreError(
                 f"{folder} is a checkpoint, not a block store (it has no {MANIFEST_NAME}); pack it with `pipo pack`"
             )
+        refuse_stripe(folder)
         raw = path.read_bytes()
     except FileNotFoundError as error:
         raise StoreError(f"{folder} is not a block store: it has no {MANIFEST_NAME}; check the path") from error
@@ -221,12 +250,20 @@ class _Reader:
             total_bytes=self.size(raw, "total_bytes", top),
             fingerprint=self.get(raw, "fingerprint", str, top),
             extra=self.get(raw, "extra", dict, top),
+            stripes=self.stripes(raw, top),
         )
         self.check_names(manifest)
+        check_stripes(self.folder, manifest.stripes, manifest.fingerprint)
         self.check_files(manifest)
         if manifest.total_bytes != (total := sum(block.nbytes for block in blocks)):
             raise self.fail(f"total_bytes is {manifest.total_bytes}, its blocks have {total}")
         return manifest
+
+    def stripes(self, raw: Any, top: str) -> tuple[str, ...]:
+        stripes = tuple(self.get(raw, "stripes", list, top)) if "stripes" in raw else ()
+        if not all(isinstance(one, str) and os.path.isabs(one) for one in stripes):
+            raise self.fail(f"{top} has stripes {str(stripes)[:60]}, which are no absolute paths")
+        return stripes
 
     def block(self, entry: Any) -> StoredBlock:
         name = self.get(entry, "name", str, "a block")
@@ -249,8 +286,9 @@ class _Reader:
                 )
             end = tensor.offset + tensor.nbytes
         kind = self.choice(entry, "kind", get_args(BlockKind), where)
+        folder = self.optional_size(entry, "folder", where) or 0
         return StoredBlock(
-            name, kind, self.optional_size(entry, "layer", where), file, offset, nbytes, checksum, tensors
+            name, kind, self.optional_size(entry, "layer", where), file, offset, nbytes, checksum, tensors, folder
         )
 
     def tensor(self, entry: Any, where: str) -> StoredTensor:
@@ -266,43 +304,71 @@ class _Reader:
                 f"{where} has {nbytes} bytes, {dtype} of shape {list(shape)} takes {num_bytes(dtype, shape)}"
             )
         expert, offset = self.optional_size(entry, "expert", where), self.size(entry, "offset", where)
-        return StoredTensor(name, dtype, shape, expert, self.choice(entry, "cut", get_args(Cut), where), offset, nbytes)
+        cut = self.choice(entry, "cut", get_args(Cut), where)
+        first_row = self.optional_size(entry, "first_row", where)
+        if first_row is not None and (cut != "rows" or len(shape) < 1):
+            raise self.fail(f"{where} begins at row {first_row}, but cannot be split by rows")
+        return StoredTensor(name, dtype, shape, expert, cut, offset, nbytes, first_row)
 
     def check_names(self, manifest: Manifest) -> None:
         names: set[str] = set()
-        keys: set[tuple[str, int | None]] = set()
+        keys: set[tuple[str, int | None, int | None]] = set()
         for block in manifest.blocks:
             if block.name in names:
                 raise self.fail(f"block {block.name!r} comes twice")
             names.add(block.name)
             for tensor in block.tensors:
-                if (tensor.name, tensor.expert) in keys:
+                key = tensor.name, tensor.expert, tensor.first_row
+                if key in keys:
                     raise self.fail(f"tensor {tensor.key!r} comes twice")
-                keys.add((tensor.name, tensor.expert))
-        stored = {name for name, _ in keys}
+                keys.add(key)
+        self.check_parts(manifest)
+        stored = {name for name, _, _ in keys}
         for alias, name in manifest.aliases.items():
             if not isinstance(name, str) or name not in stored or alias in stored:
                 raise self.fail(f"alias {alias!r} names {name!r}, which is not stored, or is stored itself")
 
+    def check_parts(self, manifest: Manifest) -> None:
+        parts: dict[tuple[str, int | None], list[StoredTensor]] = {}
+        for block in manifest.blocks:
+            for tensor in block.tensors:
+                parts.setdefault((tensor.name, tensor.expert), []).append(tensor)
+        for tensors in parts.values():
+            if tensors[0].first_row is None and len(tensors) == 1:
+                continue
+            row = 0
+            for tensor in tensors:
+                if tensor.first_row != row:
+                    raise self.fail(f"part {tensor.key!r} of a tensor does not begin at row {row}, as it should")
+                row += tensor.shape[0]
+
     def check_files(self, manifest: Manifest) -> None:
         ends: dict[str, tuple[int, str]] = {}
+        folders: dict[str, int] = {}
+        for block in manifest.blocks:
+            if block.folder > len(manifest.stripes) or folders.setdefault(block.file, block.folder) != block.folder:
+                raise self.fail(f"block {block.name!r} is in folder {block.folder}, where its file is not")
+            if block.folder and block.kind == "embedding":
+                raise self.fail(f"block {block.name!r} is looked up by row and must be in the store's own folder")
         for block in sorted(manifest.blocks, key=lambda block: (block.file, block.offset, block.nbytes)):
             end, before = ends.get(block.file, (0, ""))
             if block.offset < end:
                 raise self.fail(f"blocks {before!r} and {block.name!r} overlap in {block.file}")
             ends[block.file] = block.offset + block.nbytes, block.name
         for file, (end, name) in ends.items():
-            path = self.folder / file
+            path = manifest.folders(self.folder)[folders[file]] / file
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise StoreError(
-                    f"block store {self.folder}: {file} with block {name!r} cannot be read: {error.strerror}; "
+                    f"block store {self.folder}: {path if folders[file] else file} with block {name!r} cannot be read: "
+                    f"{error.strerror}; "
                     "pack the checkpoint again"
                 ) from error
             if size < end:
                 raise StoreError(
-                    f"block store {self.folder}: {file} has {size} bytes, block {name!r} ends at {end}; it is "
+                    f"block store {self.folder}: {path if folders[file] else file} has {size} bytes, block {name!r} "
+                    f"ends at {end}; it is "
                     "truncated: "
                     "pack the checkpoint again"
                 )

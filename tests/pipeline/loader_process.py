@@ -1,4 +1,4 @@
-"""A loader in a process of its own, as an actor has it: python loader_process.py SPECIFICATION.pickle TRACE"""
+"""A loader in a process of its own, as an actor has it: python loader_process.py SPECIFICATION.pickle TRACE NUMBER"""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Shared:
     num_slots: int
     slot_bytes: int
     resident_bytes: tuple[int, ...] = ()
+    num_loaders: int = 1
 
     @property
     def table_bytes(self) -> int:
-        return -(-SlotTable.nbytes(self.num_slots, len(self.resident_bytes)) // PAGE) * PAGE
+        return -(-SlotTable.nbytes(self.num_slots, len(self.resident_bytes), self.num_loaders) // PAGE) * PAGE
 
     def create(self) -> None:
         total = self.table_bytes + self.num_slots * self.slot_bytes + sum(self.resident_bytes)
@@ -42,7 +43,7 @@ class Shared:
     def open(self) -> tuple[SlotTable, list[U8], list[U8]]:
         with open(self.file, "r+b") as file:
             memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
-        table = SlotTable(memory[: self.table_bytes], self.num_slots, len(self.resident_bytes))
+        table = SlotTable(memory[: self.table_bytes], self.num_slots, len(self.resident_bytes), self.num_loaders)
         at = self.table_bytes
         parts = []
         for size in [self.slot_bytes] * self.num_slots + list(self.resident_bytes):
@@ -53,9 +54,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class Specification:
-    """All that a loader needs."""
+    """All that the loaders need; `folders` has a folder for each."""
 
-    store: Path
+    folders: tuple[Path, ...]
     blocks: tuple[StoredBlock, ...]
     plan: SweepPlan
     resident_rows: dict[int, int]
@@ -68,7 +69,8 @@ def main() -> None:
     specification = Specification(**arguments | {"shared": Shared(**arguments["shared"])})
     shared, plan = specification.shared, specification.plan
     table, slots, residents = shared.open()
-    drive = Drive(specification.store)
+    number = int(sys.argv[3])
+    drive = Drive(specification.folders[number])
     loads = LoadOrder(plan.order, plan.releases, specification.resident_rows, shared.num_slots)
     checksums = BlockChecksums({block.name: block for block in specification.blocks}, plan.pieces, drive)
     trace = TraceWriter(sys.argv[2], "loader")
@@ -83,6 +85,7 @@ def main() -> None:
         threads=3,
         transfer_bytes=16 << 10,
         trace=trace,
+        number=number,
     )
     loader.start()
     print("started", flush=True)

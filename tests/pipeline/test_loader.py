@@ -362,7 +362,7 @@ def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
     specification.write_bytes(
         pickle.dumps(
             {
-                "store": store.folder,
+                "folders": (store.folder,),
                 "blocks": store.blocks,
                 "plan": store.plan,
                 "resident_rows": resident,
@@ -373,7 +373,7 @@ def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, str(PROCESS), str(specification), str(trace)]
+        command = [sys.executable, str(PROCESS), str(specification), str(trace), "0"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     table, slots, residents = shared.open()

@@ -90,6 +90,61 @@ def test_loader_and_compute_never_block_each_other(
             at += 1
 
 
+@given(cases(), st.integers(0, 3))
+def test_the_load_before_had_the_same_slot(
+    case: tuple[SweepPlan, Events, dict[int, int], int], first_sweep: int
+) -> None:
+    plan, _, resident, num_slots = case
+    loads = LoadOrder(plan.order, plan.releases, resident, num_slots)
+    first = first_sweep * loads.loads_per_sweep
+    latest: dict[int, int] = {}
+    for load in range(first, first + 7 * loads.loads_per_sweep):
+        assert loads.load_before(load, first) == latest.get(loads.slot(load))
+        latest[loads.slot(load)] = load
+
+
+@given(cases(), st.integers(2, 3), st.data())
+def test_several_loaders_each_go_as_far_as_slots_allow(
+    case: tuple[SweepPlan, Events, dict[int, int], int], num_loaders: int, data: st.DataObject
+) -> None:
+    """Whoever is how slow, each fills a slot only when it is its turn, and everything is computed in the end."""
+    plan, events, resident, num_slots = case
+    loads = LoadOrder(plan.order, plan.releases, resident, num_slots)
+    drives = data.draw(st.lists(st.integers(0, num_loaders - 1), min_size=len(plan.pieces), max_size=len(plan.pieces)))
+    random = data.draw(st.randoms(use_true_random=False))
+    num_sweeps = 5
+    work: list[tuple[str, int]] = []
+    todo: list[deque[int]] = [deque() for _ in range(num_loaders)]
+    for sweep in range(num_sweeps):
+        for step, position in steps(plan, events):
+            load = loads.load_number(sweep * loads.loads_per_sweep, position)
+            if load is not None:
+                work.append((step, load))
+                if step == "acquire":
+                    todo[drives[plan.order[position]]].append(load)
+    in_slot: list[int | None] = [None] * num_slots
+    released: set[int | None] = {None}
+    at = 0
+    while at < len(work):
+        step, load = work[at]
+        can_fill = [
+            loader
+            for loader, own in enumerate(todo)
+            if own and in_slot[loads.slot(own[0])] is None and loads.load_before(own[0], 0) in released
+        ]
+        can_compute = step == "release" or in_slot[loads.slot(load)] == load
+        assert can_fill or can_compute, "deadlock"
+        if can_fill and (not can_compute or random.random() < 0.5):
+            filled = todo[random.choice(can_fill)].popleft()
+            in_slot[loads.slot(filled)] = filled
+        else:
+            assert in_slot[loads.slot(load)] == load, "a later load has its slot"
+            if step == "release":
+                in_slot[loads.slot(load)] = None
+                released.add(load)
+            at += 1
+
+
 @given(cases())
 def test_load_numbers_and_resident_rows(case: tuple[SweepPlan, Events, dict[int, int], int]) -> None:
     plan, _, resident, num_slots = case

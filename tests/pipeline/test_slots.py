@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipo_ray.pipeline.slots import SlotState, SlotTable, StoppedError
+from pipo_ray.pipeline.slots import PieceUnreadableError, SlotState, SlotTable, StoppedError
 
 
 def make_table(num_slots: int, num_resident: int = 0) -> SlotTable:
@@ -23,8 +23,8 @@ def never() -> bool:
 
 
 def test_too_little_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"slot table needs 256 bytes, got 255"):
-        SlotTable(np.zeros(255, np.uint8), 2, 1)
+    with pytest.raises(ValueError, match=r"slot table needs 320 bytes, got 319"):
+        SlotTable(np.zeros(319, np.uint8), 2, 1)
 
 
 def test_one_load() -> None:
@@ -174,3 +174,53 @@ def test_releases_out_of_order_do_not_lower_the_count() -> None:
     table.release(2, 2)
     table.release(0, 0)
     assert table.consumed == 3
+
+
+def test_each_loader_clears_what_is_its_own() -> None:
+    table = SlotTable(np.zeros(SlotTable.nbytes(4, 2, 2), np.uint8), 4, 2, 2)
+    for slot, (loader, failed) in enumerate([(0, False), (1, False), (0, True), (1, True)]):
+        table.begin_fill(slot, slot, loader)
+        table.finish_fill(slot, slot, failed=failed)
+    for loader in (0, 1):
+        table.finish_resident(loader, failed=True, loader=loader)
+
+    def states() -> list[SlotState]:
+        return [table.view(slot).state for slot in range(4)]
+
+    table.clear_unfinished(1)
+    assert states() == [SlotState.READY, SlotState.READY, SlotState.FAILED, SlotState.FREE]
+    with pytest.raises(PieceUnreadableError):
+        table.wait_resident(0, never)
+    with pytest.raises(StoppedError):  # to be read again
+        table.wait_resident(1, lambda: True)
+    table.clear_slots(0)
+    assert states() == [SlotState.FREE, SlotState.READY, SlotState.FREE, SlotState.FREE]
+
+
+def test_every_loader_must_have_seen_an_epoch() -> None:
+    table = SlotTable(np.zeros(SlotTable.nbytes(1, 0, 2), np.uint8), 1, 0, 2)
+    table.restart_sweep(1)
+    table.acknowledge_epoch(1, 0)
+    with pytest.raises(StoppedError):
+        table.wait_epoch_seen(1, lambda: True)
+    table.acknowledge_epoch(1, 1)
+    table.wait_epoch_seen(1, never)
+
+
+def test_a_slot_is_free_only_for_the_load_whose_turn_it_is() -> None:
+    table = make_table(1)
+    with pytest.raises(StoppedError):
+        table.wait_free(0, 1, after=3)
+    table.begin_fill(0, 3)
+    table.finish_fill(0, 3)
+    table.release(0, 3)
+    assert table.wait_free(0, 0, after=3) == 0
+
+
+def test_a_loader_of_the_old_epoch_still_finds_its_first_load() -> None:
+    table = make_table(2)
+    first = table.restart_sweep(5)
+    assert table.first_load_of(0) == 0
+    second = table.restart_sweep(5, preload=True)
+    assert (table.first_load_of(1), table.first_load_of(2)) == (first, second)
+    assert (table.preloading(1), table.preloading(2)) == (False, True)
