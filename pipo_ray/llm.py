@@ -160,6 +160,7 @@ class LLM:
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"), self._plan.kv,
+                    self._plan.kv_tokens,
                 ),
                 Limits(
                     self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,

@@ -59,7 +59,8 @@ class ComputeSetup:
     """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name.
 
     `kernel_profile` is a file in which the first compute worker of a run keeps which kernels it chose, for those that
-    take its place. `kv` are the tiers of the KV cache, None: it is in the device's memory alone.
+    take its place. `kv` are the tiers of the KV cache, None: it is in the device's memory alone, which holds
+    `kv_tokens`.
     """
 
     facts: ModelFacts
@@ -70,6 +71,7 @@ class ComputeSetup:
     gpu_context_bytes: int = 0
     kernel_profile: str | None = None
     kv: KVPlacement | None = None
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True)

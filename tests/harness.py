@@ -19,6 +19,7 @@ from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
 from pipo_ray.model.inspect import find_facts, trace_of
+from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
 from pipo_ray.model.runner import ModelRunner
@@ -90,7 +91,7 @@ class Pipeline:
     `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle, stay in memory. Prompts go in chunks
     of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the GPU and in
-    RAM.
+    RAM, with `kv_pool` it is a pool of so many tokens.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Pipeline:
         ops: DeviceOps | None = None,
         products: CpuProducts | None = None,
         kv_pages: tuple[int, int] | None = None,
+        kv_pool: int | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -149,7 +151,10 @@ class Pipeline:
                 products = CpuProducts(always("wide", packed.dtype))
             self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products)
             self.kv_tiers = None if kv_pages is None else self._open_kv(*kv_pages)
-            self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged, kv_tiers=self.kv_tiers)
+            pool = None if kv_pool is None else KVPool(kv_pool, device)
+            self.runner = ModelRunner(
+                self.model, self.binder, device, ragged=facts.ragged, kv_store=self.kv_tiers or pool
+            )
         except BaseException:
             self.close()
             raise

@@ -12,6 +12,7 @@ from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
 
 Prompt = str | list[int]
+_BYTES_PER_TOKEN = 2
 _SPECIAL_TOKENS = 8
 
 
@@ -30,11 +31,17 @@ def collect_prompts(texts: Sequence[str], ids: Sequence[str], files: Sequence[st
 
 
 def most_tokens(prompts: Sequence[Prompt], params: SamplingParams) -> int:
-    """What all prompts and their answers together can have at most: a token of text is a byte or more, but for a few
-    special ones.
+    """Tokens that all prompts and their answers together will have: room for the longest in any case, a token of text
+    being a byte or more but for a few special ones; for all together two bytes a token are enough, and if they are not,
+    requests wait for each other.
     """
-    lengths = [len(one.encode()) + _SPECIAL_TOKENS if isinstance(one, str) else len(one) for one in prompts]
-    return sum(params.n * (length + (params.max_tokens or 0)) for length in lengths)
+    answer = params.max_tokens or 0
+    most = [len(one.encode()) + _SPECIAL_TOKENS if isinstance(one, str) else len(one) for one in prompts]
+    likely = [
+        _SPECIAL_TOKENS + length // _BYTES_PER_TOKEN if isinstance(one, str) else length
+        for one, length in zip(prompts, most, strict=True)
+    ]
+    return max(max(most) + answer, sum(params.n * (length + answer) for length in likely))
 
 
 def parse_ids(text: str, option: str = "--prompt-ids") -> list[int]:

@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from pipo_ray.model.cpu_linear import HALF_DTYPES
 from pipo_ray.model.facts import RAGGED_ATTENTION
+from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_cache import RaggedCache
 
 # Scores and masks are made for at most this many elements at a time, so that a long prompt's [heads, tokens, keys]
@@ -60,6 +61,9 @@ def ragged_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache is None:
         return attend(query[0], key[0], value[0], scale, sliding_window, softcap, s_aux).transpose(0, 1)[None], None
+    if (row := cache.fused_row) is not None and can_attend(query, value, softcap, s_aux):
+        keys, values = cache.append_row(key, value)
+        return attend_row(query[0].transpose(0, 1), keys, values, row, scale, sliding_window)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     cache.begin_layer()
     for segment in cache.segments:

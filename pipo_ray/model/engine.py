@@ -16,6 +16,8 @@ from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.kv_cache import KVStore
+from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.runner import ModelRunner
@@ -62,10 +64,13 @@ class ComputeEngine:
         self._stream: WeightStream
         self._ops: CudaOps | None = None
         self._kv_tiers: KVTiers | None = None
+        kv_store: KVStore | None = None
         if self._device.type == "cuda":
             self._ops = CudaOps(self._device)
             if compute.kv is not None:
-                self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
+                kv_store = self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
+            elif self._facts.ragged and compute.kv_tokens:
+                kv_store = KVPool(compute.kv_tokens, self._device)
             self._stream = open_device_stream(setup, memory, self._ops, self._trace)
         else:
             self._stream = HostStream(
@@ -92,7 +97,7 @@ class ComputeEngine:
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products
         )
-        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_tiers=self._kv_tiers)
+        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store)
         self._sequences: dict[str, _Running] = {}
         self._computing_s = self._waited_s = 0.0
         self._started = time.perf_counter()

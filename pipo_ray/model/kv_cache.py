@@ -2,7 +2,7 @@
 
 With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
 heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
-neighbours. Two tiers are in `kv_tiers.py`.
+neighbours. A GPU's pool is in `kv_pool.py`, two tiers in `kv_tiers.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from pipo_ray.model.fused_rows import RowLayout
+from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
+
+KVStore = KVPool | KVTiers
 
 
 @dataclass
@@ -49,6 +53,10 @@ class SequenceCache:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
         self.length += num_tokens
 
+    def drop(self) -> None:
+        """Give the memory back."""
+        self.layers.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
@@ -59,7 +67,7 @@ class SequenceCache:
 class Segment:
     """Where one sequence's tokens lie in the ragged row: columns `start:stop`."""
 
-    cache: SequenceCache | TieredCache
+    cache: SequenceCache | PooledCache | TieredCache
     start: int
     stop: int
 
@@ -71,9 +79,11 @@ class RaggedCache(Cache):
     appends them to each sequence's own cache.
     """
 
-    def __init__(self, segments: tuple[Segment, ...], tiers: KVTiers | None = None) -> None:
+    def __init__(self, segments: tuple[Segment, ...], store: KVStore | None = None) -> None:
         super().__init__(layers=[])
-        self.segments, self._tiers = segments, tiers
+        self.segments = segments
+        self._pool = store if isinstance(store, KVPool) else None
+        self._tiers = store if isinstance(store, KVTiers) else None
         self.layer = -1
 
     def update(
@@ -93,6 +103,30 @@ class RaggedCache(Cache):
             self._tiers.begin_sweep(
                 [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, TieredCache)]
             )
+        if self._pool is not None:
+            self._pool.begin_sweep(
+                [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, PooledCache)]
+            )
+
+    @property
+    def fused_row(self) -> RowLayout | None:
+        """How the row lies in a pool, if several sequences do, or several tokens: then one call attends for all.
+
+        A single token of a single sequence is left to the kernel that splits its keys over the whole GPU.
+        """
+        row = None if self._pool is None else self._pool.row
+        return row if row is not None and row.num_sequences + row.most_queries > 2 else None
+
+    def append_row(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the row's `key`, `value` [1, heads, tokens, head_dim] behind each sequence's tokens; the layer's pools,
+        [pool tokens, heads, head_dim].
+        """
+        assert self._pool is not None
+        assert self._pool.row is not None
+        pools = self._pool.layer(self.layer, key[0], value[0])
+        for pool, new in zip(pools, (key, value), strict=True):
+            pool.index_copy_(0, self._pool.row.places, new[0].transpose(0, 1))
+        return pools
 
     def begin_layer(self) -> None:
         """Attention of `layer` begins: its pages come within reach."""

@@ -66,6 +66,10 @@ class TieredCache:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
         self.length += num_tokens
 
+    def drop(self) -> None:
+        """Give the pages back."""
+        self._tiers.drop(self)
+
     @property
     def nbytes(self) -> int:
         """Bytes of its pages, in both tiers."""

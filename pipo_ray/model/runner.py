@@ -13,8 +13,9 @@ from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.host_values import known, row_of
-from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
-from pipo_ray.model.kv_tiers import KVTiers, TieredCache
+from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache
+from pipo_ray.model.kv_pool import PooledCache
+from pipo_ray.model.kv_tiers import TieredCache
 from pipo_ray.model.lanes import Lanes
 
 
@@ -24,7 +25,7 @@ class OutOfStepError(Exception):
 
 class ModelRunner:
     """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
-    alone, in lockstep. `kv_tiers` holds the ragged rows' caches; without it they are in the device's memory.
+    alone, in lockstep. `kv_store` holds the ragged rows' caches; without it each is by itself in the device's memory.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class ModelRunner:
         device: torch.device,
         *,
         ragged: bool,
-        kv_tiers: KVTiers | None = None,
+        kv_store: KVStore | None = None,
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
-        self._kv_tiers = kv_tiers
-        self._caches: dict[str, SequenceCache | TieredCache] = {}
+        self._kv_store = kv_store
+        self._caches: dict[str, SequenceCache | PooledCache | TieredCache] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -64,9 +65,8 @@ class ModelRunner:
     def drop(self, sequences: Sequence[str]) -> None:
         """Forget these sequences' caches."""
         for sequence in sequences:
-            cache = self._caches.pop(sequence, None)
-            if isinstance(cache, TieredCache) and self._kv_tiers is not None:
-                self._kv_tiers.drop(cache)
+            if (cache := self._caches.pop(sequence, None)) is not None:
+                cache.drop()
             self._own_caches.pop(sequence, None)
 
     @property
@@ -84,9 +84,9 @@ class ModelRunner:
         if entry.start == 0:
             self.drop([entry.sequence])
             if self._ragged:
-                tiers = self._kv_tiers
+                store = self._kv_store
                 self._caches[entry.sequence] = (
-                    SequenceCache(entry.capacity) if tiers is None else tiers.open(entry.capacity)
+                    SequenceCache(entry.capacity) if store is None else store.open(entry.capacity)
                 )
         if self.length(entry.sequence) != entry.start:
             raise OutOfStepError(
@@ -107,7 +107,7 @@ class ModelRunner:
             wanted = _wanted_rows(entry)
             keep.extend(begin + row for row in wanted)
             counts.append(len(wanted))
-        cache = RaggedCache(tuple(segments), self._kv_tiers)
+        cache = RaggedCache(tuple(segments), self._kv_store)
         self._binder.begin()
         cache.begin_sweep()
         with ragged_row(cache):

@@ -84,8 +84,9 @@ def plan_run(
     kv_in_ram: bool = False,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
-    that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` is the most that will be needed:
-    what the KV cache does not take is left to the weights. `kv_in_ram` gives the KV cache of a GPU a second tier.
+    that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed: there
+    is room for them if at all possible, and what the KV cache does not take is left to the weights. `kv_in_ram` gives
+    the KV cache of a GPU a second tier.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
@@ -134,13 +135,14 @@ def plan_run(
         )
     spare = memory_bytes - fixed - wanted_weights
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
-    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), wanted_kv))
+    kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
     weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
     sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes, transfer)
     if weight_memory_bytes is not None:
         kv_bytes = min(spare, max(kv_bytes, 0))
     elif used < weight_bytes:  # the whole model fits: what is left may hold KV
-        kv_bytes = min(memory_bytes - fixed - used, max(_WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token)
+        most = max(_WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token
+        kv_bytes = min(memory_bytes - fixed - used, max(kv_bytes, most))
     kv_tokens, state_tokens = _tokens(facts, kv_bytes)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     return RunPlan(
@@ -209,7 +211,7 @@ def _plan_gpu_run(
         )
     spare = gpu_memory_bytes - fixed - least_gpu
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
-    kv_bytes = max(least_kv, min(int(spare * _KV_SHARE), wanted_kv))
+    kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
     least_host = 2 * least_slot
     if weight_memory_bytes is not None and weight_memory_bytes < least_host:
@@ -321,9 +323,15 @@ def _looked_up_line(manifest: Manifest) -> str:
 
 
 def _wanted_kv_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -> int:
-    most = max(_WANTED_KV_TOKENS, context)
-    wanted = most if max_kv_tokens is None else min(most, max_kv_tokens)
+    wanted = max(_WANTED_KV_TOKENS, context) if max_kv_tokens is None else max_kv_tokens
     return wanted * facts.kv_bytes_per_token + facts.state_bytes
+
+
+def _kv_room(spare_bytes: int, max_kv_tokens: int | None) -> int:
+    """What the KV cache may take of what is spare: a share, or all of it for a number of tokens that the user named.
+    With less, requests would wait for each other, and each wait costs sweeps over all weights.
+    """
+    return int(spare_bytes * _KV_SHARE) if max_kv_tokens is None else spare_bytes
 
 
 def _tokens(facts: ModelFacts, kv_bytes: int) -> tuple[int, int]:

@@ -105,7 +105,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
     assert {k: v for k, v in llm.arguments.items() if k not in ("on_progress", "before_start")} == {
         "weight_memory": 300 * 10**6, "gpu_memory": 3 << 29, "device": "cuda", "dtype": "float16", "dashboard": True,
         "ray_address": "local", "trace": tmp_path / "t.json", "max_model_len": 64, "max_batch_tokens": 32,
-        "verify_checksums": False, "mode": "memory-saver", "max_kv_tokens": 2 * (1 + 8 + 7),
+        "verify_checksums": False, "mode": "memory-saver", "max_kv_tokens": 2 * (8 + 4 + 7),
     }  # fmt: skip
     wanted: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,

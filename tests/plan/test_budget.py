@@ -129,6 +129,17 @@ def test_on_a_gpu_each_budget_is_told_by_its_name() -> None:
         assert found.weight_bytes <= found.memory_bytes
 
 
+@pytest.mark.parametrize("gpu", [{}, {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}])
+def test_named_tokens_have_room_before_weights_have(gpu: dict[str, int]) -> None:
+    """8 KiB of KV a token: more of it than its usual share, and no more than is asked for."""
+    one = model(3, 1000, 1000)
+    budget = {"memory_bytes": (4 if gpu else 2) * GIB, **gpu}
+    usual, named = plan(one, **budget), plan(one, **budget, max_kv_tokens=60_000)
+    assert usual.kv_tokens < 60_000 <= named.kv_tokens
+    few = plan(one, **budget, max_kv_tokens=300)
+    assert 300 <= few.kv_tokens <= usual.kv_tokens
+
+
 @pytest.mark.parametrize("memory", [3 * GIB // 2, 4 * GIB, 64 * GIB])
 def test_logits_of_a_large_vocabulary_are_in_the_plan(memory: int) -> None:
     vocabulary = 262144

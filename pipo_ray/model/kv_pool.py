@@ -1,0 +1,137 @@
+"""The KV cache of a GPU that has room for all of it: one pool of tokens per layer, in which a sequence is a range.
+
+So the attention of a whole ragged row, prompts and single tokens of many sequences side by side, is one call of a
+fused kernel per layer, and writing its keys and values one more: with a call per sequence, 32 sequences kept an H100
+waiting for Python for longer than the weights of Llama-3-8B take to cross the link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pipo_ray.errors import ResourceError
+from pipo_ray.model.fused_rows import RowLayout
+from pipo_ray.model.host_values import to_device
+
+
+class PooledCache:
+    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
+
+    def __init__(self, pool: KVPool, capacity: int, first: int) -> None:
+        self.capacity, self.first, self.length = capacity, first, 0
+        self._pool = pool
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SequenceCache.append`."""
+        stop = self.length + keys.shape[1]
+        if stop > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
+        parts = []
+        for pool, new in zip(self._pool.layer(layer, keys, values), (keys, values), strict=True):
+            pool[self.first + self.length : self.first + stop] = new.transpose(0, 1)
+            parts.append(pool[self.first : self.first + stop].transpose(0, 1))
+        return parts[0], parts[1]
+
+    def advance(self, num_tokens: int) -> None:
+        """The sweep that appended `num_tokens` tokens to every layer is complete."""
+        self.length += num_tokens
+
+    def drop(self) -> None:
+        """Give the range back."""
+        self._pool.drop(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self.capacity * self._pool.token_bytes
+
+
+class KVPool:
+    """Keys and values of `num_tokens` tokens per layer, [num_tokens, heads, head_dim] each; a layer's memory is taken
+    when it first runs. All of it belongs to the thread that computes.
+    """
+
+    def __init__(self, num_tokens: int, device: torch.device) -> None:
+        self.num_tokens, self._device = num_tokens, device
+        self.row: RowLayout | None = None
+        """How the running sweep's row lies in the pool."""
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._live: list[PooledCache] = []  # in the order of their ranges
+
+    def open(self, capacity: int) -> PooledCache:
+        """A new sequence's cache. Raises ResourceError if fewer than `capacity` tokens are free."""
+        free = self.num_tokens - sum(cache.capacity for cache in self._live)
+        if capacity > free:
+            raise ResourceError(
+                f"a sequence needs {capacity} tokens of KV cache, {free} of {self.num_tokens} are free; lower the "
+                "number of requests or their length"
+            )
+        if (place := self._gap(capacity)) is None:
+            self._close_up()
+            place = self._gap(capacity)
+        assert place is not None
+        cache = PooledCache(self, capacity, place[1])
+        self._live.insert(place[0], cache)
+        return cache
+
+    def drop(self, cache: PooledCache) -> None:
+        """Give the sequence's range back."""
+        self._live.remove(cache)
+
+    def layer(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pool of keys and that of values of `layer`, made for what is like `keys`, `values` [heads, _, dim]."""
+        if layer not in self._layers:
+            self._layers[layer] = (
+                keys.new_empty(self.num_tokens, keys.shape[0], keys.shape[2]),
+                values.new_empty(self.num_tokens, values.shape[0], values.shape[2]),
+            )
+        return self._layers[layer]
+
+    def begin_sweep(self, batch: Sequence[tuple[PooledCache, int]]) -> None:
+        """A sweep adds so many tokens to each of these caches."""
+        counts = [count for _, count in batch]
+        places = [cache.first + cache.length + step for cache, count in batch for step in range(count)]
+        firsts = [cache.first for cache, _ in batch]
+        lengths = [cache.length + count for cache, count in batch]
+        bounds = [0]
+        for count in counts:
+            bounds.append(bounds[-1] + count)
+        numbers = torch.tensor([*bounds, *firsts, self.num_tokens, *lengths], dtype=torch.int32)
+        on_device = to_device(numbers, self._device)
+        cut = len(batch) + 1
+        self.row = RowLayout(
+            places=to_device(torch.tensor(places), self._device),
+            query_bounds=on_device[:cut],
+            key_firsts=on_device[cut : 2 * cut],
+            key_lengths=on_device[2 * cut :],
+            most_queries=max(counts),
+            most_keys=max(lengths),
+            num_sequences=len(batch),
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in all layers that have run."""
+        return sum((k.nbytes + v.nbytes) // self.num_tokens for k, v in self._layers.values())
+
+    def _gap(self, capacity: int) -> tuple[int, int] | None:
+        """Where a range of `capacity` tokens fits first: its place among the live ones, and its first token."""
+        first = 0
+        for index, cache in enumerate(self._live):
+            if cache.first - first >= capacity:
+                return index, first
+            first = cache.first + cache.capacity
+        return (len(self._live), first) if self.num_tokens - first >= capacity else None
+
+    def _close_up(self) -> None:
+        """Move the ranges together, so that all that is free is in one place behind them."""
+        first = 0
+        for cache in self._live:
+            if cache.first != first:
+                for pools in self._layers.values():
+                    for pool in pools:  # old and new range may overlap
+                        pool[first : first + cache.length] = pool[cache.first : cache.first + cache.length].clone()
+                cache.first = first
+            first += cache.capacity
