@@ -78,12 +78,14 @@ def pack_checkpoint(
     slot_bytes: int = PACKING_SLOT_BYTES,
     progress: Progress | None = None,
     wait: bool = False,
+    stripes: Sequence[str] = (),
 ) -> Manifest:
     """Pack the checkpoint folder `source` into a block store at `destination`, with the model's facts in its manifest.
 
     `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS. `progress` gets (phase, done, total): "inspect" with
-    a total of 0, then "pack" in bytes. `wait` for another process that packs to the same place, or raise. Imports torch
-    and transformers into this process; `prepare_store` does it in another.
+    a total of 0, then "pack" in bytes. `wait` for another process that packs to the same place, or raise. `stripes` are
+    further folders, on other drives. Imports torch and transformers into this process; `prepare_store` does it in
+    another.
 
     Raises what cannot be packed before anything is written: CheckpointError, UnsupportedModelError, BudgetError for the
     disk; see `pack` in `store/pack.py` for the rest.
@@ -121,6 +123,7 @@ def pack_checkpoint(
             progress=lambda done, total: report("pack", done, total),
             extra={"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)},
             wait=wait,
+            stripes=stripes,
         )
 
 
@@ -275,6 +278,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     packing.add_argument("--dtype", default="auto")
     packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
     packing.add_argument("--wait", action="store_true")
+    packing.add_argument("--stripe", action="append", default=[])
     jobs.add_parser("facts").add_argument("store")
     jobs.add_parser("download").add_argument("model_id")
     return parser.parse_args(arguments)
@@ -289,6 +293,7 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             slot_bytes=options.slot_bytes,
             progress=channel.progress,
             wait=options.wait,
+            stripes=options.stripe,
         )
         return {"total_bytes": manifest.total_bytes}
     if options.job == "facts":

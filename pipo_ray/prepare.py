@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,7 @@ from pipo_ray.model.registry import require_supported
 from pipo_ray.packing import GENERATION_CONFIG_KEY, PRECISIONS, generation_config_checksum, own_precision
 from pipo_ray.store.checkpoint import Checkpoint
 from pipo_ray.store.manifest import FORMAT_VERSION, JOURNAL_NAME, MANIFEST_NAME, Manifest, is_store, require_free_place
+from pipo_ray.store.stripe_folder import refuse_stripe, stripe_folders
 
 DTYPES = ("auto", *PRECISIONS)
 Progress = Callable[[str, int, int], None]
@@ -73,6 +74,7 @@ def prepare_store(
     """
     check_dtype(dtype)
     folder = find_model(model, on_progress)
+    refuse_stripe(folder)
     root = Path(cache) if cache is not None else cache_folder()
     if (folder / MANIFEST_NAME).exists() or (folder / JOURNAL_NAME).exists():
         manifest = Manifest.load(folder)
@@ -93,8 +95,10 @@ def pack_store(
     *,
     dtype: str = "auto",
     on_progress: Progress | None = None,
+    stripes: Sequence[str | os.PathLike[str]] = (),
 ) -> Manifest:
-    """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process.
+    """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process. `stripes` are further
+    folders, on other drives, that share the weights with `destination`.
 
     Raises as `prepare_store` does.
     """
@@ -104,7 +108,8 @@ def pack_store(
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
     require_free_place(Path(destination).absolute())
-    _run_child(["pack", str(folder), str(Path(destination).absolute()), "--dtype", dtype], on_progress)
+    others = [f"--stripe={stripe}" for stripe in stripe_folders(Path(destination).absolute(), stripes)]
+    _run_child(["pack", str(folder), str(Path(destination).absolute()), "--dtype", dtype, *others], on_progress)
     return Manifest.load(destination)
 
 

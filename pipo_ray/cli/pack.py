@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from itertools import combinations
 from typing import Any
 
 from pipo_ray.cli.options import DTYPES
@@ -24,6 +26,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
     )
+    parser.add_argument(
+        "--stripe", metavar="FOLDER", action="append", default=[],
+        help="a folder to make on another drive, which then reads its share of the weights at the same time as that of "
+        "DST; may be repeated",
+    )  # fmt: skip
     parser.set_defaults(command=pack)
 
 
@@ -32,9 +39,18 @@ def pack(options: argparse.Namespace) -> int:
     from pipo_ray.prepare import pack_store
 
     with progress_bar() as progress:
-        manifest = pack_store(options.source, options.destination, dtype=options.dtype, on_progress=progress)
+        manifest = pack_store(
+            options.source, options.destination, dtype=options.dtype, on_progress=progress, stripes=options.stripe
+        )
     say(
         f"{options.destination}: {manifest.architecture or manifest.model_type} in {manifest.precision}, "
         f"{len(manifest.blocks)} blocks, {format_size(manifest.total_bytes)}"
     )
+    folders = manifest.folders(options.destination)
+    if len(folders) > 1:
+        for number, folder in enumerate(folders):
+            say(f"  {folder}: {format_size(sum(b.nbytes for b in manifest.blocks if b.folder == number))}")
+    for first, second in combinations(folders, 2):
+        if os.stat(first).st_dev == os.stat(second).st_dev:
+            say(f"{first} and {second} are on the same drive: it is not read faster for being asked twice")
     return 0

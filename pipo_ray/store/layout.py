@@ -31,6 +31,11 @@ class FileLayout:
     size: int
     blocks: tuple[StoredBlock, ...]
 
+    @property
+    def folder(self) -> int:
+        """The number of the folder that it is in, see `StoredBlock`."""
+        return self.blocks[0].folder
+
 
 def plan_files(
     blocks: Sequence[BlockSpec], file_bytes: int = FILE_BYTES, prefix: str = "blocks"

@@ -41,6 +41,8 @@ from pipo_ray.store.manifest import (
     require_free_place,
     sync_folder,
 )
+from pipo_ray.store.stripe_folder import discard_stripe, held_stripes, stripe_folders
+from pipo_ray.store.striping import PART_BYTES, PartSource, plan_stripes, split_blocks
 from pipo_ray.store.writer import SequentialFile, WriteBuffers
 
 _Item = TypeVar("_Item")
@@ -78,27 +80,34 @@ def pack(
     extra: dict[str, Any] | None = None,
     wait: bool = False,
     file_bytes: int = FILE_BYTES,
+    stripes: Sequence[str | os.PathLike[str]] = (),
+    part_bytes: int = PART_BYTES,
 ) -> Manifest:
     """Pack `blocks`, read from `source`, into a block store at `destination`, and return its manifest.
 
     Takes no more memory than `slot_bytes` plus a constant and what `source` needs for one conversion. `progress`
     gets (bytes done, bytes in all), from this thread and from the writing one. `extra` is JSON for the manifest. If
     `destination` is the store of the same checkpoint and the same blocks already, nothing is done. If another
-    process packs to `destination`, `wait` for it or raise.
+    process packs to `destination`, `wait` for it or raise. With `stripes`, folders on other drives, what streams is
+    cut into parts of at most `part_bytes` and spread evenly over `destination` and them (see `store/striping.py`).
 
     Raises BudgetError if the disk is too small (before anything is written) or fills up (what is finished is kept);
-    StoreError if `destination` is something else; CheckpointError from `source`, and then nothing is left behind,
-    but for a file that cannot be read: then what is finished is kept, too.
+    StoreError if `destination` or a stripe is something else; CheckpointError from `source`, and then nothing is left
+    behind, but for a file that cannot be read: then what is finished is kept, too.
     """
     destination = Path(destination).absolute()
-    files = plan_files(blocks, file_bytes)
-    fingerprint = plan_fingerprint(files, checkpoint, aliases, precision)
+    others = stripe_folders(destination, stripes)
+    parts = split_blocks(blocks, part_bytes) if others else tuple(blocks)
+    files = plan_stripes(parts, 1 + len(others), file_bytes) if others else plan_files(blocks, file_bytes)
+    fingerprint = plan_fingerprint(files, checkpoint, aliases, precision, others)
     json.dumps(extra)  # what cannot be written shall fail now, not after hours
     partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
     total_bytes = sum(file.size for file in files)
 
     def finish(done: dict[str, FinishedFile]) -> Manifest:
-        stored = tuple(block for file in files for block in _with_checksums(file, done[file.name]))
+        order = {part.name: number for number, part in enumerate(parts)}
+        found = (block for file in files for block in _with_checksums(file, done[file.name]))
+        stored = tuple(sorted(found, key=lambda block: order[block.name]))
         return Manifest(
             format_version=FORMAT_VERSION,
             source=str(checkpoint.folder.absolute()),
@@ -110,6 +119,7 @@ def pack(
             total_bytes=sum(block.nbytes for block in stored),
             fingerprint=fingerprint,
             extra=dict(extra or {}),
+            stripes=tuple(str(folder) for folder in others),
         )
 
     try:
@@ -117,8 +127,8 @@ def pack(
             return existing
         source.require(blocks)
         side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
-        _require_space(partial, total_bytes + side_bytes)
-        with _locked(partial, wait):
+        _require_space((partial, *others), files, side_bytes)
+        with _locked(partial, wait), held_stripes(others, destination, fingerprint):
             # Another process may have finished while this one waited.
             if (existing := _existing(destination, fingerprint)) is not None:
                 return existing
@@ -127,7 +137,8 @@ def pack(
                 os.rename(partial, destination)
                 sync_folder(destination.parent)
                 return whole
-            packer = _Packer(partial, files, source, slot_bytes, progress)
+            parts_source = PartSource(source, blocks) if others else source
+            packer = _Packer((partial, *others), files, parts_source, slot_bytes, progress)
             try:
                 manifest = finish(packer.run(fingerprint, checkpoint))
                 manifest.save(partial)
@@ -135,17 +146,23 @@ def pack(
                 # A checkpoint that must change first makes the finished part worthless; an unreadable disk does not.
                 if not isinstance(error.__cause__, OSError):
                     shutil.rmtree(partial)
+                    for folder in others:
+                        discard_stripe(folder)
                 raise
             packer.journal.remove()
             os.rename(partial, destination)
             sync_folder(destination.parent)
             return manifest
     except OSError as error:
-        raise _explain(error, partial, total_bytes) from error
+        raise _explain(error, (partial, *others), total_bytes) from error
 
 
 def plan_fingerprint(
-    files: Sequence[FileLayout], checkpoint: Checkpoint, aliases: dict[str, str], precision: str
+    files: Sequence[FileLayout],
+    checkpoint: Checkpoint,
+    aliases: dict[str, str],
+    precision: str,
+    stripes: Sequence[Path] = (),
 ) -> str:
     """Identifies a store: the checkpoint's files, and every block's place and form (hex)."""
     digest = xxhash.xxh3_128(
@@ -153,22 +170,25 @@ def plan_fingerprint(
     )
     for file in files:
         digest.update(repr(file).encode())
+    for folder in stripes:
+        digest.update(os.fsencode(folder) + bytes(1))
     return digest.hexdigest()
 
 
 class _Packer:
-    """One run over the files of a plan."""
+    """One run over the files of a plan. `folders` are where they are written, by `FileLayout.folder`."""
 
     def __init__(
         self,
-        partial: Path,
+        folders: Sequence[Path],
         files: Sequence[FileLayout],
         source: BlockSource,
         slot_bytes: int,
         progress: Progress | None,
     ) -> None:
-        self.partial, self.files, self.source, self.progress = partial, files, source, progress
-        self.journal = Journal(partial)
+        self.folders, self.files, self.source, self.progress = folders, files, source, progress
+        self.partial = folders[0]
+        self.journal = Journal(self.partial)
         # Half of the slot for the two write buffers; the rest for two chunks of rows, each also in the source's dtype.
         self.buffer_bytes = min(slot_bytes // 2, _BUFFER_LIMIT_BYTES)
         self.chunk_bytes = max(1, min(slot_bytes // 8, _CHUNK_LIMIT_BYTES))
@@ -209,7 +229,7 @@ class _Packer:
         """Whether a file of an earlier run is whole: its size, its header and all its checksums."""
         before = self.done_bytes
         try:
-            with open(self.partial / file.name, "rb", buffering=0) as opened:
+            with open(self.folders[file.folder] / file.name, "rb", buffering=0) as opened:
                 descriptor = opened.fileno()
                 good = os.fstat(descriptor).st_size == file.size == finished.size
                 good = good and opened.read(len(file.header)) == file.header
@@ -227,7 +247,7 @@ class _Packer:
         return good
 
     def write(self, file: FileLayout, buffers: WriteBuffers, reader: ThreadPoolExecutor) -> FinishedFile:
-        path = self.partial / file.name
+        path = self.folders[file.folder] / file.name
         output = SequentialFile(path, buffers, self.advance)
         checksums = {block.name: xxhash.xxh3_128().hexdigest() for block in file.blocks}
         try:
@@ -241,12 +261,14 @@ class _Packer:
                         output.write(data)
                     checksums[block] = digest.hexdigest()
             output.finish()
-        except BaseException:
+        except BaseException as error:
             # Half a file is of no use to the next run, and a full disk needs the room.
             output.abandon()
             path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)  # which drive it was
             raise
-        sync_folder(self.partial)
+        sync_folder(path.parent)
         return FinishedFile(file.name, file.size, checksums)
 
     def parts(self, file: FileLayout) -> Iterator[tuple[str, memoryview]]:
@@ -266,7 +288,9 @@ class _Packer:
         """The tensor's bytes, some rows at a time: as many as fit, but at least one."""
         if not tensor.nbytes:
             return
-        spec = TensorSpec(tensor.name, tensor.shape, tensor.dtype, tensor.expert, tensor.cut)
+        spec = TensorSpec(
+            tensor.name, tensor.shape, tensor.dtype, tensor.expert, tensor.cut, first_row=tensor.first_row
+        )
         rows = spec.shape[0] if spec.shape else 1
         step = max(1, self.chunk_bytes * rows // tensor.nbytes)
         for start in range(0, rows, step):
@@ -323,30 +347,49 @@ def _used_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0
 
 
-def _free_bytes(folder: Path) -> int:
+def _existing_parent(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
-    status = os.statvfs(folder)
+    return folder
+
+
+def _device(folder: Path) -> int:
+    return _existing_parent(folder).stat().st_dev
+
+
+def _free_bytes(folder: Path) -> int:
+    status = os.statvfs(_existing_parent(folder))
     return status.f_bavail * status.f_frsize
 
 
-def _require_space(partial: Path, total_bytes: int) -> None:
-    # What an earlier run left is kept or overwritten: both give its room to this one.
-    need = total_bytes + _SPARE_BYTES - _used_bytes(partial)
-    free = _free_bytes(partial)
-    if need > free:
-        raise BudgetError(
-            f"packing to {partial.parent} needs {_size(need)} of disk, {_size(free)} are free; free some, or choose a "
-            "destination on another disk"
-        )
+def _require_space(folders: Sequence[Path], files: Sequence[FileLayout], side_bytes: int) -> None:
+    """Of each file system that has some of `folders`; `side_bytes` go to the first."""
+    needs: dict[int, tuple[int, Path]] = {}
+    for number, folder in enumerate(folders):
+        wanted = sum(file.size for file in files if file.folder == number) + (0 if number else side_bytes)
+        # What an earlier run left is kept or overwritten: both give its room to this one.
+        wanted += _SPARE_BYTES - _used_bytes(folder)
+        device = _device(folder)
+        before, first = needs.get(device, (0, folder))
+        needs[device] = before + wanted, first
+    for need, folder in needs.values():
+        free = _free_bytes(folder)
+        if need > free:
+            place = folder.parent if folder == folders[0] else folder
+            raise BudgetError(
+                f"packing to {place} needs {_size(need)} of disk, {_size(free)} are free; free some, or choose a "
+                "destination on another disk"
+            )
 
 
-def _explain(error: OSError, partial: Path, total_bytes: int) -> BudgetError | StoreError:
+def _explain(error: OSError, folders: Sequence[Path], total_bytes: int) -> BudgetError | StoreError:
     reason = error.strerror or str(error)
+    partial = folders[0]
     if error.errno in _FULL:
-        kept = _used_bytes(partial)
+        kept = sum(_used_bytes(folder) for folder in folders)
+        full = next((folder for folder in folders if str(error.filename).startswith(f"{folder}/")), partial)
         return BudgetError(
-            f"disk full while packing into {partial} ({reason}): {_size(_free_bytes(partial))} are free, "
+            f"disk full while packing into {full} ({reason}): {_size(_free_bytes(full))} are free, "
             f"{_size(max(0, total_bytes - kept))} of {_size(total_bytes)} are still to be written; free some and "
             f"run it again: the {_size(kept)} that are finished are kept"
         )

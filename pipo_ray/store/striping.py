@@ -56,7 +56,7 @@ def split_blocks(blocks: Sequence[BlockSpec], part_bytes: int = PART_BYTES) -> t
 
 def distribute(blocks: Sequence[BlockSpec], num_folders: int) -> list[int]:
     """The folder of each block. What streams goes to the folder that has least of it so far, so that in any run of
-    consecutive blocks no two folders differ by more than two of the largest blocks in it. What does not stream, the
+    consecutive blocks no two folders differ by more than two of the largest blocks. What does not stream, the
     looked-up table and what always stays in memory, lies in folder 0.
     """
     filled = [0] * num_folders

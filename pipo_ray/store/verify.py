@@ -23,7 +23,8 @@ class Problem:
 
 
 def find_problems(folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Check every header entry and every checksum of the store in `folder`; an empty list is a sound store.
+    """Check every header entry and every checksum of the store in `folder`, stripes included; an empty list is a sound
+    store.
 
     `progress` gets (bytes done, bytes in all). Memory is bounded. Raises StoreError if the manifest itself is unusable.
     """
@@ -41,13 +42,14 @@ def find_problems(folder: str | os.PathLike[str], progress: Callable[[int, int],
     problems: list[Problem] = []
     for file in manifest.files:
         blocks = [block for block in manifest.blocks if block.file == file]
+        path = manifest.path(folder, blocks[0])
         try:
-            entries = read_header(folder / file).tensors
+            entries = read_header(path).tensors
         except CheckpointError as error:
             message = str(error).removesuffix("; download or convert the checkpoint again")
             problems += [Problem(block.name, file, message) for block in blocks]
             continue
-        with open(folder / file, "rb", buffering=0) as opened:
+        with open(path, "rb", buffering=0) as opened:
             for block in blocks:
                 for tensor in block.tensors:
                     entry = entries.get(tensor.key)
