@@ -75,7 +75,7 @@ class DeepSpeedZero:
             largest = max(matrix, self._shape.largest_matrix_bytes // 2)
             offload = {
                 "device": "nvme", "nvme_path": str(self._nvme_folder), "pin_memory": True, "buffer_size": largest,
-                "buffer_count": 8, "max_in_cpu": 0,
+                "buffer_count": 16, "max_in_cpu": 0,
             }  # fmt: skip
         return {
             "bf16": {"enabled": True},
