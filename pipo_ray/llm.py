@@ -31,12 +31,15 @@ from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
+from pipo_ray.quant.panels import machine_layout
+from pipo_ray.quant.summary import describe_precision
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
 from pipo_ray.session.peak import PeakSampler
 from pipo_ray.session.ray_node import check_address
 from pipo_ray.session.session import Session
+from pipo_ray.session.worker_environment import num_threads, worker_environment
 from pipo_ray.stage import Stage, store_bytes
 
 OnProgress = Callable[[str, int, int], None]
@@ -51,7 +54,8 @@ class LLM:
 
     `model` is a checkpoint folder, a block store or a hub id. `memory` is everything the program may take from RAM,
     `weight_memory` slots and resident pieces alone, `gpu_memory` what it may take on the GPU; each in bytes or like
-    "3GiB". `device` is "auto", "cpu" or "cuda"; `dtype` "auto", "bfloat16", "float16" or "float32". `ray_address`: None
+    "3GiB". `precision` is that of the weights: "int4", "int8", "16bit" or others (`quant/policy.py`). `device`
+    is "auto", "cpu" or "cuda"; `dtype` "auto", "bfloat16", "float16" or "float32". `ray_address`: None
     starts a private Ray (an error if another runs on this machine), "local" starts one in any case, "auto" or
     "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
     plus answer in tokens, `max_batch_tokens` the tokens that a sweep computes. `on_progress(phase, done, total)` hears
@@ -77,6 +81,7 @@ class LLM:
         gpu_memory: Size = None,
         device: str = "auto",
         dtype: str = "auto",
+        precision: str | None = None,
         ray_address: str | None = None,
         trace: str | os.PathLike[str] | None = None,
         max_model_len: int | None = None,
@@ -114,7 +119,7 @@ class LLM:
         weights = None if weight_memory is None else parse_size(weight_memory, "--weight-memory")
         self._gpu_memory = gpu_budget(gpu_memory, chosen)
         check_address(ray_address)  # now, and not after an hour of packing
-        prepared = prepare_store(os.fspath(model), dtype=dtype, on_progress=on_progress)
+        prepared = prepare_store(os.fspath(model), dtype=dtype, precision=precision, on_progress=on_progress)
         self._facts = prepared.facts
         plan = partial(
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
@@ -129,7 +134,7 @@ class LLM:
         if profile:
             sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
             self._plan = plan(transfer=choose_transfer(profile, chosen_mode, **sizes))
-        self._lines = [budget_line, *self._plan.explanation]
+        self._lines = [budget_line, *describe_precision(prepared.manifest, machine_layout()), *self._plan.explanation]
         if profile:
             self._lines.append(describe_drive(profile, self._plan.transfer))
         if self._facts.probe_reason:
@@ -146,7 +151,7 @@ class LLM:
         try:
             session = Session(
                 object_store_bytes=store_bytes(self._plan), address=ray_address, dashboard=dashboard,
-                worker_environment=_worker_environment(),
+                worker_environment=worker_environment(),
             )  # fmt: skip
             self._stack.callback(session.close)
             self._session = session
@@ -158,7 +163,7 @@ class LLM:
             self._stage = Stage(
                 session, prepared.folder, self._plan,
                 ComputeSetup(
-                    self._facts, chosen.kind, prepared.manifest.precision, _num_threads(), self._gpu_memory,
+                    self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"), self._plan.kv,
                     self._plan.kv_tokens,
                 ),
@@ -469,24 +474,6 @@ class LLM:
                     f"trace file {self._trace} cannot be written: {error.strerror}; free some space, or choose another "
                     "file"
                 ) from error
-
-
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _worker_environment() -> dict[str, str]:
-    threads = str(_num_threads())
-    return {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        # A thread that spins while it waits takes a core from the loader, and from whatever else runs on the PC.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "MALLOC_ARENA_MAX": "2",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
 
 
 __all__ = ["LLM", "ActorFailedError"]

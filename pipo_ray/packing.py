@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, UnsupportedModelError
+from pipo_ray.quant.panels import machine_layout
+from pipo_ray.quant.policy import POLICY_KEY, Precision
 
 if TYPE_CHECKING:
     from pipo_ray.store.manifest import Manifest
@@ -60,6 +62,21 @@ def own_precision(config: Mapping[str, Any]) -> str:
     return "float32"
 
 
+def packed_dtype(dtype: str, policy: Precision, config: Mapping[str, Any]) -> str:
+    """The dtype of a store: what `dtype` means, and bfloat16 with low-bit weights, whose kernels take no other.
+
+    Raises InputError for another dtype with low-bit weights.
+    """
+    if not policy.is_low_bit:
+        return own_precision(config) if dtype == "auto" else dtype
+    if dtype not in ("auto", "bfloat16"):
+        raise InputError(
+            f"--dtype {dtype} with --precision {policy.label}: a model with low-bit weights is computed in bfloat16; "
+            "leave --dtype out"
+        )
+    return "bfloat16"
+
+
 def generation_config_checksum(folder: str | os.PathLike[str]) -> str:
     """Checksum of the folder's generation_config.json (hex), empty if it has none."""
     import xxhash
@@ -75,6 +92,7 @@ def pack_checkpoint(
     destination: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    quantization: Precision | None = None,
     slot_bytes: int = PACKING_SLOT_BYTES,
     progress: Progress | None = None,
     wait: bool = False,
@@ -82,7 +100,8 @@ def pack_checkpoint(
 ) -> Manifest:
     """Pack the checkpoint folder `source` into a block store at `destination`, with the model's facts in its manifest.
 
-    `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS. `progress` gets (phase, done, total): "inspect" with
+    `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS; with low-bit weights, as `quantization` chooses them,
+    it must be "auto" or bfloat16. `progress` gets (phase, done, total): "inspect" with
     a total of 0, then "pack" in bytes. `wait` for another process that packs to the same place, or raise. `stripes` are
     further folders, on other drives. Imports torch and transformers into this process; `prepare_store` does it in
     another.
@@ -94,11 +113,14 @@ def pack_checkpoint(
 
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
+    policy = quantization or Precision()
     with Checkpoint.open(source) as checkpoint:
-        precision = own_precision(checkpoint.config) if dtype == "auto" else dtype
+        precision = packed_dtype(dtype, policy, checkpoint.config)
         from pipo_ray.model.graph import load_config, resolve_dtype
         from pipo_ray.model.inspect import find_facts
         from pipo_ray.model.layout import block_layout
+        from pipo_ray.quant.assign import assign
+        from pipo_ray.quant.source import QuantizedSource
         from pipo_ray.store.pack import pack
         from pipo_ray.store.source import TensorSource
 
@@ -109,22 +131,26 @@ def pack_checkpoint(
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{checkpoint.folder} cannot be run: {error}; choose another model") from error
         tensors = TensorSource(model, checkpoint, torch_dtype)
-        blocks = block_layout(model, trace, tensors.aliases)
-        return pack(
-            blocks,
-            tensors,
-            destination,
-            checkpoint=checkpoint,
-            aliases=tensors.aliases,
-            architecture=checkpoint.architecture,
-            model_type=checkpoint.model_type,
-            precision=tensors.precision,
-            slot_bytes=slot_bytes,
-            progress=lambda done, total: report("pack", done, total),
-            extra={"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)},
-            wait=wait,
-            stripes=stripes,
-        )
+        aliases = tensors.aliases
+        looked_up = {aliases.get(name, name) for unit in trace.units if unit.kind == "lookup" for name in unit.tensors}
+        blocks = assign(block_layout(model, trace, aliases), policy, looked_up=looked_up, layout=machine_layout())
+        extra = {"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)}
+        with QuantizedSource(tensors) as quantized:
+            return pack(
+                blocks,
+                quantized if policy.is_low_bit else tensors,
+                destination,
+                checkpoint=checkpoint,
+                aliases=aliases,
+                architecture=checkpoint.architecture,
+                model_type=checkpoint.model_type,
+                precision=tensors.precision,
+                slot_bytes=slot_bytes,
+                progress=lambda done, total: report("pack", done, total),
+                extra=extra | ({POLICY_KEY: policy.to_json()} if policy.is_low_bit else {}),
+                wait=wait,
+                stripes=stripes,
+            )
 
 
 def download(model_id: str, progress: Progress | None = None) -> Path:
@@ -276,6 +302,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     packing.add_argument("source")
     packing.add_argument("destination")
     packing.add_argument("--dtype", default="auto")
+    packing.add_argument("--precision", type=lambda text: Precision.from_json(json.loads(text)))
     packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
     packing.add_argument("--wait", action="store_true")
     packing.add_argument("--stripe", action="append", default=[])
@@ -290,6 +317,7 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             options.source,
             options.destination,
             dtype=options.dtype,
+            quantization=options.precision,
             slot_bytes=options.slot_bytes,
             progress=channel.progress,
             wait=options.wait,

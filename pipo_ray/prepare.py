@@ -4,7 +4,8 @@ What needs torch runs in a child process (`packing.py`), so the driver stays sma
 the cache folder:
 
     $PIPO_CACHE, else $XDG_CACHE_HOME/pipo, else ~/.cache/pipo
-        stores/<name>-<dtype>-<key>/    the block store; the key changes with checkpoint, dtype and format
+        stores/<name>-<dtype>-<key>/    the block store; the key changes with checkpoint, dtype and format; with low-bit
+                                        weights <precision> for <dtype>, and the key changes with policy and processor
         facts/<key>.json                facts of a store found anew for the installed transformers
 """
 
@@ -30,9 +31,11 @@ from pipo_ray.errors import BudgetError, CheckpointError, InputError, PipoError,
 from pipo_ray.json_file import write_json
 from pipo_ray.model.facts import FACTS_KEY, ModelFacts, installed_transformers
 from pipo_ray.model.registry import require_supported
-from pipo_ray.packing import GENERATION_CONFIG_KEY, PRECISIONS, generation_config_checksum, own_precision
+from pipo_ray.packing import GENERATION_CONFIG_KEY, PRECISIONS, generation_config_checksum, packed_dtype
+from pipo_ray.quant.panels import machine_layout
+from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.store.checkpoint import Checkpoint
-from pipo_ray.store.manifest import FORMAT_VERSION, JOURNAL_NAME, MANIFEST_NAME, Manifest, is_store, require_free_place
+from pipo_ray.store.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAIN_VERSION, Manifest, is_store, require_free_place
 from pipo_ray.store.stripe_folder import refuse_stripe, stripe_folders
 
 DTYPES = ("auto", *PRECISIONS)
@@ -40,6 +43,7 @@ Progress = Callable[[str, int, int], None]
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # the hub's oldest models have one part: gpt2
 _WANTED = "give a checkpoint folder, a block store, or a hub id such as org/name"
+_SIXTEEN = Precision().to_json()
 _STOP_DEADLINE_S = 10.0
 # `-m` would put the current folder in front of the path, where any random.py would be taken for Python's own.
 _CHILD = "import os, sys; sys.path[:] = os.environ.pop('PIPO_PYTHONPATH').split(os.pathsep); " + (
@@ -61,18 +65,21 @@ def prepare_store(
     model: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    precision: str | None = None,
     on_progress: Progress | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> PreparedStore:
     """The block store of `model`: a checkpoint folder, a block store, or a hub id such as "org/name".
 
-    `dtype` is one of DTYPES. `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
+    `dtype` is one of DTYPES, `precision` what `Precision.parse` takes, or None for 16 bits, or what the store has.
+    `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
     "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`.
 
     Raises InputError and its children, all with one line; what the child process found wrong comes as the class that it
     raised there.
     """
     check_dtype(dtype)
+    policy = None if precision is None else Precision.parse(precision)
     folder = find_model(model, on_progress)
     refuse_stripe(folder)
     root = Path(cache) if cache is not None else cache_folder()
@@ -83,10 +90,15 @@ def prepare_store(
                 f"--dtype {dtype}: the block store {folder} holds {manifest.precision}; leave --dtype out, or pack the "
                 f"checkpoint again with `pipo pack --dtype {dtype}`"
             )
+        if policy is not None and policy != (stored := Precision.from_json(manifest.extra.get(POLICY_KEY, _SIXTEEN))):
+            raise InputError(
+                f"--precision {precision}: the block store {folder} holds {stored.label}; leave --precision out, or "
+                f"pack the checkpoint again with `pipo pack --precision {precision}`"
+            )
         if not (folder / "config.json").is_file():
             raise StoreError(f"block store {folder} has no config.json; pack the checkpoint again")
         return PreparedStore(folder, manifest, _facts(folder, manifest, root, on_progress), packed_now=False)
-    return _prepare_checkpoint(folder, dtype, root, on_progress)
+    return _prepare_checkpoint(folder, dtype, policy or Precision(), root, on_progress)
 
 
 def pack_store(
@@ -94,22 +106,25 @@ def pack_store(
     destination: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    precision: str | None = None,
     on_progress: Progress | None = None,
     stripes: Sequence[str | os.PathLike[str]] = (),
 ) -> Manifest:
-    """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process. `stripes` are further
-    folders, on other drives, that share the weights with `destination`.
+    """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process. `precision` as for
+    `prepare_store`. `stripes` are further folders, on other drives, that share the weights with `destination`.
 
     Raises as `prepare_store` does.
     """
     check_dtype(dtype)
+    policy = Precision() if precision is None else Precision.parse(precision)
     folder = find_model(source, on_progress)
     # What is wrong with it is known at once, and torch takes seconds to import.
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
+        dtype = packed_dtype(dtype, policy, checkpoint.config)
     require_free_place(Path(destination).absolute())
     others = [f"--stripe={stripe}" for stripe in stripe_folders(Path(destination).absolute(), stripes)]
-    _run_child(["pack", str(folder), str(Path(destination).absolute()), "--dtype", dtype, *others], on_progress)
+    _run_child([*_pack_job(folder, Path(destination).absolute(), dtype, policy), *others], on_progress)
     return Manifest.load(destination)
 
 
@@ -162,33 +177,43 @@ def _is_hub_id(text: str) -> bool:
 # --- a checkpoint, packed once ---------------------------------------------------------------------------------------
 
 
-def _prepare_checkpoint(folder: Path, dtype: str, root: Path, on_progress: Progress | None) -> PreparedStore:
+def _pack_job(folder: Path, destination: Path, dtype: str, policy: Precision) -> list[str]:
+    return ["pack", str(folder), str(destination), "--dtype", dtype, "--precision", json.dumps(policy.to_json())]
+
+
+def _prepare_checkpoint(
+    folder: Path, dtype: str, policy: Precision, root: Path, on_progress: Progress | None
+) -> PreparedStore:
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
-        precision = own_precision(checkpoint.config) if dtype == "auto" else dtype
-        store = root / "stores" / _store_name(checkpoint, precision)
+        dtype = packed_dtype(dtype, policy, checkpoint.config)
+        store = root / "stores" / _store_name(checkpoint, dtype, policy)
         if (manifest := _cached(store)) is not None:
             _refresh_side_files(checkpoint, store)
             with contextlib.suppress(StoreError):  # packed for another transformers: packed again below
                 return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=False)
         _remove(store)
     try:
-        _run_child(["pack", str(folder), str(store), "--dtype", precision, "--wait"], on_progress)
+        _run_child([*_pack_job(folder, store, dtype, policy), "--wait"], on_progress)
     except BudgetError as error:
         raise BudgetError(f"{error} (packed models go to {root}; PIPO_CACHE sets another folder)") from error
     manifest = Manifest.load(store)
     return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=True)
 
 
-def _store_name(checkpoint: Checkpoint, precision: str) -> str:
+def _store_name(checkpoint: Checkpoint, dtype: str, policy: Precision) -> str:
     import xxhash
 
-    key = xxhash.xxh3_128(json.dumps([checkpoint.fingerprint(), precision, FORMAT_VERSION]).encode()).hexdigest()
+    parts = [checkpoint.fingerprint(), dtype, PLAIN_VERSION]
+    if policy.is_low_bit:
+        parts += [policy.to_json(), machine_layout()]
+    key = xxhash.xxh3_128(json.dumps(parts).encode()).hexdigest()
+    what = policy.label if policy.is_low_bit else dtype
     name = checkpoint.folder.name
     for parent in checkpoint.folder.parents:
         if parent.name.startswith("models--"):  # a snapshot in the hub's cache is named by its commit
             name = parent.name.removeprefix("models--")
-    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name).strip('-.')[:60] or 'model'}-{precision}-{key[:16]}"
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name).strip('-.')[:60] or 'model'}-{what}-{key[:16]}"
 
 
 def _cached(store: Path) -> Manifest | None:

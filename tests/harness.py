@@ -22,6 +22,7 @@ from pipo_ray.model.inspect import find_facts, trace_of
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.device_ops import CudaOps, DeviceOps
@@ -33,6 +34,10 @@ from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
 from pipo_ray.plan.kv_pages import KVPlacement, page_bytes
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
+from pipo_ray.quant.assign import assign
+from pipo_ray.quant.panels import PANEL_BYTES, machine_layout
+from pipo_ray.quant.policy import Precision
+from pipo_ray.quant.source import QuantizedSource
 from pipo_ray.store.checkpoint import Checkpoint
 from pipo_ray.store.manifest import Manifest
 from pipo_ray.store.pack import pack
@@ -66,17 +71,33 @@ class PackedModel:
         return largest_uncut_bytes(self.manifest.blocks)
 
 
-def pack_checkpoint(checkpoint: Path, destination: Path, dtype: torch.dtype) -> PackedModel:
-    """Trace, probe and pack the checkpoint."""
+def pack_checkpoint(
+    checkpoint: Path,
+    destination: Path,
+    dtype: torch.dtype,
+    precision: Precision | None = None,
+    *,
+    panel_bytes: int = PANEL_BYTES,
+    layout: str | None = None,
+) -> PackedModel:
+    """Trace, probe and pack the checkpoint; with `precision`, in panels of `panel_bytes` and int4 in `layout`."""
     config = load_config(checkpoint)
     model, trace, facts = find_facts(config, dtype, checkpoint)
     with Checkpoint.open(checkpoint) as opened:
         source = TensorSource(model, opened, dtype)
-        manifest = pack(
-            block_layout(model, trace, source.aliases), source, destination,
-            checkpoint=opened, aliases=source.aliases, architecture=opened.architecture, model_type=opened.model_type,
-            precision=source.precision, slot_bytes=1 << 20, extra={"facts": facts.to_json()},
+        blocks = block_layout(model, trace, source.aliases)
+        tables = {source.aliases.get(n, n) for unit in trace.units if unit.kind == "lookup" for n in unit.tensors}
+        blocks = assign(
+            blocks, precision or Precision(), looked_up=tables, layout=layout or machine_layout(),
+            panel_bytes=panel_bytes,
         )  # fmt: skip
+        with QuantizedSource(source, num_threads=2) as quantized:
+            manifest = pack(
+                blocks, quantized, destination,
+                checkpoint=opened, aliases=source.aliases, architecture=opened.architecture,
+                model_type=opened.model_type, precision=source.precision, slot_bytes=1 << 20,
+                extra={"facts": facts.to_json()},
+            )  # fmt: skip
     return PackedModel(destination, config, dtype, manifest, ModelFacts.from_json(manifest.extra["facts"]))
 
 
@@ -109,6 +130,7 @@ class Pipeline:
         gpu_resident_pieces: int = 0,
         ops: DeviceOps | None = None,
         products: CpuProducts | None = None,
+        low_bit: LowBitProducts | None = None,
         kv_pages: tuple[int, int] | None = None,
         kv_pool: int | None = None,
     ) -> None:
@@ -149,7 +171,10 @@ class Pipeline:
             self.model = build_graph(packed.config, packed.dtype, attention=facts.attention, device=device)
             if products is None and device.type == "cpu" and packed.dtype in HALF_DTYPES:
                 products = CpuProducts(always("wide", packed.dtype))
-            self.binder = Binder(self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products)
+            low_bit = low_bit or LowBitProducts(always_low_bit("packed"), machine_layout(), device)
+            self.binder = Binder(
+                self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products, low_bit
+            )
             self.kv_tiers = None if kv_pages is None else self._open_kv(*kv_pages)
             pool = None if kv_pool is None else KVPool(kv_pool, device)
             self.runner = ModelRunner(

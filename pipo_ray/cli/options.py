@@ -34,9 +34,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-memory", metavar="SIZE", help="of it, for weights: slots and resident blocks")
     group.add_argument("--gpu-memory", metavar="SIZE", help="all that may be taken from the GPU's memory")
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute; default: %(default)s")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="precision of the weights; default: the model's own"
-    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="what is computed in; default: the model's own")
+    add_precision_option(group, "default: 16 bits, or what the block store has")
     group.add_argument("--max-model-len", metavar="N", type=int, help="context: prompt and answer, in tokens")
     group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
     group.add_argument("--mode", choices=get_args(Mode), default="performance", help="memory-saver: a quarter of the "
@@ -49,6 +48,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        "auto or HOST:PORT: join that one")  # fmt: skip
     group.add_argument("--background", action="store_true", help="give way to whatever else the PC does")
     group.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
+
+
+def add_precision_option(parser: argparse._ActionsContainer, default: str) -> None:
+    """--precision: bits of the weights."""
+    parser.add_argument(
+        "--precision", metavar="P", help="bits of the weights: int4 (groups of 64 columns), int4-g32, int4-g128, "
+        f"int4-g64-sym, int8, 16bit, or a policy file; {default}",
+    )  # fmt: skip
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, max_tokens: int) -> None:
@@ -100,6 +107,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
             arguments[name] = number
     if "gpu_memory" in arguments and options.device == "cpu":
         raise InputError("--gpu-memory means nothing with --device cpu; leave one of them out")
+    if options.precision is not None:
+        arguments["precision"] = options.precision
     if options.mode != "performance":
         arguments["mode"] = options.mode
     if options.kv_in_ram:

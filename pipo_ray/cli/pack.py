@@ -7,7 +7,7 @@ import os
 from itertools import combinations
 from typing import Any
 
-from pipo_ray.cli.options import DTYPES
+from pipo_ray.cli.options import DTYPES, add_precision_option
 from pipo_ray.cli.terminal import progress_bar, say
 from pipo_ray.session.memory import format_size
 
@@ -26,6 +26,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
     )
+    add_precision_option(parser, "default: 16bit")
     parser.add_argument(
         "--stripe", metavar="FOLDER", action="append", default=[],
         help="a folder to make on another drive, which then reads its share of the weights at the same time as that of "
@@ -37,15 +38,23 @@ def add_command(commands: Any) -> None:
 def pack(options: argparse.Namespace) -> int:
     """Do it. Returns the exit status."""
     from pipo_ray.prepare import pack_store
+    from pipo_ray.quant.summary import describe_precision
 
     with progress_bar() as progress:
         manifest = pack_store(
-            options.source, options.destination, dtype=options.dtype, on_progress=progress, stripes=options.stripe
+            options.source,
+            options.destination,
+            dtype=options.dtype,
+            precision=options.precision,
+            on_progress=progress,
+            stripes=options.stripe,
         )
     say(
         f"{options.destination}: {manifest.architecture or manifest.model_type} in {manifest.precision}, "
         f"{len(manifest.blocks)} blocks, {format_size(manifest.total_bytes)}"
     )
+    for line in describe_precision(manifest):
+        say(line)
     folders = manifest.folders(options.destination)
     if len(folders) > 1:
         for number, folder in enumerate(folders):

@@ -13,6 +13,7 @@ from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.lanes import Lanes
 from pipo_ray.model.layout import TORCH_DTYPES
+from pipo_ray.model.low_bit import LowBitProducts
 from pipo_ray.model.streamed import FusedExperts, LookedUpTable, SplitMatrix, Unbound
 from pipo_ray.model.trace import Trace
 from pipo_ray.pipeline.weight_stream import WeightStream
@@ -51,7 +52,8 @@ class Binder:
     """Binds `model`'s parameters during sweeps over `plan`, fed by `stream`.
 
     `model` is a graph with parameters on meta (`build_graph`); `trace` and `plan` belong to it. Between `begin` and
-    `end` one forward pass runs, or several in `Lanes`. With `products`, those make the products with 16-bit weights.
+    `end` one forward pass runs, or several in `Lanes`. With `products`, those make the products with 16-bit weights;
+    `low_bit` those with low-bit weights, if there are any.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Binder:
         stream: WeightStream,
         read_rows: TableReader,
         products: CpuProducts | None = None,
+        low_bit: LowBitProducts | None = None,
     ) -> None:
+        self._low_bit = low_bit
         self._bound = (lambda weight: weight) if products is None else products.bind
         self._model, self._trace, self._plan, self._stream = model, trace, plan, stream
         self._lanes: Lanes | None = None
@@ -218,9 +222,15 @@ class Binder:
     def _bind(self, position: int, memory: torch.Tensor | None) -> None:
         for tensor in self._plan.pieces[self._plan.order[position]].tensors:
             for owner, leaf in self._owners.get(tensor.name, ()):
-                _put(
-                    owner, leaf, self._unbound[tensor.name] if memory is None else self._bound(view_of(memory, tensor))
-                )
+                _put(owner, leaf, self._unbound[tensor.name] if memory is None else self._weight(memory, tensor))
+
+    def _weight(self, memory: torch.Tensor, tensor: PieceTensor) -> torch.Tensor:
+        """What is bound: the tensor, or the rows of it that are in the piece, over the piece's memory."""
+        view = view_of(memory, tensor)
+        if tensor.panels is None:
+            return self._bound(view)
+        assert self._low_bit is not None, "a plan with low-bit weights needs their products"
+        return self._low_bit.bind(view, tensor.panels, tensor.row_start)
 
     # -- what streams through a call
     # ----------------------------------------------------------------------------------------
@@ -268,7 +278,10 @@ class Binder:
                 for tensor in self._plan.pieces[piece].tensors:
                     if tensor.name == name:
                         memory = self._take_streamed(open_call, index)
-                        yield tensor.row_start, tensor.row_stop, self._bound(view_of(memory, tensor))
+                        start, stop = tensor.row_start, tensor.row_stop
+                        if tensor.panels is not None:
+                            start, stop = tensor.panels.rows_of(start, stop)
+                        yield start, stop, self._weight(memory, tensor)
 
         return parts
 
@@ -283,7 +296,7 @@ class Binder:
             open_call = self._walk().inside[-1]
             piece, tensor = places[expert]
             memory = self._take_streamed(open_call, open_call.plan.streamed.index(piece))
-            return self._bound(view_of(memory, tensor))
+            return self._weight(memory, tensor)
 
         return slice_of
 

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
+from pipo_ray.model.kernel_profile import (
+    KERNELS,
+    SCRATCH_BYTES,
+    SIXTEEN_BIT_LAYOUTS,
+    Cost,
+    Kernel,
+    KernelProfile,
+    Layout,
+    cleaned,
+)
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -24,7 +33,7 @@ _MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 128)
 _MEASURED_SHAPE = (256, 2048)
 _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 32 << 20  # in a run, weights come from memory
-_HOPELESS = 2.0  # times slower than the best with so many rows: not measured with more
+HOPELESS = 2.0  # times slower than the best with so many rows: not measured with more
 _REMEMBERED_SHAPES = 4096
 # Float32 products with fewer columns, or an odd number, take as long as with many more: zeros fill them up.
 _COLUMNS = 16
@@ -191,7 +200,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def measure_profile(dtype: torch.dtype) -> KernelProfile:
     """Time every kernel on this machine with the number of threads that torch has now."""
     with torch.inference_mode():
-        costs = {layout: _measure_layout(layout, dtype) for layout in KERNELS}
+        costs = {layout: _measure_layout(layout, dtype) for layout in SIXTEEN_BIT_LAYOUTS}
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
@@ -212,23 +221,23 @@ def _measure_layout(layout: Layout, dtype: torch.dtype) -> dict[Kernel, Cost]:
     height, width = _MEASURED_SHAPE
     weights = itertools.cycle(torch.ones(_UNCACHED_BYTES // (2 * height * width), height, width, dtype=dtype))
     small = itertools.repeat(torch.ones(8, 8, dtype=dtype))
-    fixed = _least_seconds(multiply, torch.ones(1, 8, dtype=dtype), small, 4 * _MEASURED_TIMES)
+    fixed = least_seconds(multiply, torch.ones(1, 8, dtype=dtype), small, 4 * _MEASURED_TIMES)
     rates: dict[Kernel, list[float]] = {kernel: [] for kernel in multiply}
     running = dict(multiply)
     for rows in _MEASURED_ROWS:
         inputs = torch.ones(rows, width if layout == "linear" else height, dtype=dtype)
-        seconds = _least_seconds(running, inputs, weights, _MEASURED_TIMES)
+        seconds = least_seconds(running, inputs, weights, _MEASURED_TIMES)
         for kernel, took in seconds.items():
             rates[kernel].append(max(0.0, took - fixed[kernel]) / (height * width))
-            if rows >= _COLUMNS // 4 and took > _HOPELESS * min(seconds.values()):
+            if rows >= _COLUMNS // 4 and took > HOPELESS * min(seconds.values()):
                 del running[kernel]
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 
 
-def _least_seconds(
+def least_seconds(
     multiply: dict[Kernel, Callable[..., torch.Tensor]],
     inputs: torch.Tensor,
-    weights: Iterator[torch.Tensor],
+    weights: Iterator[Any],
     times: int,
 ) -> dict[Kernel, float]:
     """Least seconds of each kernel, in turns, each time with the next of `weights`.

@@ -20,6 +20,7 @@ from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
+from pipo_ray.model.low_bit import products_for
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
@@ -94,8 +95,10 @@ class ComputeEngine:
         if self._device.type == "cpu" and dtype in HALF_DTYPES:
             file = Path(compute.kernel_profile) if compute.kernel_profile else None
             products = CpuProducts.for_run(dtype, file)
+        profile = Path(compute.kernel_profile).with_name("low-bit-kernels.json") if compute.kernel_profile else None
+        low_bit = products_for(setup.plan, profile, self._device)
         binder = Binder(
-            graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products
+            graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products, low_bit
         )
         self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store)
         self._sequences: dict[str, _Running] = {}

@@ -69,7 +69,7 @@ def facts_of_store(folder: str | Path, manifest: Manifest) -> ModelFacts:
 
     config = load_config(folder)
     model, trace, facts = find_facts(config, resolve_dtype(manifest.precision, config), folder)
-    stored = {(t.name, t.expert): tuple(t.shape) for block in manifest.blocks for t in block.tensors}
+    stored = {(t.name, t.expert): t.weight_shape for block in manifest.blocks for t in block.tensors}
     for block in block_layout(model, trace, manifest.aliases):
         for spec in block.tensors:
             if stored.get((spec.name, spec.expert)) != spec.shape:

@@ -1,4 +1,4 @@
-"""Which kernel multiplies 16-bit weights on the CPU: measured seconds in, a choice out. Imports no torch."""
+"""Which kernel multiplies 16-bit or low-bit weights on the CPU: measured seconds in, a choice out. Without torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from typing import Literal
 
 from pipo_ray.json_file import write_json
 
-Layout = Literal["linear", "matmul"]
-"""How a weight is multiplied: "linear" is `x @ weight.T` of [out, in], "matmul" is `x @ weight` of [in, out]."""
-
-Kernel = Literal["native", "wide", "tall"]
-"""Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
-weights times inputs.
+Layout = Literal["linear", "matmul", "int4", "int8"]
+"""How a weight is multiplied: "linear" is `x @ weight.T` of [out, in], "matmul" is `x @ weight` of [in, out];
+"int4" and "int8" are `x @ weight.T` of low-bit panels.
 """
 
-KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {"linear": ("native", "wide", "tall"), "matmul": ("native", "wide")}
+Kernel = Literal["native", "wide", "tall", "packed"]
+"""Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
+weights times inputs; or torch's low-bit product. Low-bit weights are widened to 16 bits for the native one.
+"""
+
+KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
+    "linear": ("native", "wide", "tall"),
+    "matmul": ("native", "wide"),
+    "int4": ("packed", "native", "wide"),
+    "int8": ("packed", "native", "wide"),
+}
+SIXTEEN_BIT_LAYOUTS: tuple[Layout, ...] = ("linear", "matmul")
 
 SCRATCH_BYTES = 4 << 20
 """What a chunk of weights takes in float32. Large enough that starting the threads for each chunk costs little, small
@@ -71,10 +79,11 @@ class KernelProfile:
     num_threads: int
     costs: Mapping[Layout, Mapping[Kernel, Cost]]
 
-    def choose(self, layout: Layout, rows: int, elements: int) -> Kernel:
-        """The kernel that takes the least time; torch's own if there is a tie."""
+    def choose(self, layout: Layout, rows: int, elements: int, without: Kernel | None = None) -> Kernel:
+        """The kernel other than `without` that takes the least time; the first of KERNELS if there is a tie."""
         costs = self.costs[layout]
-        return min(costs, key=lambda kernel: (costs[kernel].seconds(rows, elements), KERNELS[layout].index(kernel)))
+        seconds = {kernel: cost.seconds(rows, elements) for kernel, cost in costs.items() if kernel != without}
+        return min(seconds, key=lambda kernel: (seconds[kernel], KERNELS[layout].index(kernel)))
 
     def save(self, file: Path) -> None:
         """Write as JSON; the file is there whole or not at all."""

@@ -1,4 +1,5 @@
-"""Stand-ins for parameters that are never whole in memory: looked-up tables, row-split matrices, fused experts.
+"""Stand-ins for parameters that are never whole in memory: looked-up tables, row-split matrices, fused experts;
+and for low-bit weights, which torch has no tensor for.
 
 Each is a meta tensor with the parameter's shape and dtype that answers the one operation it is made for, so that a
 model's own code needs no change; any other operation on its values fails, because a meta tensor has none.
@@ -103,6 +104,23 @@ class SplitMatrix(_StandIn):
         for start, stop, part in weight._answer():
             output[..., start:stop] = F.linear(inputs, part, None if bias is None else bias[start:stop])
         return output
+
+
+class LowBitMatrix(_StandIn):
+    """A weight [out_features, in_features] that is in memory with few bits. `answer(inputs, bias)` gives
+    `F.linear`'s result.
+    """
+
+    what = "a matrix with low-bit weights"
+
+    @classmethod
+    def _intercept(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is not F.linear:
+            return NotImplemented
+        inputs = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        return weight._answer(inputs, bias)
 
 
 class FusedExperts(_StandIn):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipo_ray.errors import BudgetError
+from pipo_ray.quant.panels import Panels
 from pipo_ray.store.manifest import StoredBlock, StoredTensor
 
 PAGE = 4096
@@ -14,7 +15,7 @@ PAGE = 4096
 @dataclass(frozen=True)
 class PieceTensor:
     """A tensor, an expert's slice, or rows `row_start:row_stop` of one, inside a piece. `offset` is in bytes from the
-    slot's start.
+    slot's start. Of a low-bit weight the rows are panels.
     """
 
     name: str
@@ -26,6 +27,7 @@ class PieceTensor:
     offset: int
     nbytes: int
     whole: bool
+    panels: Panels | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,11 @@ def _flush(pieces: list[Piece], block: StoredBlock, pending: list[tuple[StoredTe
         shape = tensor.shape if whole else (stop - start, *tensor.shape[1:])
         if tensor.first_row is not None:  # what is stored is itself a part
             whole, start, stop = False, start + tensor.first_row, stop + tensor.first_row
-        members.append(PieceTensor(tensor.name, tensor.dtype, shape, tensor.expert, start, stop, offset, nbytes, whole))
+        members.append(
+            PieceTensor(
+                tensor.name, tensor.dtype, shape, tensor.expert, start, stop, offset, nbytes, whole, tensor.panels
+            )
+        )
     payload = sum(member.nbytes for member in members)
     place = block.file, begin, read_bytes
     pieces.append(Piece(len(pieces), block.name, block.kind, *place, payload, tuple(members), block.folder))

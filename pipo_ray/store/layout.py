@@ -101,6 +101,7 @@ def _plan_file(name: str, blocks: Sequence[BlockSpec]) -> FileLayout:
                     cut=tensor.cut,
                     offset=len(header) + offset,
                     nbytes=num_bytes(tensor.dtype, tensor.shape),
+                    panels=tensor.panels,
                     first_row=tensor.first_row,
                 )
                 for tensor, offset in zip(block.tensors, offsets, strict=True)

@@ -10,12 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pipo_ray.errors import StoreError
+from pipo_ray.errors import InputError, StoreError
 from pipo_ray.model.blocks import BlockKind, Cut
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, INT8_LAYOUT, Panels
 from pipo_ray.store.dtypes import DTYPE_BITS, num_bytes
 from pipo_ray.store.stripe_folder import check_stripes, refuse_stripe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has low-bit weights; a store without them is written as version 1, which readers of both understand."""
+PLAIN_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "packing.journal"
 """Present only while a store is being packed: a folder that has it is not a store."""
@@ -37,7 +41,13 @@ class StoredTensor:
     cut: Cut
     offset: int
     nbytes: int
+    panels: Panels | None = None
     first_row: int | None = field(default=None, repr=False)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape that the module graph knows: that of the weight where panels are stored."""
+        return self.shape if self.panels is None else (self.panels.rows, self.panels.columns)
 
     @property
     def key(self) -> str:
@@ -305,10 +315,30 @@ class _Reader:
             )
         expert, offset = self.optional_size(entry, "expert", where), self.size(entry, "offset", where)
         cut = self.choice(entry, "cut", get_args(Cut), where)
+        panels = self.panels(entry, where)
         first_row = self.optional_size(entry, "first_row", where)
+        wanted = None if panels is None else panels.shape if first_row is None else (*shape[:1], *panels.shape[1:])
+        if wanted is not None and (dtype, shape, cut) != ("U8", wanted, "rows"):
+            raise self.fail(f"{where} is {dtype} of shape {list(shape)}, its panels are U8 of {list(wanted)}")
         if first_row is not None and (cut != "rows" or len(shape) < 1):
             raise self.fail(f"{where} begins at row {first_row}, but cannot be split by rows")
-        return StoredTensor(name, dtype, shape, expert, cut, offset, nbytes, first_row)
+        return StoredTensor(name, dtype, shape, expert, cut, offset, nbytes, panels, first_row)
+
+    def panels(self, entry: Any, where: str) -> Panels | None:
+        if entry.get("panels") is None:
+            return None
+        raw = self.get(entry, "panels", dict, where)
+        where = f"the panels of {where}"
+        rows, columns, panel_rows = (self.size(raw, name, where) for name in ("rows", "columns", "panel_rows"))
+        try:
+            low_bit = LowBitFormat.parse(self.get(raw, "format", str, where))
+        except InputError as error:
+            raise self.fail(f"{where}: {error}") from error
+        layouts = tuple(INT4_LAYOUTS) if low_bit.bits == 4 else (INT8_LAYOUT,)
+        layout = self.choice(raw, "layout", layouts, where)
+        if not rows or not columns or columns % low_bit.columns_multiple or not panel_rows or panel_rows % BLOCK_ROWS:
+            raise self.fail(f"{where} have {rows} rows, {columns} columns and {panel_rows} rows each")
+        return Panels(low_bit.name, layout, rows, columns, panel_rows)
 
     def check_names(self, manifest: Manifest) -> None:
         names: set[str] = set()

@@ -34,6 +34,7 @@ from pipo_ray.store.manifest import (
     FORMAT_VERSION,
     JOURNAL_NAME,
     MANIFEST_NAME,
+    PLAIN_VERSION,
     Manifest,
     StoredBlock,
     StoredTensor,
@@ -109,7 +110,7 @@ def pack(
         found = (block for file in files for block in _with_checksums(file, done[file.name]))
         stored = tuple(sorted(found, key=lambda block: order[block.name]))
         return Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=FORMAT_VERSION if _has_panels(blocks) else PLAIN_VERSION,
             source=str(checkpoint.folder.absolute()),
             architecture=architecture,
             model_type=model_type,
@@ -157,6 +158,10 @@ def pack(
         raise _explain(error, (partial, *others), total_bytes) from error
 
 
+def _has_panels(blocks: Sequence[BlockSpec]) -> bool:
+    return any(tensor.panels is not None for block in blocks for tensor in block.tensors)
+
+
 def plan_fingerprint(
     files: Sequence[FileLayout],
     checkpoint: Checkpoint,
@@ -166,7 +171,7 @@ def plan_fingerprint(
 ) -> str:
     """Identifies a store: the checkpoint's files, and every block's place and form (hex)."""
     digest = xxhash.xxh3_128(
-        json.dumps([FORMAT_VERSION, checkpoint.fingerprint(), precision, sorted(aliases.items())]).encode()
+        json.dumps([PLAIN_VERSION, checkpoint.fingerprint(), precision, sorted(aliases.items())]).encode()
     )
     for file in files:
         digest.update(repr(file).encode())
@@ -289,7 +294,7 @@ class _Packer:
         if not tensor.nbytes:
             return
         spec = TensorSpec(
-            tensor.name, tensor.shape, tensor.dtype, tensor.expert, tensor.cut, first_row=tensor.first_row
+            tensor.name, tensor.shape, tensor.dtype, tensor.expert, tensor.cut, tensor.panels, tensor.first_row
         )
         rows = spec.shape[0] if spec.shape else 1
         step = max(1, self.chunk_bytes * rows // tensor.nbytes)

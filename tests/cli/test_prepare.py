@@ -19,6 +19,7 @@ from pipo_ray.cli import main
 from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, StoreError, UnsupportedModelError
 from pipo_ray.packing import own_precision
 from pipo_ray.prepare import PreparedStore, cache_folder, find_model, pack_store, prepare_store
+from pipo_ray.quant.policy import Precision
 from pipo_ray.store.manifest import JOURNAL_NAME, Manifest
 
 Capture = pytest.CaptureFixture[str]
@@ -85,6 +86,60 @@ def test_a_damaged_store_in_the_cache_is_packed_again(prepared: PreparedStore, c
 def test_a_store_is_not_converted(prepared: PreparedStore) -> None:
     with pytest.raises(InputError, match="holds float32; leave --dtype out, or pack the checkpoint again"):
         prepare_store(prepared.folder, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def low_bit(checkpoint: Path) -> PreparedStore:
+    return prepare_store(checkpoint, precision="int8")
+
+
+def test_low_bit_weights_have_a_store_of_their_own(
+    prepared: PreparedStore, low_bit: PreparedStore, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert low_bit.packed_now
+    assert low_bit.folder.name.startswith("my-model-int8-")
+    assert low_bit.manifest.precision == "bfloat16"
+    assert {t.panels.format for b in low_bit.manifest.blocks for t in b.tensors if t.panels} == {"int8"}
+    assert low_bit.manifest.total_bytes < prepared.manifest.total_bytes / 2
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a child process was started"))
+    assert prepare_store(checkpoint, precision="int8").folder == low_bit.folder
+    assert prepare_store(low_bit.folder, precision="int8").manifest == low_bit.manifest
+    assert prepare_store(low_bit.folder).facts == low_bit.facts
+    assert prepare_store(prepared.folder, precision="16bit").folder == prepared.folder
+
+
+def test_another_processor_has_a_store_of_its_own(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipo_ray.store.checkpoint import Checkpoint
+
+    with Checkpoint.open(checkpoint) as opened:
+        names = set()
+        for layout in ("avx512", "avx2"):
+            monkeypatch.setattr(pipo_ray.prepare, "machine_layout", lambda layout=layout: layout)
+            for policy in ("int4", "int4-g32", "16bit"):
+                names.add(pipo_ray.prepare._store_name(opened, "bfloat16", Precision.parse(policy)))
+    assert len(names) == 5
+
+
+@pytest.mark.usefixtures("no_child")
+def test_low_bit_mistakes(prepared: PreparedStore, low_bit: PreparedStore, checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="holds int8; leave --precision out, or pack the checkpoint again"):
+        prepare_store(low_bit.folder, precision="int4")
+    with pytest.raises(InputError, match="holds 16bit; leave --precision out"):
+        prepare_store(prepared.folder, precision="int8")
+    with pytest.raises(InputError, match=r"--dtype float32 with --precision int8: .* in bfloat16; leave --dtype out"):
+        prepare_store(checkpoint, dtype="float32", precision="int8")
+    with pytest.raises(InputError, match="'int3' has 3 bits"):
+        prepare_store(checkpoint, precision="int3")
+    with pytest.raises(InputError, match="groups of 100 columns, supported are 32, 64, 128"):
+        pack_store(checkpoint, checkpoint / "store", precision="int4-g100")
+
+
+def test_columns_that_groups_do_not_divide(checkpoint: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"rules": [["*.q_proj.weight", "int4-g128"]]}))
+    with pytest.raises(InputError, match=r"q_proj.weight cannot be int4-g128: groups of 128 need a multiple of 128"):
+        pack_store(checkpoint, tmp_path / "store", precision=str(policy))
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
 
 def test_another_transformers_finds_the_facts_anew(prepared: PreparedStore, monkeypatch: pytest.MonkeyPatch) -> None:

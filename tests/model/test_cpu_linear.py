@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import pipo_ray.model.cpu_linear as cpu_linear
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, HalfMatrix, always, measure_profile
-from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Kernel, KernelProfile
+from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
-KINDS = sorted({kernel for kernels in KERNELS.values() for kernel in kernels})
+KINDS = sorted({kernel for layout in SIXTEEN_BIT_LAYOUTS for kernel in KERNELS[layout]})
 shapes = st.tuples(
     st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(1, 3), st.integers(0, 5)), st.just(())),
     st.integers(1, 70),
@@ -213,7 +213,8 @@ def test_a_profile_is_measured_once_and_kept(
 
 def test_measured_costs_are_positive_for_every_kernel() -> None:
     profile = measure_profile(torch.bfloat16)
-    for layout, kernels in KERNELS.items():
-        assert set(profile.costs[layout]) == set(kernels)
+    assert tuple(profile.costs) == SIXTEEN_BIT_LAYOUTS
+    for layout in SIXTEEN_BIT_LAYOUTS:
+        assert set(profile.costs[layout]) == set(KERNELS[layout])
         for cost in profile.costs[layout].values():
             assert 0 < cost.seconds(1, 1 << 20) <= cost.seconds(64, 1 << 20)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipo_ray.errors import StoreError
+from pipo_ray.quant.panels import Panels
 from pipo_ray.store.manifest import FORMAT_VERSION, Manifest, StoredBlock, StoredTensor, is_store
 
 MANIFEST = Manifest(
@@ -148,3 +149,39 @@ def test_entries_that_contradict_themselves(store: Path, edit: Callable[[Any], N
     edit(raw)
     (store / "manifest.json").write_text(json.dumps(raw))
     refused(store, str(store), "again", *words)
+
+
+PANELS = Panels("int4-g64", "avx512", 100, 128, 64)
+PACKED = StoredTensor("w", "U8", PANELS.shape, None, "rows", 12288, 2 * PANELS.panel_bytes, PANELS)
+
+
+def low_bit(tensor: StoredTensor) -> Manifest:
+    block = StoredBlock("c", "mlp", 3, "one.safetensors", 12288, 12288, "e" * 32, (tensor,))
+    return replace(MANIFEST, blocks=(*MANIFEST.blocks, block), total_bytes=20480)
+
+
+def test_panels_come_back(tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(bytes(24576))
+    low_bit(PACKED).save(tmp_path)
+    loaded = Manifest.load(tmp_path)
+    assert loaded == low_bit(PACKED)
+    assert loaded.find("w")[1].weight_shape == (100, 128)
+    assert loaded.find("embed")[1].weight_shape == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "panels, said",
+    [
+        (replace(PANELS, rows=300), "its panels are U8 of"),
+        (replace(PANELS, columns=96), "96 columns"),
+        (replace(PANELS, panel_rows=32), "32 rows each"),
+        (replace(PANELS, panel_rows=0), "0 rows each"),
+        (replace(PANELS, format="int2"), "2 bits"),
+        (replace(PANELS, layout="neon"), "known are avx512, avx2, plain"),
+        (replace(PANELS, format="int8"), "known are rows"),
+    ],
+)
+def test_panels_that_lie_are_refused(panels: Panels, said: str, tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(bytes(24576))
+    low_bit(replace(PACKED, panels=panels)).save(tmp_path)
+    refused(tmp_path, said, "pack the checkpoint again")

@@ -1,0 +1,215 @@
+"""Products with low-bit weights, panel by panel, out of the memory that they were read into.
+
+For few rows of inputs torch's kernel multiplies the packed weights at the memory's bandwidth. For many it computes at
+less than half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache, and
+multiplied by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
+from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
+from pipo_ray.model.streamed import LowBitMatrix
+from pipo_ray.plan.pieces import SweepPlan
+from pipo_ray.quant.codec import PanelViews, halves, views_of
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, INT8_LAYOUT, Panels, divide, machine_layout
+
+ACTIVATIONS = torch.bfloat16
+"""What torch's low-bit kernels take, and what a model with low-bit weights is computed in."""
+
+_MEASURED_ROWS = (1, 4, 16, 32, 64, 128)
+_MEASURED_SHAPE = (512, 2048)
+_MEASURED_TIMES = 4
+_UNCACHED_BYTES = 16 << 20
+
+
+class LowBitProducts:
+    """Multiplies bf16 inputs with panels as `profile` chooses. One caller at a time.
+
+    Takes 7 MiB for unpacked weights (6.5 bytes for each of 64 rows' weights if a row has more than 16,384), and what a
+    product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
+    rows there are. Elsewhere than on the CPU all are: `profile` is not asked then.
+    """
+
+    def __init__(self, profile: KernelProfile, machine: str, device: torch.device | None = None) -> None:
+        self._profile, self._machine = profile, machine
+        self._device = device or torch.device("cpu")
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    @classmethod
+    def for_run(cls, layouts: Collection[Layout], file: Path | None, device: torch.device) -> LowBitProducts:
+        """With the profile in `file`; measured (and written there) if there is none for these layouts and this number
+        of threads. It takes about 0.1 s.
+        """
+        num_threads = torch.get_num_threads()
+        profile = None if file is None else KernelProfile.load(file)
+        if profile is None or profile.num_threads != num_threads or not set(layouts) <= set(profile.costs):
+            profile = measure_low_bit(layouts) if device.type == "cpu" else KernelProfile("bfloat16", num_threads, {})
+            if file is not None:
+                profile.save(file)
+        return cls(profile, machine_layout(), device)
+
+    def bind(self, memory: torch.Tensor, panels: Panels, first: int) -> torch.Tensor:
+        """A stand-in for the rows of a weight whose panels from the `first` on are `memory`, uint8 [panels,
+        panel_bytes]: their products are made here, without a copy.
+        """
+        start, stop = panels.rows_of(first, first + len(memory))
+
+        def product(inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return self.linear(inputs, memory, panels, stop - start, bias)
+
+        return LowBitMatrix.make((stop - start, panels.columns), ACTIVATIONS, self._device, product)
+
+    def linear(
+        self, inputs: torch.Tensor, memory: torch.Tensor, panels: Panels, num_rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`F.linear` of `inputs` [..., columns] with the first `num_rows` rows in the panels `memory`: [..., num_rows]
+        in the inputs' dtype.
+        """
+        rows = inputs.reshape(-1, panels.columns).to(ACTIVATIONS).contiguous()
+        if num_rows == panels.panel_rows == panels.panel_rows * len(memory):
+            output = self._panel(rows, views_of(memory[0], panels), panels)
+        else:
+            output = rows.new_empty(len(rows), num_rows)
+            for index, panel in enumerate(memory):
+                part = output[:, index * panels.panel_rows : (index + 1) * panels.panel_rows]
+                part.copy_(self._panel(rows, views_of(panel, panels), panels)[:, : part.shape[1]])
+        if bias is not None:
+            output += bias
+        return output.to(inputs.dtype).view(*inputs.shape[:-1], num_rows)
+
+    def _panel(self, rows: torch.Tensor, views: PanelViews, panels: Panels) -> torch.Tensor:
+        """[len(rows), panel_rows]."""
+        kernel = self._choose(len(rows), panels)
+        if panels.low_bit.bits == 8:
+            if kernel == "packed":
+                return torch._weight_int8pack_mm(rows, views.codes, views.scales)
+            return self._unpacked_int8(rows, views, kernel)
+        if kernel == "packed":
+            packed = views.codes.view(panels.panel_rows, panels.columns // 2)
+            group = panels.low_bit.group
+            product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, views.scales)
+            return product
+        return self._unpacked_int4(rows, views, panels, kernel)
+
+    def _choose(self, num_rows: int, panels: Panels) -> Kernel:
+        if not num_rows or self._device.type != "cpu":
+            return "native"
+        without: Kernel | None = None if panels.layout in (self._machine, INT8_LAYOUT) else "packed"
+        layout = layout_of(panels.low_bit)
+        return self._profile.choose(layout, num_rows, panels.panel_rows * panels.columns, without)
+
+    def _unpacked_int4(self, rows: torch.Tensor, views: PanelViews, panels: Panels, kernel: Kernel) -> torch.Tensor:
+        order, columns, group = INT4_LAYOUTS[panels.layout], panels.columns, panels.low_bit.group
+        packed = views.codes.view(-1, columns, order.block // 2)
+        scales = views.scales[..., 0].float()
+        zeros = views.scales[..., 1].float().sub_(scales, alpha=8)
+        inputs = rows.float() if kernel == "wide" else rows
+        output = rows.new_empty(len(rows), panels.panel_rows)
+        at_once = self._rows_at_once(columns)
+        for start in range(0, panels.panel_rows, at_once):
+            stop = min(start + at_once, panels.panel_rows)
+            part = packed[start // order.block : stop // order.block]
+            codes = self._take(torch.uint8, part.numel()).view(part.shape)
+            weight = self._take(torch.float32, columns * (stop - start)).view(columns, -1, order.block)
+            low, high = halves(weight, order, dim=2)
+            low.copy_(torch.bitwise_and(part, 15, out=codes).transpose(0, 1))
+            high.copy_(torch.bitwise_right_shift(part, 4, out=codes).transpose(0, 1))
+            groups = weight.view(-1, group, stop - start)
+            torch.addcmul(zeros[:, None, start:stop], groups, scales[:, None, start:stop], out=groups)
+            matrix = weight.view(columns, stop - start)
+            if kernel == "native":
+                matrix = self._take(ACTIVATIONS, matrix.numel()).view(matrix.shape).copy_(matrix)
+            output[:, start:stop] = torch.mm(inputs, matrix)
+        return output
+
+    def _unpacked_int8(self, rows: torch.Tensor, views: PanelViews, kernel: Kernel) -> torch.Tensor:
+        dtype = torch.float32 if kernel == "wide" else ACTIVATIONS  # both hold every code exactly
+        inputs = rows.to(dtype)
+        output = rows.new_empty(len(rows), len(views.codes))
+        at_once = self._rows_at_once(views.codes.shape[1])
+        for start in range(0, len(views.codes), at_once):
+            part = views.codes[start : start + at_once]
+            matrix = self._take(dtype, part.numel()).view(part.shape).copy_(part)
+            output[:, start : start + at_once] = torch.mm(inputs, matrix.T).mul_(views.scales[start : start + at_once])
+        return output
+
+    def _rows_at_once(self, columns: int) -> int:
+        return max(1, SCRATCH_BYTES // 4 // columns // BLOCK_ROWS) * BLOCK_ROWS
+
+    def _take(self, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+        scratch = self._scratch.get(dtype)
+        if scratch is None or scratch.numel() < num_elements:
+            with torch.inference_mode(False):  # written to in and out of inference mode
+                scratch = self._scratch[dtype] = torch.empty(num_elements, dtype=dtype, device=self._device)
+        return scratch[:num_elements]
+
+
+def products_for(plan: SweepPlan, file: Path | None, device: torch.device) -> LowBitProducts | None:
+    """The products of the plan's low-bit weights; None if it has none. See `LowBitProducts.for_run` for the rest."""
+    formats = {tensor.panels.low_bit for piece in plan.pieces for tensor in piece.tensors if tensor.panels is not None}
+    layouts = {layout_of(low_bit) for low_bit in formats}
+    return LowBitProducts.for_run(layouts, file, device) if layouts else None
+
+
+def layout_of(low_bit: LowBitFormat) -> Layout:
+    """Under which a format's kernels are measured."""
+    return cast(Layout, f"int{low_bit.bits}")
+
+
+def always_low_bit(kernel: Kernel) -> KernelProfile:
+    """A profile that chooses `kernel`."""
+    costs: dict[Layout, dict[Kernel, Cost]] = {
+        layout: {one: Cost(0.0, (1, 2), (0.0, 0.0) if one == kernel else (1.0, 1.0)) for one in KERNELS[layout]}
+        for layout in _LAYOUTS
+    }
+    return KernelProfile("bfloat16", torch.get_num_threads(), costs)
+
+
+def measure_low_bit(layouts: Collection[Layout]) -> KernelProfile:
+    """Time every kernel of `layouts` on this machine with the number of threads that torch has now."""
+    with torch.inference_mode():
+        costs = {layout: _measure(layout) for layout in _LAYOUTS if layout in layouts}
+    return KernelProfile("bfloat16", torch.get_num_threads(), costs)
+
+
+_LAYOUTS: tuple[Layout, ...] = ("int4", "int8")
+
+
+def _measure(layout: Layout) -> dict[Kernel, Cost]:
+    machine = machine_layout()
+    panels = divide(*_MEASURED_SHAPE, LowBitFormat.parse(layout), machine)
+    small = divide(BLOCK_ROWS, panels.low_bit.columns_multiple, panels.low_bit, machine)
+
+    def call(kernel: Kernel, shape: Panels) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        products = LowBitProducts(always_low_bit(kernel), machine)
+        return lambda inputs, memory: products.linear(inputs, memory, shape, shape.rows, None)
+
+    def weights(shape: Panels, count: int) -> Any:
+        return itertools.cycle(torch.zeros(count, *shape.shape, dtype=torch.uint8))
+
+    one = torch.ones(1, small.columns, dtype=ACTIVATIONS)
+    fixed = least_seconds({k: call(k, small) for k in KERNELS[layout]}, one, weights(small, 2), 4 * _MEASURED_TIMES)
+    running = {kernel: call(kernel, panels) for kernel in KERNELS[layout]}
+    rates: dict[Kernel, list[float]] = {kernel: [] for kernel in running}
+    memory = weights(panels, max(2, _UNCACHED_BYTES // panels.panel_bytes))
+    elements = panels.panel_rows * panels.columns
+    for rows in _MEASURED_ROWS:
+        inputs = torch.ones(rows, panels.columns, dtype=ACTIVATIONS)
+        seconds = least_seconds(running, inputs, memory, _MEASURED_TIMES)
+        for kernel, took in seconds.items():
+            rates[kernel].append(max(0.0, took - fixed[kernel]) / elements)
+            if rows >= 32 and took > HOPELESS * min(seconds.values()):
+                del running[kernel]
+    return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
+
+
+__all__ = ["ACTIVATIONS", "LowBitProducts", "always_low_bit", "layout_of", "measure_low_bit"]

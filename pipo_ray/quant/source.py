@@ -1,0 +1,94 @@
+"""Quantizes what the packer reads: panels out of a checkpoint, by all cores, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from pipo_ray.errors import CheckpointError
+from pipo_ray.model.blocks import BlockSpec, TensorSpec
+from pipo_ray.quant.codec import PanelViews, views_of, write_rows
+from pipo_ray.quant.panels import BLOCK_ROWS, Panels
+from pipo_ray.quant.rounding import round_to_nearest
+
+_CHUNK_ELEMENTS = 1 << 20
+"""What a thread quantizes at once: 4 MiB in float32, and several times that on the way."""
+
+
+class TensorReader(Protocol):
+    """What gives the unquantized tensors: see TensorSource."""
+
+    def require(self, blocks: Sequence[BlockSpec]) -> None: ...
+
+    def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor: ...
+
+
+class QuantizedSource:
+    """A `BlockSource` that answers tensors with `panels` by quantizing those of `source`, and others with them. A
+    context manager; leaving it ends its threads.
+    """
+
+    def __init__(self, source: TensorReader, num_threads: int | None = None) -> None:
+        self._source = source
+        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        # Each computes alone: threads of torch's own in each of them would only take turns.
+        self._threads = ThreadPoolExecutor(
+            self._num_threads, "quantize", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def require(self, blocks: Sequence[BlockSpec]) -> None:
+        """As the source's."""
+        self._source.require(blocks)
+
+    def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor:
+        """Rows of what is stored: for a quantized tensor panels, uint8 [row_stop - row_start, panel_bytes].
+
+        Raises as the source does, and CheckpointError for a weight that is not finite.
+        """
+        if spec.panels is None:
+            return self._source.read(spec, row_start, row_stop)
+        panels = spec.panels
+        plain = replace(spec, shape=(panels.rows, panels.columns), dtype="F32", panels=None)
+        result = torch.zeros(row_stop - row_start, panels.panel_bytes, dtype=torch.uint8)
+        pending: deque[Future[None]] = deque()
+        step = max(1, _CHUNK_ELEMENTS // panels.columns // BLOCK_ROWS) * BLOCK_ROWS
+        try:
+            for panel in range(row_start, row_stop):
+                views = views_of(result[panel - row_start], panels)
+                first, last = panels.rows_of(panel, panel + 1)
+                for start in range(first, last, step):
+                    weight = self._source.read(plain, start, min(start + step, last))
+                    while len(pending) > self._num_threads:
+                        pending.popleft().result()
+                    pending.append(self._threads.submit(_quantize, weight, views, panels, start - first, spec.name))
+            while pending:
+                pending.popleft().result()
+        finally:
+            for future in pending:
+                future.exception()  # nobody may still be writing when the caller cleans up
+        return result
+
+    def __enter__(self) -> QuantizedSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(wait=True)
+
+
+def _quantize(weight: torch.Tensor, views: PanelViews, panels: Panels, start: int, name: str) -> None:
+    with torch.inference_mode():
+        rounded = round_to_nearest(weight, panels.low_bit)
+        if not bool(rounded.scales.isfinite().all()):
+            raise CheckpointError(
+                f"tensor {name!r} holds an infinite value and cannot be {panels.format}; use --precision 16bit"
+            )
+        write_rows(views, panels, start, rounded)

@@ -1,0 +1,56 @@
+"""The bundled model with low-bit weights, through the real actors and a budget that makes it stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import pipo_ray.bundled
+from pipo_ray import LLM, SamplingParams
+from pipo_ray.prepare import prepare_store
+from pipo_ray.quant.codec import read_rows, views_of
+from pipo_ray.quant.rounding import values_of
+
+BUNDLED = Path(pipo_ray.bundled.__file__).parent
+PROMPT = "It was a fine morning, and Mrs. Bennet"
+
+
+def reference(store: Path, manifest) -> torch.nn.Module:  # type: ignore[no-untyped-def]
+    """transformers' model in float32 with the weights that the store's panels stand for."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    state = model.state_dict()
+    for block in manifest.blocks:
+        with safe_open(store / block.file, "pt") as file:
+            for tensor in block.tensors:
+                if (panels := tensor.panels) is not None:
+                    rows = [read_rows(views_of(panel, panels), panels) for panel in file.get_tensor(tensor.key)]
+                    weight = torch.cat([values_of(part, panels.low_bit) for part in rows])
+                    state[tensor.name].copy_(weight[: panels.rows])
+    return model
+
+
+@pytest.mark.parametrize("precision, weight_memory", [("int4", "1500KiB"), ("int8", "2500KiB")])
+def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight_memory: str) -> None:
+    prepared = prepare_store(BUNDLED, precision=precision)
+    model = reference(prepared.folder, prepared.manifest)
+    with LLM(BUNDLED, precision=precision, memory="3GiB", weight_memory=weight_memory, ray_address="local") as llm:
+        assert any(line.startswith("precision: 57 in int") for line in llm.describe())
+        (output,) = llm.generate([PROMPT], SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True))
+        tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        (logits,) = llm.score([{"prompt_token_ids": tokens}])
+        report = llm.report()
+    assert report["bytes_streamed"] > 20 * report["streamed_bytes_per_sweep"] > 0
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
+    scale = np.abs(expected).max(-1)
+    assert np.all(np.abs(logits - expected).max(-1) <= 0.03 * scale)
+    # Each token of the text is the reference's best, or so near it that bf16 cannot tell them apart.
+    first = len(output.prompt_token_ids)
+    for position in range(first, len(tokens)):
+        row = expected[position - 1]
+        assert row.max() - row[tokens[position]] <= 0.03 * scale[position - 1]

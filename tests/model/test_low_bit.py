@@ -1,0 +1,223 @@
+"""Products with low-bit weights against float64, by every kernel; a model with such weights against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import pipo_ray.model.low_bit as low_bit_module
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.kernel_profile import Kernel, KernelProfile
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, measure_low_bit
+from pipo_ray.quant.codec import read_rows, views_of, write_rows
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, Panels, divide, machine_layout
+from pipo_ray.quant.policy import Precision, Rule
+from pipo_ray.quant.rounding import round_to_nearest, values_of
+
+NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
+KERNELS: tuple[Kernel, ...] = ("packed", "native", "wide")
+BF16_STEP = 2.0**-8
+
+
+def packed(weight: torch.Tensor, panels: Panels) -> torch.Tensor:
+    """The panels of `weight`, uint8 [num_panels, panel_bytes]."""
+    memory = torch.zeros(panels.shape, dtype=torch.uint8)
+    for index, panel in enumerate(memory):
+        start, stop = panels.rows_of(index, index + 1)
+        write_rows(views_of(panel, panels), panels, 0, round_to_nearest(weight[start:stop], panels.low_bit))
+    return memory
+
+
+def unpacked(memory: torch.Tensor, panels: Panels) -> torch.Tensor:
+    """The float32 weight that panels stand for."""
+    rows = [values_of(read_rows(views_of(panel, panels), panels), panels.low_bit) for panel in memory]
+    return torch.cat(rows)[: panels.rows]
+
+
+@settings(max_examples=120)
+@given(
+    st.sampled_from(NAMES), st.sampled_from(sorted(INT4_LAYOUTS)), st.sampled_from(KERNELS),
+    st.integers(1, 300), st.integers(1, 24), st.one_of(st.tuples(st.integers(0, 70)), st.just((2, 3)), st.just(())),
+    st.booleans(), st.sampled_from([1, 20_000, 1 << 20]), st.integers(0, 3), st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_products_are_those_of_the_unpacked_weight(
+    name: str, layout: str, kernel: Kernel, rows: int, groups: int, leading: tuple[int, ...], with_bias: bool,
+    panel_bytes: int, offset: int, seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    low_bit = LowBitFormat.parse(name)
+    panels = divide(rows, groups * low_bit.columns_multiple, low_bit, layout, panel_bytes)
+    weight = torch.randn(rows, panels.columns, generator=generator) / 8
+    stored = packed(weight, panels)
+    memory = torch.zeros(stored.numel() + 64 * offset, dtype=torch.uint8)[64 * offset :].view(stored.shape)
+    memory.copy_(stored)
+    inputs = torch.randn(*leading, panels.columns, generator=generator).bfloat16()
+    bias = torch.randn(rows, generator=generator).bfloat16() if with_bias else None
+    bound = LowBitProducts(always_low_bit(kernel), machine_layout()).bind(memory, panels, 0)
+    got = F.linear(inputs, bound, bias)
+    assert type(got) is torch.Tensor
+    assert (got.dtype, got.shape) == (torch.bfloat16, (*leading, rows))
+    values = unpacked(memory, panels).double()
+    exact, terms = inputs.double() @ values.T, inputs.double().abs() @ values.abs().T
+    # The product, and the sum with a bias, are rounded to bf16; the native kernel rounds each weight (int4), or the
+    # product before the scale (int8); and torch's int8 kernel multiplies with scales in another order.
+    steps = BF16_STEP * exact.abs() * (2 if low_bit.bits == 8 else 1)
+    if kernel == "native" or (kernel == "packed" and layout != machine_layout()):
+        steps = steps + BF16_STEP / 2 * terms
+    if bias is not None:
+        exact = exact + bias.double()
+        steps = steps + BF16_STEP * exact.abs()
+    assert bool(((got.double() - exact).abs() <= steps + 1e-5 * terms + 1e-30).all())
+
+
+def test_another_layout_is_unpacked_exactly() -> None:
+    """Torch's kernel would take it and give nonsense."""
+    other = next(name for name in INT4_LAYOUTS if name != machine_layout())
+    weight, inputs = torch.randn(128, 64), torch.randn(1, 64).bfloat16()
+    products = LowBitProducts(always_low_bit("packed"), machine_layout())
+    results = []
+    for layout in (machine_layout(), other):
+        panels = divide(128, 64, LowBitFormat.parse("int4"), layout)
+        results.append(F.linear(inputs, products.bind(packed(weight, panels), panels, 0)).float())
+    assert torch.allclose(*results, rtol=2e-2, atol=2e-2 * float(results[0].abs().max()))
+
+
+def test_inputs_of_another_dtype_get_their_own_back() -> None:
+    panels = divide(100, 64, LowBitFormat.parse("int4"), machine_layout())
+    weight, inputs, bias = torch.randn(100, 64), torch.randn(4, 64), torch.randn(100)
+    bound = LowBitProducts(always_low_bit("packed"), machine_layout()).bind(packed(weight, panels), panels, 0)
+    got = F.linear(inputs, bound, bias)
+    assert got.dtype == torch.float32
+    exact = inputs @ unpacked(packed(weight, panels), panels).T + bias
+    assert torch.allclose(got, exact, atol=0.05 * float(exact.abs().max()))
+
+
+def test_any_other_use_is_refused() -> None:
+    panels = divide(64, 64, LowBitFormat.parse("int4"), machine_layout())
+    bound = LowBitProducts(always_low_bit("packed"), machine_layout()).bind(
+        packed(torch.randn(64, 64), panels), panels, 0
+    )
+    assert (bound.shape, bound.dtype, bound.device.type) == ((64, 64), torch.bfloat16, "cpu")
+    with pytest.raises(UnsupportedModelError, match="low-bit weights is used by"):
+        bound + 1
+
+
+def test_the_profile_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1, 32))
+    monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
+    file, cpu = tmp_path / "profile.json", torch.device("cpu")
+    LowBitProducts.for_run(["int4"], file, cpu)
+    saved = KernelProfile.load(file)
+    assert saved is not None
+    assert set(saved.costs) == {"int4"}
+    assert set(saved.costs["int4"]) == set(KERNELS)
+    monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda layouts: pytest.fail("measured again"))
+    LowBitProducts.for_run(["int4"], file, cpu)
+    monkeypatch.setattr(low_bit_module, "measure_low_bit", measure_low_bit)
+    LowBitProducts.for_run(["int8"], file, cpu)
+    assert "int8" in KernelProfile.load(file).costs  # type: ignore[union-attr]
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------
+
+
+def dequantized(store: PackedModel, model: Any) -> Any:
+    """`model` with the weights that `store`'s panels stand for, read with the safetensors library."""
+    state = model.state_dict()
+    changed = 0
+    for block in store.manifest.blocks:
+        with safe_open(store.folder / block.file, "pt") as file:
+            for tensor in block.tensors:
+                if tensor.panels is not None:
+                    state[tensor.name].copy_(unpacked(file.get_tensor(tensor.key), tensor.panels))
+                    changed += 1
+    assert changed > 5
+    return model
+
+
+@torch.inference_mode()
+def forced(model: Any, tokens: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].double()
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {"attention_bias": True, "mlp_bias": True},
+    "OPTConfig": {"ffn_dim": 640, "word_embed_proj_dim": 256, "init_std": 0.06},
+    "GPTNeoXConfig": {},
+    "Qwen3MoeConfig": {"decoder_sparse_step": 2, "norm_topk_prob": True},
+}
+LARGER: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "initializer_range": 0.06,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        ("LlamaConfig", "int4"),
+        ("LlamaConfig", "int8"),
+        ("OPTConfig", "int4-g32-sym"),
+        ("GPTNeoXConfig", "int4-g32"),
+        ("Qwen3MoeConfig", "int8"),
+    ],
+)
+def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
+    config: str, name: str, kernel: Kernel, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """RMS error of logits against float32, beside that of transformers in bf16."""
+    checkpoint = tiny_checkpoint(config, dtype="bfloat16", seed=1, **LARGER | MODELS[config])
+    store = pack_checkpoint(checkpoint, tmp_path / "store", torch.bfloat16, Precision.parse(name), panel_bytes=1)
+    exact, theirs = (
+        dequantized(
+            store, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=d, attn_implementation="eager").eval()
+        )
+        for d in (torch.float32, torch.bfloat16)
+    )
+    sequences = random_prompts(256, (40, 13, 60), seed=2)
+    products = LowBitProducts(always_low_bit(kernel), machine_layout())
+    with Pipeline(store, spare_slots=2, chunk=16, low_bit=products) as pipeline:
+        assert any(not tensor.whole for piece in pipeline.pieces for tensor in piece.tensors)
+        assert pipeline.stream.times.streamed_bytes == 0
+        followed = pipeline.follow(sequences, [len(tokens) - 10 for tokens in sequences])
+        assert pipeline.stream.times.streamed_bytes > 0
+    squares = {"ours": 0.0, "theirs": 0.0}
+    for tokens, one in zip(sequences, followed, strict=True):
+        reference = forced(exact, tokens)
+        squares["ours"] += float((one.logits.double() - reference).square().sum())
+        squares["theirs"] += float((forced(theirs, tokens) - reference).square().sum())
+    ratio = (squares["ours"] / squares["theirs"]) ** 0.5
+    assert ratio <= 1.25, f"{ratio:.2f} times the error that transformers has"
+
+
+def test_a_policy_mixes_formats_in_one_model(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = tiny_checkpoint("LlamaConfig", dtype="bfloat16", seed=1)
+    policy = Precision((Rule("lm_head.*", "16bit"), Rule("*.mlp.*", "int4-g32"), Rule("*", "int8")))
+    store = pack_checkpoint(checkpoint, tmp_path / "store", torch.bfloat16, policy)
+    formats = {t.name: t.panels and t.panels.format for block in store.manifest.blocks for t in block.tensors}
+    assert formats["model.layers.0.mlp.up_proj.weight"] == "int4-g32"
+    assert formats["model.layers.0.self_attn.q_proj.weight"] == "int8"
+    assert formats["lm_head.weight"] is None
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = dequantized(store, model)
+    (tokens,) = random_prompts(256, (30,))
+    with Pipeline(store) as pipeline:
+        (ours,) = pipeline.follow([tokens], [20])
+    error = (ours.logits.double() - forced(reference, tokens)).abs().max() / forced(reference, tokens).abs().max()
+    assert float(error) < 0.05
+
+
+def test_rows_and_blocks() -> None:
+    """A panel's rows are what kernels compute at once, for every layout."""
+    assert all(BLOCK_ROWS % order.block == 0 for order in INT4_LAYOUTS.values())

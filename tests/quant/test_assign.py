@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from pipo_ray.errors import InputError
+from pipo_ray.model.blocks import BlockSpec, TensorSpec
+from pipo_ray.quant.assign import assign
+from pipo_ray.quant.policy import Precision, Rule
+
+
+def block(*tensors: TensorSpec) -> tuple[BlockSpec, ...]:
+    return (BlockSpec("layers.0.mlp", "mlp", 0, tensors),)
+
+
+LINEAR = TensorSpec("up.weight", (100, 128), "BF16", cut="rows")
+OTHERS = {
+    "norm.weight": TensorSpec("norm.weight", (128,), "BF16"),
+    "embed.weight": TensorSpec("embed.weight", (100, 128), "BF16", cut="rows"),
+    "conv.weight": TensorSpec("conv.weight", (100, 128), "BF16"),
+    "expert.weight": TensorSpec("expert.weight", (100, 128), "BF16", expert=1),
+    "router.weight": TensorSpec("router.weight", (100, 128), "F32", cut="rows"),
+    "odd.weight": TensorSpec("odd.weight", (100, 120), "BF16", cut="rows"),
+}
+REASONS = {
+    "norm.weight": r"shape \[128\]",
+    "embed.weight": "table of embeddings",
+    "conv.weight": "other than nn.Linear",
+    "expert.weight": "fused experts",
+    "router.weight": "keeps it in F32",
+    "odd.weight": "groups of 64 need a multiple of 64 columns, it has 120",
+}
+
+
+def of(*rules: tuple[str, str]) -> Precision:
+    return Precision(tuple(Rule(*rule) for rule in rules))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_only_matrices_of_linear_modules_are_quantized(name: str) -> None:
+    (got,) = assign(block(LINEAR, OTHERS[name]), Precision.parse("int4"), looked_up={"embed.weight"}, layout="avx512")
+    packed, kept = got.tensors
+    assert kept == OTHERS[name]
+    assert packed.panels is not None
+    assert (packed.dtype, packed.shape) == ("U8", packed.panels.shape)
+    assert (packed.panels.rows, packed.panels.columns) == LINEAR.shape
+    with pytest.raises(InputError, match=f"{name} cannot be int4-g64: .*{REASONS[name]}"):
+        assign(
+            block(LINEAR, OTHERS[name]), of((name, "int4"), ("*", "int4")),
+            looked_up={"embed.weight"}, layout="avx512",
+        )  # fmt: skip
+    with pytest.raises(InputError, match=f"no tensor can be quantized .*{REASONS[name]}"):
+        assign(block(OTHERS[name]), Precision.parse("int4"), looked_up={"embed.weight"}, layout="avx512")
+
+
+def test_nothing_is_touched_at_16_bits() -> None:
+    blocks = block(LINEAR, *OTHERS.values())
+    assert assign(blocks, Precision(), looked_up=(), layout="avx512") == blocks
+
+
+def test_a_rule_for_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="no rule matches"):
+        assign(block(LINEAR), of(("down.*", "int4")), looked_up=(), layout="avx512")
+
+
+def test_formats_by_rule() -> None:
+    (got,) = assign(
+        block(LINEAR, OTHERS["odd.weight"]), of(("up.*", "int8"), ("*", "int4")), looked_up=(), layout="avx2"
+    )
+    assert [t.panels and (t.panels.format, t.panels.layout) for t in got.tensors] == [("int8", "rows"), None]

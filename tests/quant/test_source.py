@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pipo_ray.quant.source as source_module
+from pipo_ray.errors import CheckpointError
+from pipo_ray.model.blocks import BlockSpec, TensorSpec
+from pipo_ray.quant.codec import read_rows, views_of
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import divide
+from pipo_ray.quant.rounding import round_to_nearest, values_of
+from pipo_ray.quant.source import QuantizedSource
+
+
+class OneTensor:
+    """A source of a single float32 weight; remembers the most rows that were asked for at once."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.most_rows = weight, 0
+
+    def require(self, blocks: Sequence[BlockSpec]) -> None: ...
+
+    def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor:
+        assert (spec.dtype, spec.shape, spec.panels) == ("F32", tuple(self.weight.shape), None)
+        self.most_rows = max(self.most_rows, row_stop - row_start)
+        return self.weight[row_start:row_stop].clone()
+
+
+def spec_of(weight: torch.Tensor, name: str) -> TensorSpec:
+    panels = divide(*weight.shape, LowBitFormat.parse(name), "avx512", 40_000)
+    return TensorSpec("w", panels.shape, "U8", None, "rows", panels)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-g128-sym", "int8"])
+@pytest.mark.parametrize("chunk_elements", [1, 100_000])
+def test_panels_hold_the_rounded_weight(name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_CHUNK_ELEMENTS", chunk_elements)
+    weight = torch.randn(900, 128)
+    spec = spec_of(weight, name)
+    assert spec.panels is not None
+    assert spec.panels.num_panels > 2
+    with QuantizedSource(plain := OneTensor(weight), num_threads=3) as source:
+        stored = torch.cat([source.read(spec, 0, 1), source.read(spec, 1, spec.shape[0])])
+    assert tuple(stored.shape) == spec.shape
+    if chunk_elements == 1:
+        assert plain.most_rows == 64
+    low_bit = spec.panels.low_bit
+    rows = torch.cat([values_of(read_rows(views_of(p, spec.panels), spec.panels), low_bit) for p in stored])[:900]
+    assert torch.equal(rows, values_of(round_to_nearest(weight, low_bit), low_bit))
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
+def test_infinity_is_refused(name: str) -> None:
+    weight = torch.randn(300, 128)
+    weight[170, 3] = -torch.inf
+    spec = spec_of(weight, name)
+    with (
+        QuantizedSource(OneTensor(weight), num_threads=2) as source,
+        pytest.raises(CheckpointError, match="'w' holds an infinite value"),
+    ):
+        source.read(spec, 0, spec.shape[0])
+
+
+def test_other_tensors_pass_through() -> None:
+    weight = torch.randn(30, 8)
+    with QuantizedSource(OneTensor(weight)) as source:
+        plain = replace(spec_of(torch.zeros(64, 64), "int4"), shape=(30, 8), dtype="F32", panels=None)
+        assert torch.equal(source.read(plain, 3, 9), weight[3:9])
