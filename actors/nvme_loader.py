@@ -1,4 +1,4 @@
-"""NvmeLoader: owns the file descriptors and read threads; fills slots from the block store."""
+"""NvmeLoader: owns the file descriptors and read threads of one drive; fills slots from the block store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.polite_drive import PoliteDrive
-from pipo_ray.pipeline.roll import ActorRoll
+from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.store.manifest import Manifest
@@ -20,23 +20,26 @@ from pipo_ray.store.manifest import Manifest
 class NvmeLoader:
     """Starts to read ahead as soon as it exists, and after a restart goes on where its predecessor stopped."""
 
-    def __init__(self, roll: str) -> None:
-        ActorRoll(roll).sign_in("NvmeLoader")
-        setup = obtain_lease("NvmeLoader")
+    def __init__(self, roll: str, number: int = 0) -> None:
+        self._name = loader_name(number)
+        ActorRoll(roll).sign_in(self._name)
+        setup = obtain_lease(self._name)
         self._memory = StageMemory.attach(setup)
         manifest = Manifest.load(setup.store)
-        drive = PoliteDrive(setup.store) if setup.background else Drive(setup.store)
+        folder = manifest.folders(setup.store)[number]
+        drive = PoliteDrive(folder) if setup.background else Drive(folder)
         checksums = (
-            BlockChecksums({b.name: b for b in manifest.blocks}, setup.plan.pieces, Drive(setup.store))
+            BlockChecksums({b.name: b for b in manifest.blocks}, setup.plan.pieces, Drive(folder))
             if setup.verify_checksums
             else None
         )
-        trace_file = f"{setup.trace_folder}/NvmeLoader-{os.getpid()}.jsonl" if setup.trace_folder else None
+        trace_file = f"{setup.trace_folder}/{self._name}-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._loader = Loader(
             drive, setup.plan.pieces, self._memory.load_order(setup), self._memory.table, self._memory.slots,
             self._memory.residents, checksums=checksums, threads=setup.read_threads,
             transfer_bytes=setup.transfer_bytes,
-            preloads=self._memory.preload_order(setup), trace=TraceWriter(trace_file, "NvmeLoader"),
+            preloads=self._memory.preload_order(setup), trace=TraceWriter(trace_file, self._name),
+            number=number,
         )  # fmt: skip
         self._drive = drive
         self._loader.start()
@@ -53,7 +56,7 @@ class NvmeLoader:
         """Busy: at least one read in flight. Waiting: every slot is full."""
         now = self._loader.snapshot()
         return StageTimes(
-            "NvmeLoader", now.reading_s, now.waiting_for_slots_s, now.running_s,
+            self._name, now.reading_s, now.waiting_for_slots_s, now.running_s,
             {"bytes_read": now.bytes_read, "pieces_read": now.pieces_read, "direct": now.direct, "retries": now.retries,
              "why_buffered": self._drive.why_buffered},
         )  # fmt: skip

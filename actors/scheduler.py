@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pipo_ray.errors import ActorFailedError, DriveError, MisreadError, PipoError
 from pipo_ray.messages import RequestSpec, StageTimes, SweepRequest, SweepResult, TokenEvent
-from pipo_ray.pipeline.roll import ActorRoll
+from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.slots import PieceUnreadableError
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
@@ -28,7 +28,8 @@ class Scheduler:
         ActorRoll(roll).sign_in("Scheduler")
         setup = obtain_lease("Scheduler")
         self._memory = StageMemory.attach(setup)
-        self._compute, self._loader = find("ComputeWorker"), find("NvmeLoader")
+        self._compute = find("ComputeWorker")
+        self._loaders = [find(loader_name(number)) for number in range(setup.plan.num_drives)]
         trace_file = f"{setup.trace_folder}/Scheduler-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._loop = SchedulingLoop(self._run_sweep, self._set_up, limits, TraceWriter(trace_file, "Scheduler"))
         self._task: asyncio.Task[None] | None = None
@@ -92,11 +93,11 @@ class Scheduler:
             raise cause from error
 
     async def _diagnose(self, error: RayTaskError) -> PipoError:
-        """The compute worker raised: the loader's own error if that is why, the error itself if it is one of ours."""
+        """The compute worker raised: that loader's own error if that is why, the error itself if it is one of ours."""
         inner = error.cause
         if isinstance(inner, PieceUnreadableError):
             try:
-                cause = await self._loader.error.remote()
+                cause = await self._loaders[inner.loader].error.remote()
             except RayActorError:
                 cause = None
             if isinstance(cause, PipoError):

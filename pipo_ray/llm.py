@@ -26,9 +26,9 @@ from pipo_ray.outputs import RequestOutput
 from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
-from pipo_ray.plan.drive_probe import describe_drive, drive_profile
+from pipo_ray.plan.drive_probe import describe_drive, drive_profiles
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
-from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer
+from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer, slowest
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.panels import machine_layout
@@ -127,16 +127,17 @@ class LLM:
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
             kv_in_ram=kv_in_ram,
         )  # fmt: skip
-        self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode))
-        profile: tuple[ReadRate, ...] = ()
+        folders = prepared.manifest.folders(prepared.folder)
+        self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode, num_drives=len(folders)))
+        profiles: list[tuple[ReadRate, ...]] = []
         if transfer is None and self._plan.streamed_bytes_per_sweep:
-            profile = drive_profile(prepared.folder, cache_folder(), on_progress)
-        if profile:
+            profiles = drive_profiles(folders, cache_folder(), on_progress)
+        if profile := slowest(profiles):
             sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
-            self._plan = plan(transfer=choose_transfer(profile, chosen_mode, **sizes))
+            self._plan = plan(transfer=choose_transfer(profile, chosen_mode, num_drives=len(folders), **sizes))
         self._lines = [budget_line, *describe_precision(prepared.manifest, machine_layout()), *self._plan.explanation]
         if profile:
-            self._lines.append(describe_drive(profile, self._plan.transfer))
+            self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
         self._max_model_len = min(
@@ -262,7 +263,7 @@ class LLM:
         return self._max_model_len
 
     def pids(self) -> dict[str, int]:
-        """The four actors' process ids by name."""
+        """The actors' process ids by name."""
         return self._stage.pids()
 
     def report(self) -> dict[str, Any]:

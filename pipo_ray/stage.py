@@ -14,7 +14,7 @@ from typing import Any
 from pipo_ray.errors import ActorFailedError, PipoError
 from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes
 from pipo_ray.pipeline.drive_watch import DriveWatch
-from pipo_ray.pipeline.roll import ACTORS, WINDOW_S, ActorRoll
+from pipo_ray.pipeline.roll import WINDOW_S, ActorRoll, loader_name
 from pipo_ray.pipeline.slots import SlotTable
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.plan.budget import RunPlan
@@ -24,6 +24,7 @@ from pipo_ray.session.memory import format_size, proportional_size
 from pipo_ray.session.oom import oom_kills
 from pipo_ray.session.session import Session
 from pipo_ray.session.slots import SharedBuffer, object_store_bytes
+from pipo_ray.store.manifest import Manifest
 
 _log = logging.getLogger("pipo_ray")
 _START_PATIENCE_S = 120.0
@@ -33,12 +34,17 @@ _SUPERVISE_S = 0.05
 def store_bytes(plan: RunPlan) -> int:
     """Bytes of object store that the stage's buffers need."""
     placement = plan.placement
-    table = SlotTable.nbytes(placement.num_slots, len(placement.residents))
+    table = _table_bytes(plan)
     return object_store_bytes([table, *[placement.slot_bytes] * placement.num_slots, *placement.arena_bytes])
 
 
+def _table_bytes(plan: RunPlan) -> int:
+    return SlotTable.nbytes(plan.placement.num_slots, len(plan.placement.residents), plan.sweep.num_drives)
+
+
 class Stage:
-    """Creates slots and resident memory, then the four actors under their names.
+    """Creates slots and resident memory, then the four actors under their names, and a loader for each further drive
+    that the store is striped over.
 
     The driver holds every buffer, so that any actor may die and find its memory again.
     """
@@ -70,7 +76,8 @@ class Stage:
         self.trace_folder = Path(session.path) / "trace" if trace else None
         if self.trace_folder is not None:
             self.trace_folder.mkdir(exist_ok=True)
-        self.roll = ActorRoll.create(Path(session.path) / "roll")
+        num_loaders = plan.sweep.num_drives
+        self.roll = ActorRoll.create(Path(session.path) / "roll", num_loaders)
 
         # Slots are shared memory of this node, and so is the store's place in the file system: nowhere else, not even
         # after a restart.
@@ -82,13 +89,16 @@ class Stage:
 
         roll = self.roll.path
         self.staging_pool = actor(StagingPool, "StagingPool", max_concurrency=8).remote(roll, plan.weight_bytes)
-        self.nvme_loader = actor(NvmeLoader, "NvmeLoader", max_concurrency=2).remote(roll)
+        self.nvme_loaders = [
+            actor(NvmeLoader, loader_name(number), max_concurrency=2).remote(roll, number)
+            for number in range(num_loaders)
+        ]
         self.compute_worker = actor(ComputeWorker, "ComputeWorker", concurrency_groups={"text": 1}).remote(
             roll, compute
         )
         self.scheduler = actor(Scheduler, "Scheduler", max_concurrency=64).remote(roll, limits)
         # While the actors' processes start and import what they need; they wait for the lease then.
-        self._table_buffer = session.allocate(SlotTable.nbytes(placement.num_slots, len(placement.residents)))
+        self._table_buffer = session.allocate(_table_bytes(plan))
         self._buffers: list[SharedBuffer] = [session.allocate(placement.slot_bytes) for _ in range(placement.num_slots)]
         self.huge_page_bytes = use_huge_pages([buffer.view for buffer in self._buffers])
         self._arenas: list[SharedBuffer] = [session.allocate(nbytes) for nbytes in placement.arena_bytes]
@@ -100,14 +110,16 @@ class Stage:
         )  # fmt: skip
         self._setup = setup
         self.memory = StageMemory.attach(setup)
-        self._drive = DriveWatch(self.memory.table, str(store))
+        folders = Manifest.load(store).folders(store)[:num_loaders]
+        self._drive = DriveWatch(self.memory.table, *map(str, folders))
         self._closing = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
 
     def wait_until_ready(self) -> None:
-        """Wait until all four actors answer. Raises the PipoError that one of them reports."""
-        self.call(self.nvme_loader, "ready")
+        """Wait until all actors answer. Raises the PipoError that one of them reports."""
+        for loader in self.nvme_loaders:
+            self.call(loader, "ready")
         self.call(self.scheduler, "ready")
         self.call(self.compute_worker, "set_up")
 
@@ -148,14 +160,19 @@ class Stage:
                 "lower --max-batch-tokens or raise --memory"
             )
 
+    @property
+    def nvme_loader(self) -> Any:
+        """The loader of the store's own folder."""
+        return self.nvme_loaders[0]
+
     def pids(self) -> dict[str, int]:
         """The actors' pids by name."""
-        return {name: self.roll.pid(name) for name in ACTORS}
+        return {name: self.roll.pid(name) for name in self.roll.actors}
 
     def times(self) -> list[StageTimes]:
         """How each stage has spent its time."""
         result = []
-        for actor in (self.nvme_loader, self.staging_pool, self.compute_worker, self.scheduler):
+        for actor in (*self.nvme_loaders, self.staging_pool, self.compute_worker, self.scheduler):
             with contextlib.suppress(PipoError):
                 times = self.call(actor, "times", patience_s=10.0)
                 if times is not None:
@@ -169,7 +186,7 @@ class Stage:
         self._closing.set()
         self.memory.table.stop()
         self._supervisor.join()
-        for actor in (self.scheduler, self.compute_worker, self.nvme_loader, self.staging_pool):
+        for actor in (self.scheduler, self.compute_worker, *self.nvme_loaders, self.staging_pool):
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
         for buffer in [*self._buffers, *self._arenas, self._table_buffer]:

@@ -70,7 +70,7 @@ def _memory_rows(report: dict[str, Any]) -> list[Row]:
 def _stage_rows(report: dict[str, Any]) -> list[Row]:
     idle = () if report.get("streamed_bytes_per_sweep", 1) else ("NvmeLoader", "StagingPool")
     return [
-        (str(one["stage"]), "nothing to stream" if one["stage"] in idle else _shares(one))
+        (str(one["stage"]), "nothing to stream" if one["stage"].split("-")[0] in idle else _shares(one))
         for one in report.get("stages", ())
     ]
 

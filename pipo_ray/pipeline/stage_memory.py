@@ -36,7 +36,7 @@ class StageMemory:
             arena, offset = placement.residents[piece]
             residents.append(arenas[arena][offset : offset + setup.plan.pieces[piece].read_bytes])
         return StageMemory(
-            SlotTable(memory, placement.num_slots, len(resident_rows)),
+            SlotTable(memory, placement.num_slots, len(resident_rows), setup.plan.num_drives),
             slots,
             residents,
             resident_rows,

@@ -32,6 +32,9 @@ PROCESS_BYTES = 850 * MIB
 CUDA_PROCESS_BYTES = 2600 * MIB
 """The same with CUDA's libraries loaded in the compute worker."""
 
+LOADER_BYTES = 60 * MIB
+"""Each loader beyond the first, one for every further drive of a striped store."""
+
 _WANTED_GPU_SLOTS = 4
 _KV_SHARE = 0.2
 _WANTED_KV_TOKENS = 16384
@@ -105,16 +108,17 @@ def plan_run(
             transfer,
             kv_in_ram,
         )
+    processes = PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
     rows = logits_rows(facts, memory_bytes)
     if max_batch_tokens is None:
-        max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, memory_bytes - PROCESS_BYTES)
+        max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, memory_bytes - processes)
     activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
     whole = whole_bytes(manifest, facts)
     least_weights = min(whole, least_weight_bytes(manifest, facts))
     least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
-    fixed = PROCESS_BYTES + activations
+    fixed = processes + activations
     if weight_memory_bytes is not None:
         if weight_memory_bytes < least_weights:
             raise BudgetError(
@@ -129,7 +133,7 @@ def plan_run(
         lower = "; or lower --weight-memory" if wanted_weights > least_weights else ""
         raise BudgetError(
             f"--memory {format_size(memory_bytes)} is too low: at least "
-            f"{format_least(fixed + least_kv + wanted_weights)} would do: processes {format_size(PROCESS_BYTES)}, "
+            f"{format_least(fixed + least_kv + wanted_weights)} would do: processes {format_size(processes)}, "
             f"activations {format_size(activations)}, KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
             f"weights {format_size(wanted_weights)}{lower}"
         )
@@ -165,7 +169,7 @@ def plan_run(
         explanation=(
             f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
             f"{format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, processes "
-            f"{format_size(PROCESS_BYTES)}",
+            f"{format_size(processes)}",
             f"model {format_size(manifest.total_bytes)}: "
             + (f"{format_size(streamed)} stream from the drive in every sweep" if streamed else "nothing has to stream")
             + _looked_up_line(manifest),
@@ -186,6 +190,7 @@ def _plan_gpu_run(
     transfer: Transfer,
     kv_in_ram: bool,
 ) -> RunPlan:
+    processes = CUDA_PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
     rows = logits_rows(facts, gpu_memory_bytes)
@@ -219,17 +224,17 @@ def _plan_gpu_run(
             f"--weight-memory {format_size(weight_memory_bytes)} is too low: at least {format_least(least_host)} would "
             "do: two slots for the largest matrix part that must be in one"
         )
-    if memory_bytes < CUDA_PROCESS_BYTES + least_host:
+    if memory_bytes < processes + least_host:
         raise BudgetError(
             f"--memory {format_size(memory_bytes)} is too low: at least "
-            f"{format_least(CUDA_PROCESS_BYTES + least_host)} would do: processes with CUDA "
-            f"{format_size(CUDA_PROCESS_BYTES)}, slots {format_size(least_host)}"
+            f"{format_least(processes + least_host)} would do: processes with CUDA "
+            f"{format_size(processes)}, slots {format_size(least_host)}"
         )
     kv = None
     if kv_in_ram:
-        kv = _kv_tiers(manifest, facts, kv_bytes, memory_bytes - CUDA_PROCESS_BYTES - least_host, context)
+        kv = _kv_tiers(manifest, facts, kv_bytes, memory_bytes - processes - least_host, context)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
-    host = memory_bytes - CUDA_PROCESS_BYTES - kv_ram_bytes
+    host = memory_bytes - processes - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
     slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // _WANTED_GPU_SLOTS,
@@ -273,7 +278,7 @@ def _plan_gpu_run(
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, "
             + (f"KV cache {format_size(kv_ram_bytes)}, " if kv_ram_bytes else "")
-            + f"processes with CUDA {format_size(CUDA_PROCESS_BYTES)}",
+            + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
             f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{_tiers_line(facts, kv_bytes, kv)}), activations "

@@ -36,8 +36,18 @@ _ROUNDS = 3
 _BUDGET_S = 8.0
 
 
+def drive_profiles(
+    folders: Sequence[Path], cache: Path, on_progress: Callable[[str, int, int], None] | None = None
+) -> list[tuple[ReadRate, ...]]:
+    """The profile of each folder's drive, see `drive_profile`; all together are measured as long as one would be."""
+    return [drive_profile(folder, cache, on_progress, _BUDGET_S / len(folders)) for folder in folders]
+
+
 def drive_profile(
-    folder: Path, cache: Path, on_progress: Callable[[str, int, int], None] | None = None
+    folder: Path,
+    cache: Path,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    budget_s: float | None = None,
 ) -> tuple[ReadRate, ...]:
     """The profile of the drive that the block store in `folder` is on: from the cache, else measured now, of which
     `on_progress("measure", 0, 0)` hears.
@@ -52,7 +62,7 @@ def drive_profile(
         return tuple(ReadRate(**point) for point in json.loads(kept.read_text(encoding="utf-8"))["points"])
     if on_progress is not None:
         on_progress("measure", 0, 0)
-    points = measure_drive(file, _BUDGET_S)
+    points = measure_drive(file, _BUDGET_S if budget_s is None else budget_s)
     with contextlib.suppress(OSError):  # without a cache it is measured every time
         write_json(kept, {"file": str(file), "points": [asdict(point) for point in points]})
     return points
@@ -137,10 +147,14 @@ def _key(file: Path) -> str:
     return xxhash.xxh3_64(f"{machine} {name} {GRID}".encode()).hexdigest()
 
 
-def describe_drive(profile: Sequence[ReadRate], transfer: Transfer) -> str:
-    """A line for the user: what the drive gave, and what was made of it."""
-    best = max(rate.bytes_per_s for rate in profile)
+def describe_drive(profile: Sequence[ReadRate], transfer: Transfer, *others: Sequence[ReadRate]) -> str:
+    """A line for the user: what the drive gave, and the `others` that the store is striped over, and what was made of
+    it.
+    """
+    best = [max((rate.bytes_per_s for rate in one), default=0.0) / 1e9 for one in (profile, *others)]
+    speeds = " and ".join(f"{one:.2f}" for one in best)
     return (
-        f"drive: up to {best / 1e9:.2f} GB/s when it was measured; reads of {format_size(transfer.transfer_bytes)}, "
-        f"{transfer.read_threads} in flight"
+        f"{'drives' if others else 'drive'}: up to {speeds} GB/s when {'they were' if others else 'it was'} measured; "
+        f"reads of {format_size(transfer.transfer_bytes)}, {transfer.read_threads} in flight"
+        f"{' on each' if others else ''}"
     )

@@ -81,7 +81,7 @@ def choose_residents(pieces: Sequence[Piece], budget: int) -> list[int]:
     """Pieces that stay, `budget` bytes at most: what must stay, then others spread evenly over the sweep.
 
     Evenly, because read-ahead reaches only as far as there are slots: the drive is to have something to do behind every
-    resident piece.
+    resident piece. For each drive by itself, because each is to have as much left to read.
     """
     chosen = [piece.index for piece in pieces if piece.kind == "rest"]
     left = budget - sum(pieces[i].read_bytes for i in chosen)
@@ -90,12 +90,12 @@ def choose_residents(pieces: Sequence[Piece], budget: int) -> list[int]:
     if left >= total:
         return sorted([*chosen, *(piece.index for piece in others)])
     share = max(0.0, left / total) if total else 0.0
-    owed = 0.0
+    owed = dict.fromkeys((piece.drive for piece in others), 0.0)
     for piece in others:
-        owed += share * piece.read_bytes
-        if owed >= piece.read_bytes and left >= piece.read_bytes:
+        owed[piece.drive] += share * piece.read_bytes
+        if owed[piece.drive] >= piece.read_bytes and left >= piece.read_bytes:
             chosen.append(piece.index)
-            owed -= piece.read_bytes
+            owed[piece.drive] -= piece.read_bytes
             left -= piece.read_bytes
     return sorted(chosen)
 

@@ -21,8 +21,8 @@ Mode = Literal["performance", "memory-saver"]
 
 @dataclass(frozen=True)
 class Transfer:
-    """`transfer_bytes` are read at once, by each of `read_threads` threads, so many are in flight; a slot holds
-    `slot_bytes` at most, and there are `num_slots` where the budget allows.
+    """`transfer_bytes` are read at once, by each of `read_threads` threads, so many are in flight on each drive; a slot
+    holds `slot_bytes` at most, and there are `num_slots`, for all drives together, where the budget allows.
     """
 
     transfer_bytes: int = 8 * MIB
@@ -52,6 +52,8 @@ class ReadRate:
 
 WITHOUT_PROFILE = Transfer()
 """For a drive that was not measured."""
+WITHOUT_PROFILE_IN_PARTS = ReadRate(2 * MIB, 8, 1.0)
+"""The reads of each of several such drives, on which weights lie in parts of 16 MiB (`store/striping.py`)."""
 
 _WITHIN = 0.01  # of the best sweep: what less staging may cost
 _SAVER_WITHIN = 0.07
@@ -78,29 +80,46 @@ def check_mode(mode: str) -> Mode:
 
 
 def choose_transfer(
-    profile: Sequence[ReadRate], mode: Mode = "performance", *, model_bytes: int = 0, weight_bytes: int = 0
+    profile: Sequence[ReadRate],
+    mode: Mode = "performance",
+    *,
+    model_bytes: int = 0,
+    weight_bytes: int = 0,
+    num_drives: int = 1,
 ) -> Transfer:
-    """The transfer for a drive with this profile (empty: not measured), and for a model of `model_bytes`, of which
-    `weight_bytes` may be in memory, slots included.
+    """The transfer for `num_drives` drives, each with this profile (empty: not measured), and for a model of
+    `model_bytes`, of which `weight_bytes` may be in memory, slots included.
 
     Staging takes memory from what could be resident: of the points with which a sweep's reading is within 1 % of the
     shortest, the one with the least staging. Slots hold several transfers, because large ones cut fewer matrices.
+    All drives share the slots, of which each needs as many as it would by itself.
     """
     if not profile:
-        chosen = WITHOUT_PROFILE
-        return chosen if mode == "performance" else _saving(chosen)
+        chosen = WITHOUT_PROFILE if num_drives == 1 else _staged(WITHOUT_PROFILE_IN_PARTS, num_drives)
+        return chosen if mode == "performance" else _saving(chosen, num_drives)
     rates = smoothed(profile)
-    candidates = [(point, _staged(point)) for point in profile if _keeps_busy(point)]
-    candidates = candidates or [(point, _staged(point)) for point in profile]
+    candidates = [(point, _staged(point, num_drives)) for point in profile if _keeps_busy(point)]
+    candidates = candidates or [(point, _staged(point, num_drives)) for point in profile]
 
     def seconds(point: ReadRate, staged: Transfer) -> float:
         streamed = max(model_bytes + staged.staging_bytes - weight_bytes, 0) if model_bytes else 1
-        return streamed / rates[point.in_flight_bytes]
+        return streamed / num_drives / rates[point.in_flight_bytes]
 
     best = min(seconds(*one) for one in candidates)
     good = [staged for point, staged in candidates if seconds(point, staged) <= (1 + _WITHIN) * best]
     chosen = min(good, key=lambda staged: (staged.staging_bytes, staged.read_threads))
-    return chosen if mode == "performance" else _saving(chosen, profile)
+    return chosen if mode == "performance" else _saving(chosen, num_drives, profile)
+
+
+def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
+    """The profile that each of several drives has at least: every drive has as much to read in a sweep, so it ends when
+    the slowest does. Empty if one was not measured.
+    """
+    rates: dict[tuple[int, int], list[float]] = {}
+    for profile in profiles:
+        for point in profile:
+            rates.setdefault((point.transfer_bytes, point.threads), []).append(point.bytes_per_s)
+    return tuple(ReadRate(*point, min(found)) for point, found in rates.items() if len(found) == len(profiles))
 
 
 def smoothed(profile: Sequence[ReadRate]) -> dict[int, float]:
@@ -128,20 +147,20 @@ def _keeps_busy(point: ReadRate) -> bool:
     return point.threads >= _LEAST_READS and point.in_flight_bytes >= _LEAST_IN_FLIGHT_BYTES
 
 
-def _staged(point: ReadRate) -> Transfer:
+def _staged(point: ReadRate, num_drives: int) -> Transfer:
     """The slots behind a point."""
     in_flight = point.in_flight_bytes
-    staging = in_flight + min(_WAITING_PER_FLIGHT * in_flight, _MOST_WAITING_BYTES)
+    staging = num_drives * (in_flight + min(_WAITING_PER_FLIGHT * in_flight, _MOST_WAITING_BYTES))
     slot = max(point.transfer_bytes, _SLOT_BYTES)
     return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
 
 
-def _saving(full: Transfer, profile: Sequence[ReadRate] = ()) -> Transfer:
+def _saving(full: Transfer, num_drives: int, profile: Sequence[ReadRate] = ()) -> Transfer:
     """A quarter of the staging of `full`, with the reads that are fastest of those that fit into it."""
     staging = full.staging_bytes // _SAVED
     slot = max(256 * 1024, min(staging // (_HELD_SLOTS + 3), _SLOT_BYTES) // PAGE * PAGE)
     slots = max(_HELD_SLOTS + 3, staging // slot)
-    in_flight = (slots - _HELD_SLOTS) * slot
+    in_flight = (slots - _HELD_SLOTS) * slot // num_drives
     rates = smoothed(profile)
     fitting = [r for r in profile if r.in_flight_bytes <= in_flight and r.transfer_bytes <= slot]
     most = max((rates[r.in_flight_bytes] for r in fitting), default=0.0)

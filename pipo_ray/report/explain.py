@@ -16,7 +16,8 @@ _STARTING_SHARE = 0.5
 class Measured:
     """One run. Seconds and bytes are totals over its sweeps; `sweep_s` is the time from the first sweep to the end.
 
-    `tokens_per_sweep` is what a sweep of decoding produced; `device` "cpu" or "cuda".
+    `tokens_per_sweep` is what a sweep of decoding produced; `device` "cpu" or "cuda". Of several loaders `reading_s` is
+    that of the busiest, `bytes_read` what all have read.
     """
 
     device: str
@@ -42,7 +43,8 @@ class Measured:
 def measured(report: Mapping[str, Any], generated_tokens: int) -> Measured:
     """The figures of `LLM.report()`."""
     stages = {stage["stage"]: stage for stage in report["stages"]}
-    compute, loader = stages.get("ComputeWorker", {}), stages.get("NvmeLoader", {})
+    compute = stages.get("ComputeWorker", {})
+    loaders = [times for name, times in stages.items() if name.startswith("NvmeLoader")]
     scheduler = stages.get("Scheduler", {})
     return Measured(
         device="cuda" if report.get("gpu_memory_bytes") else "cpu",
@@ -51,8 +53,8 @@ def measured(report: Mapping[str, Any], generated_tokens: int) -> Measured:
         computing_s=compute.get("busy_s", 0.0),
         waiting_s=compute.get("waiting_s", 0.0),
         scheduling_s=scheduler.get("busy_s", 0.0),
-        reading_s=loader.get("busy_s", 0.0),
-        bytes_read=loader.get("bytes_read", 0),
+        reading_s=max((loader.get("busy_s", 0.0) for loader in loaders), default=0.0),
+        bytes_read=sum(loader.get("bytes_read", 0) for loader in loaders),
         streamed_per_sweep=report["streamed_bytes_per_sweep"],
         model_bytes=report["model_bytes"],
         resident_bytes=report["resident_bytes"],

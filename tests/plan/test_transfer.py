@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from pipo_ray.errors import InputError
 from pipo_ray.plan.drive_probe import GRID
-from pipo_ray.plan.transfer import WITHOUT_PROFILE, ReadRate, Transfer, check_mode, choose_transfer, smoothed
+from pipo_ray.plan.transfer import (
+    WITHOUT_PROFILE,
+    Mode,
+    ReadRate,
+    Transfer,
+    check_mode,
+    choose_transfer,
+    slowest,
+    smoothed,
+)
 
 MIB = 1 << 20
 
@@ -100,6 +109,30 @@ def test_few_reads_in_flight_are_not_enough_for_busy_cores() -> None:
 
 def test_a_drive_that_was_not_measured() -> None:
     assert choose_transfer([]) == WITHOUT_PROFILE
+
+
+@given(profiles() | st.just([]), st.integers(2, 4), st.sampled_from(["performance", "memory-saver"]))
+def test_several_drives_share_the_slots(profile: list[ReadRate], num_drives: int, mode: Mode) -> None:
+    """Each has as many as it would have alone; a part of 16 MiB fits into one."""
+    one, several = choose_transfer(profile, mode), choose_transfer(profile, mode, num_drives=num_drives)
+    assert several.transfer_bytes <= several.slot_bytes
+    if mode == "performance":
+        assert several.slot_bytes == 16 * MIB + 8192
+        assert several.transfer_bytes * several.read_threads * num_drives <= several.staging_bytes
+        if profile:
+            assert (several.transfer_bytes, several.read_threads) == (one.transfer_bytes, one.read_threads)
+            assert several.num_slots - 3 >= num_drives * (one.num_slots - 3) - num_drives
+    else:
+        assert several.num_slots >= 6
+
+
+def test_a_sweep_ends_when_the_slowest_drive_does() -> None:
+    fast = [ReadRate(MIB, 8, 3.0), ReadRate(2 * MIB, 8, 5.0)]
+    slow = [ReadRate(MIB, 8, 1.0), ReadRate(2 * MIB, 8, 6.0)]
+    assert slowest([fast, slow]) == (ReadRate(MIB, 8, 1.0), ReadRate(2 * MIB, 8, 5.0))
+    assert slowest([fast]) == tuple(fast)
+    assert slowest([fast, ()]) == ()
+    assert slowest([]) == ()
 
 
 def test_an_unknown_mode_is_named() -> None:

@@ -102,3 +102,13 @@ def test_the_figures_come_from_a_report() -> None:
         "model_bytes": 7 * GIB, "resident_bytes": 4 * GIB, "memory_budget_bytes": 6 * GIB, "gpu_memory_bytes": None,
     }  # fmt: skip
     assert measured(report, 10) == DRIVE
+
+
+def test_several_loaders_read_at_the_same_time() -> None:
+    stages = [
+        {"stage": "NvmeLoader", "busy_s": 30.0, "waiting_s": 1.0, "bytes_read": 30 * GIB},
+        {"stage": "NvmeLoader-2", "busy_s": 20.0, "waiting_s": 11.0, "bytes_read": 28 * GIB},
+    ]
+    sizes = dict.fromkeys(("streamed_bytes_per_sweep", "model_bytes", "resident_bytes", "memory_budget_bytes"), GIB)
+    found = measured({"stages": stages, "sweeps": 3, "elapsed_s": 40.0, **sizes}, 3)
+    assert (found.reading_s, found.bytes_read) == (30.0, 58 * GIB)
