@@ -13,6 +13,7 @@ request, and 8 GiB of RAM for everything.
     link limit   (weights without what is looked up - (GPU budget - 1 GiB)) / rate of the pure copies
     of limit     median over the rounds of link limit / seconds per sweep
     busy         share of the sweeps in which the compute stream did not wait for a piece, by CUDA's events
+    link         share of the time between tokens in which weights were being copied, by CUDA's events, and how fast
     GPU          most bytes that torch reserved, and the CUDA context
 
 `--quick`: a model of 3 GB and a budget of 2 GiB, to see whether everything works.
@@ -81,10 +82,10 @@ def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int) -> float:
     return (last[-1][0] - last[0][0]) / (last[-1][1] - last[0][1])
 
 
-def worker_times(llm: LLM) -> tuple[float, float]:
-    """Seconds that the compute worker was busy, and waited for pieces (its compute stream by CUDA's events)."""
-    worker = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
-    return worker["busy_s"], worker["waiting_s"]
+def worker_times(llm: LLM) -> dict[str, float]:
+    """What the compute worker reports: seconds busy, waiting for pieces (its compute stream by CUDA's events), ..."""
+    found: dict[str, float] = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
+    return found
 
 
 def run_row(
@@ -107,9 +108,8 @@ def run_row(
             decode(llm, prompts, 2)
         warm_up = time.perf_counter() - warm_up
         wait_until_pinned(llm, sum(plan.placement.arena_bytes))
-        report = llm.report()
-        worker = next(stage for stage in report["stages"] if stage["stage"] == "ComputeWorker")
-        seconds, limits, busy, links = [], [], [], []
+        worker = worker_times(llm)
+        seconds, limits, busy, links, copying = [], [], [], [], []
         with PinnedLink() as link:
             link.rate(sizes)
             for _ in range(rounds):
@@ -122,7 +122,10 @@ def run_row(
                 else:
                     seconds.append(decode(llm, prompts, sweeps))
                 after = worker_times(llm)
-                busy.append((after[0] - before[0]) / (after[0] - before[0] + after[1] - before[1]))
+                spent = {name: after[name] - before[name] for name in ("busy_s", "waiting_s", "weight_copies_s")}
+                busy.append(spent["busy_s"] / (spent["busy_s"] + spent["waiting_s"]))
+                # A round has a sweep over the prompt besides, and the first copies of the next one.
+                copying.append(spent["weight_copies_s"] / (1 if row == "prompt" else sweeps + 2))
                 streamable = shape.num_bytes - shape.embedding_bytes - max(0, gpu_memory - BESIDE_WEIGHTS)
                 limits.append(streamable / links[-1])
     shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
@@ -130,7 +133,7 @@ def run_row(
         "shape": name, "row": row, "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
         "share": statistics.median(shares), "shares": shares, "busy": statistics.median(busy),
         "link_gb_s": statistics.median(links) / 1e9, "copied_gb": sum(sizes) / 1e9, "model_gb": shape.num_bytes / 1e9,
-        "copy_s": sum(sizes) / statistics.median(links),
+        "copy_s": sum(sizes) / statistics.median(links), "copying_s": statistics.median(copying),
         "tokens": sum(map(len, prompts)) if row == "prompt" else len(prompts),
         "gpu_reserved_gb": worker["gpu_reserved_bytes"] / 1e9, "gpu_context_gb": worker["gpu_context_bytes"] / 1e9,
         "gpu_budget_gb": gpu_memory / 1e9, "pinned_gb": worker["pinned_bytes"] / 1e9,
@@ -143,7 +146,7 @@ def wait_until_pinned(llm: LLM, arena_bytes: int, patience_s: float = 60.0) -> N
     """Registering the resident pieces goes on in the background."""
     deadline = time.perf_counter() + patience_s
     while time.perf_counter() < deadline:
-        worker = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
+        worker = worker_times(llm)
         if worker["pinned_bytes"] + worker["unpinned_bytes"] >= arena_bytes:
             return
         time.sleep(0.25)
@@ -153,8 +156,9 @@ def show(row: dict[str, Any]) -> None:
     """A line."""
     print(
         f"{row['shape']:>11}{row['row']:>7}{row['seconds']:9.3f} s{row['tokens'] / row['seconds']:10.1f} tok/s"
-        f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['busy']:7.1f} %{row['link_gb_s']:7.1f}"
-        f"{row['copied_gb']:8.2f}{row['copy_s']:8.3f} s{row['gpu_reserved_gb'] + row['gpu_context_gb']:8.2f}"
+        f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['busy']:7.1f} %"
+        f"{100 * row['copying_s'] / row['seconds']:6.1f} %{row['copied_gb'] / row['copying_s']:6.1f}"
+        f"{row['link_gb_s']:8.1f}{row['copied_gb']:8.2f}{row['gpu_reserved_gb'] + row['gpu_context_gb']:8.2f}"
         f"{row['start_s']:7.1f}{row['warm_up_s']:7.1f}",
         flush=True,
     )
@@ -169,6 +173,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sweeps", type=int, default=12, help="in a round")
     parser.add_argument("--folder", type=Path, help="for checkpoints and stores, which are kept there")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="for `gpu_peers/`")
     parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
@@ -180,7 +185,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in names:
-            store = make_store(folder, name)
+            store = make_store(folder, name, options.keep_checkpoints)
             for row in options.rows.split(","):
                 rows.append(run_row(store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name]))
                 show(rows[-1])
@@ -193,16 +198,16 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(torch.cuda.get_device_name(0), torch.__version__)
     print(
-        f"{'shape':>11}{'batch':>7}{'a sweep':>11}{'':>16}{'limit':>11}{'of it':>9}{'busy':>9}{'GB/s':>7}{'copied':>8}"
-        f"{'copies':>10}{'GPU GB':>8}{'start':>7}{'first':>7}"
+        f"{'shape':>11}{'batch':>7}{'a sweep':>11}{'':>16}{'limit':>11}{'of it':>9}{'busy':>9}{'link':>8}{'GB/s':>6}"
+        f"{'limit':>8}{'GB':>8}{'GPU GB':>8}{'start':>7}{'first':>7}"
     )
     for one in rows:
         show(one)
     return 0
 
 
-def make_store(folder: Path, name: str) -> Path:
-    """The packed store of a shape; its checkpoint is deleted."""
+def make_store(folder: Path, name: str, keep_checkpoint: bool) -> Path:
+    """The packed store of a shape; its checkpoint is deleted unless it is to be kept."""
     from pipo_ray.prepare import pack_store
 
     store = folder / f"{name}.store"
@@ -211,7 +216,8 @@ def make_store(folder: Path, name: str) -> Path:
         make_checkpoint(folder / name, SHAPES[name])
         made = time.perf_counter()
         pack_store(folder / name, store)
-        shutil.rmtree(folder / name)
+        if not keep_checkpoint:
+            shutil.rmtree(folder / name)
         print(
             f"{name}: {format_size(SHAPES[name].num_bytes)} made in {made - begin:.0f} s, packed in "
             f"{time.perf_counter() - made:.0f} s",

@@ -102,7 +102,7 @@ class ComputeEngine:
         )
         self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store)
         self._sequences: dict[str, _Running] = {}
-        self._computing_s = self._waited_s = 0.0
+        self._computing_s = self._waited_s = self._copying_s = 0.0
         self._started = time.perf_counter()
 
     def run_sweep(self, request: SweepRequest) -> SweepResult:
@@ -133,6 +133,7 @@ class ComputeEngine:
         waited = self._stream.times.waited_s - waited
         if self._ops is not None:
             waited += self._ops.stalled_s()
+            self._copying_s += self._ops.weight_copies_s()
         self._waited_s += waited
         self._computing_s += end - begin - waited
         tokens = sum(len(step.token_ids) for step in request.steps)
@@ -161,6 +162,7 @@ class ComputeEngine:
         details = {"cache_bytes": self._runner.cache_bytes, **gpu_memory_in_use(self._device)}
         if self._ops is not None:
             details |= {"pinned_bytes": self._ops.pinned_bytes, "unpinned_bytes": self._ops.refused_bytes}
+            details["weight_copies_s"] = self._copying_s
         if self._kv_tiers is not None:
             details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
             details["kv_saved_bytes"] = self._kv_tiers.saved_bytes

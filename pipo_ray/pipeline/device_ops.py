@@ -64,7 +64,7 @@ class CudaOps:
         self._registered: list[int] = []
         self.pinned_bytes = 0
         self.refused_bytes = 0
-        self._stalls: deque[tuple[Any, Any]] = deque()
+        self._stalls, self._weight_copies = _Spans(), _Spans()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 memory on the GPU."""
@@ -73,12 +73,18 @@ class CudaOps:
     def copy(self, source: torch.Tensor, target: torch.Tensor, after: Any, stream: CopyStream = "weight copy") -> Any:
         """See `DeviceOps.copy`. With pinned memory it does not occupy the calling thread."""
         copy_stream = self._copy_streams[stream]
+        timed = stream == "weight copy"
         with torch.cuda.stream(copy_stream):
             if after is not None:
                 copy_stream.wait_event(after)
+            begin = torch.cuda.Event(enable_timing=True) if timed else None
+            if begin is not None:
+                begin.record(copy_stream)
             target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event(blocking=True)
+            event = torch.cuda.Event(enable_timing=timed, blocking=True)
             event.record(copy_stream)
+        if begin is not None:
+            self._weight_copies.append(begin, event)
         return event
 
     def compute_waits_for(self, event: Any) -> None:
@@ -88,15 +94,15 @@ class CudaOps:
         before.record(stream)
         stream.wait_event(event)
         behind.record(stream)
-        self._stalls.append((before, behind))
+        self._stalls.append(before, behind)
 
     def stalled_s(self) -> float:
         """See `DeviceOps.stalled_s`: by CUDA's clock, and without waiting for the device."""
-        stalled = 0.0
-        while self._stalls and self._stalls[0][1].query():
-            before, behind = self._stalls.popleft()
-            stalled += before.elapsed_time(behind) / 1000
-        return stalled
+        return self._stalls.take_s()
+
+    def weight_copies_s(self) -> float:
+        """Seconds of copying weights, since this was last asked; what is not over yet counts next time."""
+        return self._weight_copies.take_s()
 
     def record_on_compute(self) -> Any:
         """See `DeviceOps.record_on_compute`."""
@@ -129,3 +135,22 @@ class CudaOps:
         for address in self._registered:
             torch.cuda.cudart().cudaHostUnregister(address)
         self._registered.clear()
+
+
+class _Spans:
+    """Work on streams, from an event to another; in the order in which it ends."""
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[Any, Any]] = deque()
+
+    def append(self, begin: Any, end: Any) -> None:
+        """Work between two recorded events."""
+        self._spans.append((begin, end))
+
+    def take_s(self) -> float:
+        """Seconds of what is over, which is forgotten with this."""
+        seconds = 0.0
+        while self._spans and self._spans[0][1].query():
+            begin, end = self._spans.popleft()
+            seconds += begin.elapsed_time(end) / 1000
+        return seconds

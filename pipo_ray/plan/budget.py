@@ -9,10 +9,11 @@ from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
 from pipo_ray.plan.kv_pages import KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
-from pipo_ray.plan.pieces import SweepPlan, largest_uncut_bytes
+from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.plan.placement import (
     STAGING_SHARE,
     choose_residents,
+    least_slot_bytes,
     least_weight_bytes,
     pack_arenas,
     place,
@@ -197,7 +198,7 @@ def _plan_gpu_run(
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
     activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
-    least_slot = largest_uncut_bytes(manifest.blocks)
+    least_slot = least_slot_bytes(manifest)
     least_sweep = sweep_plan(manifest, facts, least_slot)
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
     least_gpu = (least_sweep.max_held + 1) * least_slot + always

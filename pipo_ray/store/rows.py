@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -126,16 +127,30 @@ class RowReader:
         # A long run is cut too: it would have the whole matrix in memory.
         cut = np.diff(wanted // max(1, _RUN_BYTES // self.row_bytes)) > 0
         cut |= np.diff(self._part_of(wanted)) > 0
-        for run in np.split(missing, np.flatnonzero(far | cut) + 1):
+        runs = np.split(missing, np.flatnonzero(far | cut) + 1)
+        if len(runs) > 1:  # asked for one behind the other, each would wait for the drive
+            for run in runs:
+                self._expect(int(unique[run[0]]), int(unique[run[-1]]))
+        for run in runs:
             first, last = int(unique[run[0]]), int(unique[run[-1]])
             data = self._pread(first, last + 1 - first)
             found[run] = data[unique[run] - first]
 
+    def _place(self, first: int) -> tuple[_Part, int]:
+        """The part that has row `first`, and the row's offset in its file."""
+        part = self._parts[int(self._part_of(np.array(first)))]
+        return part, part.offset + (first - part.first_row) * self.row_bytes
+
+    def _expect(self, first: int, last: int) -> None:
+        """Let the drive begin with these rows."""
+        part, offset = self._place(first)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(part.descriptor, offset, (last + 1 - first) * self.row_bytes, os.POSIX_FADV_WILLNEED)
+
     def _pread(self, first: int, count: int) -> NDArray[np.uint8]:
         data: NDArray[np.uint8] = np.empty((count, self.row_bytes), np.uint8)
         view = data.reshape(-1).data
-        part = self._parts[int(self._part_of(np.array(first)))]
-        offset = part.offset + (first - part.first_row) * self.row_bytes
+        part, offset = self._place(first)
         done = 0
         while done < len(view):
             try:
