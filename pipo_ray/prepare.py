@@ -328,7 +328,8 @@ def _child_environment(job: str) -> Mapping[str, str]:
     # No GPU is needed, and a CUDA context would take half a GB of it. Only a download may use the network.
     offline = {} if job == "download" else {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     own = {"PIPO_PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | own | offline
+    # One thread reads and others quantize; those that torch starts for each of them would only spin beside them.
+    return os.environ | own | offline | {"OMP_NUM_THREADS": "1"}
 
 
 def _end(child: subprocess.Popen[str]) -> None:

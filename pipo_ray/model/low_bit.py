@@ -29,6 +29,7 @@ _MEASURED_ROWS = (1, 4, 16, 32, 64, 128)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 4
 _UNCACHED_BYTES = 16 << 20
+_REMEMBERED = 4096
 
 
 class LowBitProducts:
@@ -43,6 +44,7 @@ class LowBitProducts:
         self._profile, self._machine = profile, machine
         self._device = device or torch.device("cpu")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self._chosen: dict[tuple[int, Panels], Kernel] = {}
 
     @classmethod
     def for_run(cls, layouts: Collection[Layout], file: Path | None, device: torch.device) -> LowBitProducts:
@@ -88,15 +90,19 @@ class LowBitProducts:
 
     def _panel(self, rows: torch.Tensor, views: PanelViews, panels: Panels) -> torch.Tensor:
         """[len(rows), panel_rows]."""
-        kernel = self._choose(len(rows), panels)
+        kernel = self._chosen.get((len(rows), panels))
+        if kernel is None:
+            kernel = self._choose(len(rows), panels)
+            if len(self._chosen) >= _REMEMBERED:
+                self._chosen.clear()
+            self._chosen[len(rows), panels] = kernel
         if panels.low_bit.bits == 8:
             if kernel == "packed":
                 return torch._weight_int8pack_mm(rows, views.codes, views.scales)
             return self._unpacked_int8(rows, views, kernel)
         if kernel == "packed":
-            packed = views.codes.view(panels.panel_rows, panels.columns // 2)
             group = panels.low_bit.group
-            product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, views.scales)
+            product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, views.codes, group, views.scales)
             return product
         return self._unpacked_int4(rows, views, panels, kernel)
 

@@ -12,7 +12,7 @@ from pipo_ray.quant.rounding import Rounded
 
 @dataclass(frozen=True)
 class PanelViews:
-    """Views of a panel's memory. int4: `codes` uint8 [panel_rows * columns / 2], `scales` bf16 [groups, panel_rows, 2]
+    """Views of a panel's memory. int4: `codes` uint8 [panel_rows, columns / 2], `scales` bf16 [groups, panel_rows, 2]
     with scale and zero. int8: `codes` int8 [panel_rows, columns], `scales` bf16 [panel_rows].
     """
 
@@ -22,9 +22,10 @@ class PanelViews:
 
 def views_of(panel: torch.Tensor, panels: Panels) -> PanelViews:
     """The parts of `panel`, uint8 [panel_bytes], over the same memory."""
-    codes, scales = panel[: panels.code_bytes], panel[panels.code_bytes :].view(torch.bfloat16)
+    codes, scales = panel.split((panels.code_bytes, panels.panel_bytes - panels.code_bytes))
+    codes, scales = codes.view(panels.panel_rows, -1), scales.view(torch.bfloat16)
     if panels.low_bit.bits == 8:
-        return PanelViews(codes.view(torch.int8).view(panels.panel_rows, panels.columns), scales)
+        return PanelViews(codes.view(torch.int8), scales)
     return PanelViews(codes, scales.view(-1, panels.panel_rows, 2))
 
 
@@ -42,7 +43,7 @@ def write_rows(views: PanelViews, panels: Panels, start: int, rounded: Rounded) 
     if missing := -rows % order.block:
         codes = torch.cat([codes, codes.new_zeros(missing, codes.shape[1])])
     first = start * panels.columns // 2
-    views.codes[first : first + codes.numel() // 2] = interleave(codes, order)
+    views.codes.view(-1)[first : first + codes.numel() // 2] = interleave(codes, order)
     views.scales[:, start : start + rows, 0] = rounded.scales.T
     views.scales[:, start : start + rows, 1] = rounded.zeros.T
 
@@ -59,7 +60,8 @@ def interleave(codes: torch.Tensor, order: CodeOrder) -> torch.Tensor:
     """int4 codes, uint8 [rows, columns] with rows a multiple of the order's block, as bytes [rows * columns / 2]."""
     rows, columns = codes.shape
     low, high = halves(codes.view(rows // order.block, order.block, columns), order, dim=1)
-    return (low | high << 4).transpose(1, 2).reshape(-1)
+    # One block at a time: torch transposes matrices fast, and stacks of them slowly.
+    return torch.cat([block.t().contiguous().view(-1) for block in low | high << 4])
 
 
 def separate(packed: torch.Tensor, rows: int, order: CodeOrder) -> torch.Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,22 +66,23 @@ class Panels:
     columns: int
     panel_rows: int
 
-    @property
+    # Computed once: a product asks for them, and with one row of inputs every microsecond shows.
+    @cached_property
     def low_bit(self) -> LowBitFormat:
         """The format itself."""
         return LowBitFormat.parse(self.format)
 
-    @property
+    @cached_property
     def num_panels(self) -> int:
         """Rows of the stored tensor."""
         return -(-self.rows // self.panel_rows)
 
-    @property
+    @cached_property
     def code_bytes(self) -> int:
         """Bytes of a panel's codes, which come first."""
         return self.panel_rows * self.columns * self.low_bit.bits // 8
 
-    @property
+    @cached_property
     def panel_bytes(self) -> int:
         """Columns of the stored tensor."""
         return self.code_bytes + _scale_bytes(self.low_bit, self.panel_rows, self.columns)
