@@ -45,6 +45,8 @@ from pipo_ray.store.rows import RowReader
 from pipo_ray.store.source import TensorSource
 
 CPU = torch.device("cpu")
+PART_BYTES = 6000
+"""Of a striped store: so small that the matrices of tiny models are split by rows."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ def pack_checkpoint(
     *,
     panel_bytes: int = PANEL_BYTES,
     layout: str | None = None,
+    num_stripes: int = 0,
 ) -> PackedModel:
-    """Trace, probe and pack the checkpoint; with `precision`, in panels of `panel_bytes` and int4 in `layout`."""
+    """Trace, probe and pack the checkpoint; with `precision`, in panels of `panel_bytes` and int4 in `layout`; with
+    `num_stripes` further folders beside the destination, in parts of at most `PART_BYTES`.
+    """
     config = load_config(checkpoint)
     model, trace, facts = find_facts(config, dtype, checkpoint)
     with Checkpoint.open(checkpoint) as opened:
@@ -96,7 +101,8 @@ def pack_checkpoint(
                 blocks, quantized, destination,
                 checkpoint=opened, aliases=source.aliases, architecture=opened.architecture,
                 model_type=opened.model_type, precision=source.precision, slot_bytes=1 << 20,
-                extra={"facts": facts.to_json()},
+                extra={"facts": facts.to_json()}, part_bytes=PART_BYTES,
+                stripes=[destination.with_name(f"{destination.name}-stripe{n}") for n in range(num_stripes)],
             )  # fmt: skip
     return PackedModel(destination, config, dtype, manifest, ModelFacts.from_json(manifest.extra["facts"]))
 
@@ -152,19 +158,21 @@ class Pipeline:
         free = [piece for piece in others if piece not in self.resident_rows]
         self.gpu_residents = tuple(free[-gpu_resident_pieces:]) if gpu_resident_pieces else ()
         self.num_slots = self.plan.max_held + spare_slots
-        self.table = SlotTable(
-            aligned(SlotTable.nbytes(self.num_slots, len(self.resident_rows))), self.num_slots, len(self.resident_rows)
-        )
+        sizes = self.num_slots, len(self.resident_rows), self.plan.num_drives
+        self.table = SlotTable(aligned(SlotTable.nbytes(*sizes)), *sizes)
         self._slots = [aligned(slot_bytes) for _ in range(self.num_slots)]
         self._residents = [aligned(self.pieces[piece].read_bytes) for piece in self.resident_rows]
-        self._drive = Drive(packed.folder)
         blocks = {block.name: block for block in manifest.blocks}
-        self.loader = Loader(
-            self._drive, self.pieces, self.loads(), self.table, self._slots, self._residents, threads=threads,
-            preloads=self.preloads(),
-            checksums=BlockChecksums(blocks, self.pieces, self._drive) if checksums else None,
-        )  # fmt: skip
-        self.loader.start()
+        self.loaders = []
+        for number, folder in enumerate(manifest.folders(packed.folder)[: self.plan.num_drives]):
+            drive = Drive(folder)
+            loader = Loader(
+                drive, self.pieces, self.loads(), self.table, self._slots, self._residents, threads=threads,
+                preloads=self.preloads(), number=number,
+                checksums=BlockChecksums(blocks, self.pieces, drive) if checksums else None,
+            )  # fmt: skip
+            loader.start()
+            self.loaders.append(loader)
         self._readers: dict[str, RowReader] = {}
         try:
             self.stream: WeightStream = self._open_stream(slot_bytes, num_gpu_slots)
@@ -280,7 +288,8 @@ class Pipeline:
     def close(self) -> None:
         """End all threads and close all files. Raises what the loader could not cure."""
         self.table.stop()
-        self.loader.stop()
+        for loader in self.loaders:
+            loader.stop()
         for reader in self._readers.values():
             reader.close()
 
@@ -291,8 +300,9 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if kind is None and self.loader.error is not None:
-            raise self.loader.error
+        errors = [loader.error for loader in self.loaders if loader.error is not None]
+        if kind is None and errors:
+            raise errors[0]
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 5) -> list[list[int]]:

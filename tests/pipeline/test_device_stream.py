@@ -85,11 +85,15 @@ class LateCopies:
                 self._condition.notify_all()
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt-oss", "qwen3-next"])
+@pytest.fixture(
+    scope="module", params=[("llama", 0), ("gpt-oss", 0), ("qwen3-next", 0), ("llama", 2), ("gpt-oss", 1)], ids=str
+)
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
-    folder = tmp_path_factory.mktemp(request.param)
-    BY_SLUG[request.param].save(folder / "checkpoint")
-    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
+    """A model, and over how many further drives it is striped."""
+    slug, num_stripes = request.param
+    folder = tmp_path_factory.mktemp(slug)
+    BY_SLUG[slug].save(folder / "checkpoint")
+    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32, num_stripes=num_stripes)
 
 
 @pytest.mark.parametrize("gpu_resident_pieces", [0, 4])
