@@ -8,7 +8,7 @@ Weights [14336, 4096] (of a feed-forward layer of Llama-3-8B; --quick: [2048, 20
 many weights in turn that none is in the cache. In each round one after the other: every kernel of int4 in groups of 64
 and of int8 (`packed` is torch's low-bit kernel; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32
 product), what the measured profile chooses, and bf16 as a run would multiply it. Medians over the rounds; GB/s counts
-the bytes of weights with scales and zeros. Then torch's int4 kernel at one row with panels of 1 to 16 MiB: what a
+the bytes of weights with scales and zeros. Then torch's int4 kernel at one row with panels of up to 1 to 16 MiB: what a
 smaller panel costs in starting threads.
 
 --clock processor counts seconds of processor time over the number of threads instead of seconds on the wall: for a

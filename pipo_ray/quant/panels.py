@@ -27,10 +27,10 @@ BLOCK_ROWS = 64
 others do.
 """
 
-PANEL_BYTES = 8 << 20
-"""A panel is no larger, unless 64 rows are. A call of torch's kernel has to start and to await its threads, 20 - 50 us
-on two cores (`benchmarks/low_bit_kernels.py`): with panels of 1 MiB that is two thirds of the time, with 8 MiB a
-tenth. More would make the smallest slot larger.
+PANEL_BYTES = (16 << 20) - 2 * 4096
+"""A panel is no larger, unless 64 rows are: with its pages it fits a slot of 16 MiB. A call of torch's kernel has to
+start and to await its threads, which costs 35 % of the bandwidth with panels of 1 MiB, 14 with 4, 8 with 8
+(`benchmarks/low_bit_kernels.py`). The price is the smallest slot that will do.
 """
 
 _MOST_PADDING = 0.005

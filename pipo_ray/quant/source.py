@@ -18,8 +18,11 @@ from pipo_ray.quant.codec import PanelViews, views_of, write_rows
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
 from pipo_ray.quant.rounding import round_to_nearest
 
-_CHUNK_ELEMENTS = 1 << 20
-"""What a thread quantizes at once: 4 MiB in float32, and several times that on the way."""
+_CHUNK_ELEMENTS = 1 << 18
+"""What a thread quantizes at once, if 64 rows are not more: 1 MiB in float32, and several times that on the way."""
+
+_MOST_THREADS = 16
+"""More would wait for the one that reads, and each takes memory."""
 
 
 class TensorReader(Protocol):
@@ -37,7 +40,7 @@ class QuantizedSource:
 
     def __init__(self, source: TensorReader, num_threads: int | None = None) -> None:
         self._source = source
-        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = num_threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         # Each computes alone: threads of torch's own in each of them would only take turns.
         self._threads = ThreadPoolExecutor(
             self._num_threads, "quantize", initializer=torch.set_num_threads, initargs=(1,)

@@ -24,11 +24,12 @@ def describe_precision(manifest: Manifest, layout: str | None = None) -> list[st
     packed_bits = 8 * sum(math.prod(panels.shape) for panels in packed)
     all_weights = weights + sum(math.prod(tensor.shape) for tensor in kept)
     all_bits = 8 * sum(num_bytes(tensor.dtype, tensor.shape) for tensor in tensors)
+    experts = ", fused experts among them" if any(tensor.expert is not None for tensor in kept) else ""
     formats = ", ".join(f"{count} in {name}" for name, count in Counter(panels.format for panels in packed).items())
     lines = [
         f"precision: {formats} with {packed_bits / weights:.2f} bits per weight, scales, zeros and padding included; "
-        f"{len(kept)} tensors at 16 bits or more ({matrices} of them matrices); {all_bits / all_weights:.2f} bits per "
-        "weight in all"
+        f"{len(kept)} tensors at 16 bits or more ({matrices} of them matrices{experts}); "
+        f"{all_bits / all_weights:.2f} bits per weight in all"
     ]
     others = sorted({panels.layout for panels in packed if panels.low_bit.bits == 4} - {layout})
     if layout is not None and others:

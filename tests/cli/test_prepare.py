@@ -108,6 +108,15 @@ def test_low_bit_weights_have_a_store_of_their_own(
     assert prepare_store(prepared.folder, precision="16bit").folder == prepared.folder
 
 
+def test_pack_says_the_bits(low_bit: PreparedStore, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(pipo_ray.prepare, "pack_store", lambda *_, **options: asked.update(options) or low_bit.manifest)
+    assert main(["pack", "somewhere", "elsewhere", "--precision", "int8"]) == 0
+    assert asked["precision"] == "int8"
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("precision: ")]
+    assert " in int8 with " in said
+
+
 def test_another_processor_has_a_store_of_its_own(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipo_ray.store.checkpoint import Checkpoint
 

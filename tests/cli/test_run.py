@@ -98,14 +98,14 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "--repetition-penalty", "1.2", "--presence-penalty", "0.3", "--frequency-penalty", "-0.4", "--seed",
         "3", "--stop", "a", "--stop", "b", "--logprobs", "2", "--n", "2", "--ignore-eos", "--ray-address",
         "local", "--dashboard", "--max-model-len", "64", "--max-batch-tokens", "32", "--stop-token-ids", "7,8",
-        "--stop-token-ids", "9", "--no-verify", "--mode", "memory-saver",
+        "--stop-token-ids", "9", "--no-verify", "--mode", "memory-saver", "--precision", "int8",
     ]  # fmt: skip
     assert main(["run", ".", "-p", "x", "--trace", str(tmp_path / "t.json"), *arguments]) == 0
     (llm,) = fake_llm.made
     assert {k: v for k, v in llm.arguments.items() if k not in ("on_progress", "before_start")} == {
         "weight_memory": 300 * 10**6, "gpu_memory": 3 << 29, "device": "cuda", "dtype": "float16", "dashboard": True,
         "ray_address": "local", "trace": tmp_path / "t.json", "max_model_len": 64, "max_batch_tokens": 32,
-        "verify_checksums": False, "mode": "memory-saver", "max_kv_tokens": 2 * (8 + 4 + 7),
+        "verify_checksums": False, "mode": "memory-saver", "precision": "int8", "max_kv_tokens": 2 * (8 + 4 + 7),
     }  # fmt: skip
     wanted: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,

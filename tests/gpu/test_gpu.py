@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
+from pipo_ray.quant.policy import Precision
 
 pytestmark = pytest.mark.gpu
 _CHOSEN = [
@@ -35,6 +36,22 @@ def test_logits_are_transformers_own(architecture: Architecture, gpu_resident_pi
         with torch.inference_mode():
             wanted = reference(torch.tensor([tokens]), use_cache=False).logits[0]
         assert max(relative_errors(ours.logits.cpu(), wanted)) <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_low_bit_weights_are_unpacked_on_the_gpu(precision: str, tmp_path: Path) -> None:
+    """The same store on the processor, whose products are tested against float64: equal but for bf16's roundings."""
+    _CHOSEN[0].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(
+        tmp_path / "checkpoint", tmp_path / "store", torch.bfloat16, Precision.parse(precision), panel_bytes=1
+    )
+    prompts = random_prompts(packed.facts.vocab_size, (5, 23, 11))
+    with Pipeline(packed) as pipeline:
+        wanted = pipeline.follow(prompts, [3, 20, 8])
+    with Pipeline(packed, device=torch.device("cuda", 0), gpu_resident_pieces=2) as pipeline:
+        followed = pipeline.follow(prompts, [3, 20, 8])
+    for ours, theirs in zip(followed, wanted, strict=True):
+        assert max(relative_errors(ours.logits.cpu(), theirs.logits)) <= 0.05
 
 
 def test_a_failed_sweep_is_begun_anew(tmp_path: Path) -> None:

@@ -26,8 +26,15 @@ def test_panels_cover_the_rows(rows: int, groups: int, name: str, panel_bytes: i
     assert panels.num_panels * panels.panel_rows < 2 * (rows + BLOCK_ROWS)
 
 
-@pytest.mark.parametrize("rows", [4096, 11008, 14336, 28672, 5120, 13824, 151936, 128256, 50272])
-@pytest.mark.parametrize("columns", [2048, 4096, 5120, 8192, 28672])
+SHAPES = [
+    (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192),
+    (8192, 28672), (5120, 5120), (13824, 5120), (5120, 13824), (27648, 5120), (7168, 7168), (28672, 7168),
+    (7168, 28672), (18944, 3584), (3584, 18944), (152064, 3584), (151936, 2048), (128256, 4096), (50272, 7168),
+]  # fmt: skip
+"""Of Llama, Qwen, OPT and Gemma."""
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
 def test_bits_per_weight_of_real_shapes(rows: int, columns: int) -> None:
     panels = divide(rows, columns, LowBitFormat.parse("int4"), "avx512")
     assert 4.5 <= panels.bits_per_weight <= 4.6

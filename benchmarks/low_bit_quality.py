@@ -1,0 +1,110 @@
+"""What fewer bits cost in accuracy: perplexity, KL divergence and agreement on a text, and the bytes that are left.
+
+How to run (three minutes for the bundled model on two cores; --quick reads a tenth of the text):
+
+    python benchmarks/low_bit_quality.py [--quick] [--model FOLDER] [--text FILE] [--precision P --precision P ...]
+
+The model runs as a user would run it, once per precision, through the actors. The text (by default the bundled model's
+held-out one) goes in windows of 1023 tokens, each behind a beginning-of-sequence token, as in `train_bundled_model.py
+evaluate`. All is compared with the checkpoint computed in float32.
+
+    perplexity      e to the mean loss per token, and how much more than in float32
+    KL              mean Kullback-Leibler divergence of the next token's distribution from that in float32, in nats
+    same token      share of positions at which the most probable token is the same
+    bits            per weight, over the quantized matrices, and over the whole store
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipo_ray import LLM
+from pipo_ray.prepare import prepare_store
+
+BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
+PRECISIONS = ("int8", "int4-g32", "int4-g32-sym", "int4", "int4-sym", "int4-g128")
+WINDOW = 1023
+
+Logs = list[npt.NDArray[np.float32]]
+
+
+def windows_of(model: Path, text: str) -> list[list[int]]:
+    """Token ids in windows, each behind the token that begins a sequence."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [[tokenizer.bos_token_id, *ids[at : at + WINDOW]] for at in range(0, len(ids), WINDOW)]
+
+
+def log_probabilities(model: Path, windows: list[list[int]], **options: Any) -> Logs:
+    """Per window [tokens, vocabulary]: of each token given those before it."""
+    result: Logs = []
+    with LLM(model, ray_address="local", memory="4GiB", **options) as llm:
+        for window in windows:
+            (logits,) = llm.score([{"prompt_token_ids": window}])
+            shifted = logits - logits.max(-1, keepdims=True)
+            result.append((shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))[:-1])
+    return result
+
+
+def compare(windows: list[list[int]], got: Logs, original: Logs) -> dict[str, float]:
+    """Perplexity, KL divergence from `original` and agreement with it."""
+    loss = kl = same = 0.0
+    count = 0
+    for window, ours, theirs in zip(windows, got, original, strict=True):
+        loss -= float(ours[np.arange(len(ours)), window[1:]].sum(dtype=np.float64))
+        kl += float((np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64))
+        same += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        count += len(ours)
+    return {"perplexity": math.exp(loss / count), "kl": kl / count, "same_token": same / count}
+
+
+def bits_of(model: Path, precision: str) -> tuple[float, float]:
+    """Bits per weight over the quantized matrices (16 if there are none), and over the whole store."""
+    manifest = prepare_store(model, precision=precision).manifest
+    tensors = [tensor for block in manifest.blocks for tensor in block.tensors]
+    packed = [tensor for tensor in tensors if tensor.panels is not None]
+    weights, quantized = (sum(math.prod(t.weight_shape) for t in some) for some in (tensors, packed))
+    nbytes, packed_bytes = (sum(tensor.nbytes for tensor in some) for some in (tensors, packed))
+    return 8 * packed_bytes / quantized if packed else 16.0, 8 * nbytes / weights
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser.add_argument("--precision", action="append")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    windows = windows_of(options.model, options.text.read_text())
+    if options.quick:
+        windows = windows[: max(1, len(windows) // 10)]
+    original = log_probabilities(options.model, windows, dtype="float32")
+    rows: list[dict[str, Any]] = [{"precision": "float32", **compare(windows, original, original)}]
+    for precision in ("16bit", *(options.precision or PRECISIONS)):
+        matrices, whole = bits_of(options.model, precision)
+        figures = compare(windows, log_probabilities(options.model, windows, precision=precision), original)
+        rows.append({"precision": precision, "bits": matrices, "whole_bits": whole, **figures})
+    print(f"{sum(len(window) - 1 for window in windows)} tokens")
+    print("precision      bits (whole)  perplexity            KL  same token")
+    for row in rows:
+        more = row["perplexity"] / rows[0]["perplexity"] - 1
+        bits = f"{row['bits']:.2f} ({row['whole_bits']:.2f})" if "bits" in row else ""
+        print(f"{row['precision']:14} {bits:12} {row['perplexity']:8.3f} {more:+8.2%} {row['kl']:12.5f} "
+              f"{row['same_token']:10.2%}")  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
