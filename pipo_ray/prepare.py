@@ -118,6 +118,7 @@ def pack_store(
     check_dtype(dtype)
     policy = Precision() if precision is None else Precision.parse(precision)
     folder = find_model(source, on_progress)
+    refuse_stripe(folder)
     # What is wrong with it is known at once, and torch takes seconds to import.
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
