@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipo_ray.errors import BudgetError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.model.facts import ModelFacts, UnitFacts
-from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, PROCESS_BYTES, RunPlan, plan_run, whole_bytes
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, RunPlan, plan_run, whole_bytes
 from pipo_ray.session.memory import parse_size
 from pipo_ray.store.layout import plan_files
 from pipo_ray.store.manifest import FORMAT_VERSION, Manifest
@@ -68,6 +68,19 @@ def test_the_least_memory_that_is_stated_works_and_no_less_does(one: tuple[Manif
     assert plan(one, memory_bytes=least).kv_tokens >= 256
     with pytest.raises(BudgetError, match="--memory"):
         plan(one, memory_bytes=least * 98 // 100)
+
+
+def test_a_loader_for_each_further_drive_is_paid_for() -> None:
+    manifest, facts = model(2, 64, 100)
+    least = []
+    for stripes in ((), ("/mnt/a", "/mnt/b")):
+        for gpu in ({}, {"gpu_memory_bytes": 10 * GIB}):
+            with pytest.raises(BudgetError) as caught:
+                plan((replace(manifest, stripes=stripes), facts), memory_bytes=1 << 20, **gpu)
+            least.append(least_of(caught.value))
+    # What is stated is rounded up.
+    assert least[2] - least[0] == pytest.approx(2 * LOADER_BYTES, rel=0.1)
+    assert least[3] - least[1] == pytest.approx(2 * LOADER_BYTES, rel=0.1)
 
 
 @FEW

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipo_ray.plan import drive_probe
-from pipo_ray.plan.drive_probe import describe_drive, drive_profile, measure_drive
-from pipo_ray.plan.transfer import choose_transfer
+from pipo_ray.plan.drive_probe import describe_drive, drive_profile, drive_profiles, measure_drive
+from pipo_ray.plan.transfer import ReadRate, choose_transfer, slowest
 
 MIB = 1 << 20
 GRID = ((MIB, 1), (MIB, 2), (MIB // 2, 3))
@@ -40,6 +40,32 @@ def test_once_per_drive(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(drive_probe, "measure_drive", lambda *_: pytest.fail("measured again"))
     assert drive_profile(store, cache, lambda phase, *_: heard.append(phase)) == first
     assert heard == ["measure"]
+
+
+def test_every_drive_is_measured_by_itself(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the time that one would take; the line for the user has both."""
+    budgets: list[float] = []
+    speeds = iter((1e9, 3e9))
+
+    def measured(file: Path, budget_s: float) -> tuple[ReadRate, ...]:
+        budgets.append(budget_s)
+        return (ReadRate(2 * MIB, 8, next(speeds)),)
+
+    monkeypatch.setattr(drive_probe, "measure_drive", measured)
+    monkeypatch.setattr(drive_probe, "_key", lambda file: file.parent.name)
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "large.safetensors").write_bytes(bytes(3 * MIB))
+    profiles = drive_profiles([store, second], tmp_path / "cache")
+    assert [profile[0].bytes_per_s for profile in profiles] == [1e9, 3e9]
+    assert budgets == [0.005, 0.005]
+    assert drive_profiles([store, second], tmp_path / "cache") == profiles
+    chosen = choose_transfer(slowest(profiles), num_drives=2)
+    assert describe_drive(profiles[0], chosen, *profiles[1:]) == (
+        "drives: up to 1.00 and 3.00 GB/s when they were measured; reads of 2.0 MiB, 8 in flight on each"
+    )
+    (second / "large.safetensors").unlink()
+    assert slowest(drive_profiles([store, second], tmp_path / "cache")) == ()
 
 
 def test_a_damaged_memory_is_measured_again(store: Path, tmp_path: Path) -> None:
