@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from typing import Any
@@ -11,6 +12,7 @@ from pipo_ray.actors.calls import obtain_lease
 
 from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes, SweepRequest, SweepResult
 from pipo_ray.pipeline.roll import ActorRoll
+from pipo_ray.session.processes import is_alive
 
 _importing = threading.Lock()
 
@@ -37,18 +39,30 @@ class ComputeWorker:
         if self._engine is None:
             ComputeEngine = _import_engine()
             self._engine = ComputeEngine(self._setup, self._compute_setup, self._memory)
+            # What is there now stays: looking through it for garbage again and again costs a sweep 0.1 s at times.
+            gc.collect()
+            gc.freeze()
         else:
             self._engine.forget_all()
         return os.getpid()
 
     def run_sweep(self, request: SweepRequest) -> SweepResult:
-        """One sweep over the weights for everybody in `request`. Raises WorkerLostError before `set_up`."""
-        if self._engine is None:
+        """One sweep over the weights for everybody in `request`. Raises WorkerLostError before `set_up`, and for what a
+        scheduler sent ahead that has died.
+        """
+        sender = request.sent_ahead_by
+        if self._engine is None or (sender is not None and not is_alive(sender)):
             from pipo_ray.scheduling.loop import WorkerLostError
 
-            raise WorkerLostError("the process that was set up died between two sweeps")
+            raise WorkerLostError("the compute worker that was set up has died, or the scheduler")
         result: SweepResult = self._engine.run_sweep(request)
         return result
+
+    @ray.method(concurrency_group="text")
+    def leave_out(self, sequences: list[str]) -> None:
+        """Nobody wants these sequences' next tokens any more: steps that follow are left out."""
+        if self._engine is not None:
+            self._engine.leave_out(sequences)
 
     @ray.method(concurrency_group="text")
     def encode(self, prompts: list[Any]) -> list[tuple[list[int], str | None]]:

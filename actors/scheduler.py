@@ -17,7 +17,7 @@ from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.slots import PieceUnreadableError
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
-from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.loop import AHEAD_S, SchedulingLoop, WorkerLostError
 from pipo_ray.scheduling.policy import Limits
 
 
@@ -31,7 +31,8 @@ class Scheduler:
         self._compute = find("ComputeWorker")
         self._loaders = [find(loader_name(number)) for number in range(setup.plan.num_drives)]
         trace_file = f"{setup.trace_folder}/Scheduler-{os.getpid()}.jsonl" if setup.trace_folder else None
-        self._loop = SchedulingLoop(self._run_sweep, self._set_up, limits, TraceWriter(trace_file, "Scheduler"))
+        trace = TraceWriter(trace_file, "Scheduler")
+        self._loop = SchedulingLoop(self._run_sweep, self._set_up, limits, trace, AHEAD_S, self._leave_out)
         self._task: asyncio.Task[None] | None = None
         self._identity = uuid.uuid4().hex
 
@@ -76,6 +77,9 @@ class Scheduler:
     async def _run_sweep(self, request: SweepRequest) -> SweepResult:
         result: SweepResult = await self._call(self._compute.run_sweep.remote(request))
         return result
+
+    def _leave_out(self, sequences: Sequence[str]) -> None:
+        self._compute.leave_out.remote(list(sequences))
 
     async def _call(self, reference: Any) -> Any:
         try:

@@ -17,6 +17,7 @@ from pipo_ray.outputs import FinishReason, Logprob
 from pipo_ray.params import SamplingParams
 from pipo_ray.plan.kv_pages import KVPlacement
 from pipo_ray.plan.pieces import SweepPlan
+from pipo_ray.session.processes import ProcessId
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class SequenceSpec:
 @dataclass(frozen=True)
 class SequenceStep:
     """One sequence's share of a sweep; see `SweepEntry`. With `sample` a token is chosen from the last logits. `spec`
-    comes with `start` 0.
+    comes with `start` 0. With `follows` it was sent before the sweep in front had ended: `token_ids` are empty, and the
+    token that this one chooses takes their place; if it is the sequence's last, the step is left out.
     """
 
     sequence: str
@@ -101,21 +103,30 @@ class SequenceStep:
     sample: bool
     logits: WantedLogits
     spec: SequenceSpec | None = None
+    follows: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return 1 if self.follows else len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """`drop` names sequences whose caches are no longer needed."""
+    """`drop` names sequences whose caches are no longer needed. `sent_ahead_by` is the process of the scheduler that
+    sent it before the sweep in front had ended: if that has died since, nobody waits for it.
+    """
 
     number: int
     steps: tuple[SequenceStep, ...]
     drop: tuple[str, ...] = ()
+    sent_ahead_by: ProcessId | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a sweep made of one sequence: a token and the text it adds, or logits [tokens, vocabulary] float32, or
-    neither.
+    neither. `left_out`: a step that `follows` had nothing to follow.
     """
 
     sequence: str
@@ -126,6 +137,7 @@ class StepResult:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logits: npt.NDArray[np.float32] | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipo_ray.messages import ComputeSetup, SequenceSpec, StageSetup, StageTimes, StepResult, SweepRequest, SweepResult
+from pipo_ray.messages import (
+    ComputeSetup,
+    SequenceSpec,
+    SequenceStep,
+    StageSetup,
+    StageTimes,
+    StepResult,
+    SweepRequest,
+    SweepResult,
+)
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
@@ -41,6 +51,7 @@ class _Running:
         self.spec = spec
         self.generated = list(spec.generated_token_ids)
         self.text = text
+        self.ended = False
         text.resume(self.generated)
 
 
@@ -109,8 +120,11 @@ class ComputeEngine:
         """Run one sweep. If it raises, the sequences in it are forgotten and must be sent from their first token."""
         begin = time.perf_counter()
         self.forget(request.drop)
-        entries = []
+        steps, entries = [], []
         for step in request.steps:
+            token_ids = self._following(step) if step.follows else step.token_ids
+            if token_ids is None:
+                continue
             if step.spec is not None:
                 text = SequenceText(
                     self._tokenizer,
@@ -120,15 +134,19 @@ class ComputeEngine:
                     step.spec.max_tokens,
                 )
                 self._sequences[step.sequence] = _Running(step.spec, text)
-            entries.append(SweepEntry(step.sequence, step.token_ids, step.start, step.capacity, step.logits))
+            steps.append(step)
+            entries.append(SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits))
+        if not steps:
+            return SweepResult(request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0)
         waited, streamed = self._stream.times.waited_s, self._stream.times.streamed_bytes
         try:
             logits = self._runner.run(entries)
         except BaseException:
-            for step in request.steps:
+            for step in steps:
                 self._sequences.pop(step.sequence, None)
             raise
-        results = self._finish(request, logits)
+        made = {result.sequence: result for result in self._finish(steps, logits)}
+        results = [made.get(step.sequence) or _left_out(step) for step in request.steps]
         end = time.perf_counter()
         waited = self._stream.times.waited_s - waited
         if self._ops is not None:
@@ -136,11 +154,11 @@ class ComputeEngine:
             self._copying_s += self._ops.weight_copies_s()
         self._waited_s += waited
         self._computing_s += end - begin - waited
-        tokens = sum(len(step.token_ids) for step in request.steps)
+        tokens = sum(step.num_tokens for step in steps)
         self._trace.add(
             "sweep", begin, end,
             {"piece": f"sweep {request.number}", "tokens": tokens, "waited_s": waited,
-             "starts": [s.start for s in request.steps]},
+             "starts": [step.start for step in steps]},
         )  # fmt: skip
         return SweepResult(
             request.number, tuple(results), end - begin, waited, self._stream.times.streamed_bytes - streamed
@@ -151,6 +169,12 @@ class ComputeEngine:
         self._runner.drop(sequences)
         for name in sequences:
             self._sequences.pop(name, None)
+
+    def leave_out(self, sequences: Sequence[str]) -> None:
+        """Steps of these sequences that follow are left out. Any thread may ask for it."""
+        for name in sequences:
+            if (running := self._sequences.get(name)) is not None:
+                running.ended = True
 
     def forget_all(self) -> None:
         """Forget every sequence: a new scheduler begins."""
@@ -186,11 +210,18 @@ class ComputeEngine:
         rows = reader.read(host_values(ids))
         return to_device(torch.from_numpy(rows).view(dtype).view(len(ids), *shape[1:]), self._device)
 
-    def _finish(self, request: SweepRequest, logits: list[torch.Tensor | None]) -> list[StepResult]:
+    def _following(self, step: SequenceStep) -> tuple[int, ...] | None:
+        """The token that was chosen for the sequence last; None if it was the sequence's end, or is not known."""
+        running = self._sequences.get(step.sequence)
+        if running is None or running.ended or self._runner.length(step.sequence) != step.start:
+            return None
+        return (running.generated[-1],)
+
+    def _finish(self, steps: Sequence[SequenceStep], logits: list[torch.Tensor | None]) -> list[StepResult]:
         sampled_rows: list[torch.Tensor] = []
         sampled: list[tuple[int, _Running]] = []
         results: list[StepResult] = []
-        for step, rows in zip(request.steps, logits, strict=True):
+        for step, rows in zip(steps, logits, strict=True):
             result = StepResult(step.sequence)
             if step.sample and rows is not None:
                 running = self._sequences[step.sequence]
@@ -202,7 +233,7 @@ class ComputeEngine:
         if sampled:
             choices = sample_tokens(torch.stack(sampled_rows), [self._sampling(running) for _, running in sampled])
             for (index, running), choice in zip(sampled, choices, strict=True):
-                results[index] = self._write(request.steps[index].sequence, running, choice)
+                results[index] = self._write(steps[index].sequence, running, choice)
         return results
 
     def _sampling(self, running: _Running) -> SequenceSampling:
@@ -219,8 +250,13 @@ class ComputeEngine:
     def _write(self, sequence: str, running: _Running, choice: SampledToken) -> StepResult:
         running.generated.append(choice.token_id)
         delta = running.text.push(choice.token_id)
+        running.ended |= delta.finish_reason is not None
         wants = running.spec.params.logprobs is not None
         return StepResult(
             sequence, choice.token_id, delta.text, choice.logprob,
             decode_logprobs(self._tokenizer, choice) if wants else None, delta.finish_reason, delta.stop_reason,
         )  # fmt: skip
+
+
+def _left_out(step: SequenceStep) -> StepResult:
+    return StepResult(step.sequence, left_out=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipo_ray.messages import SequenceStep
 from pipo_ray.scheduling.sequences import Sequence
@@ -82,6 +82,24 @@ def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
     return steps
 
 
+def after(running: list[Sequence], steps: tuple[SequenceStep, ...]) -> list[Sequence]:
+    """The sequences as they will be when the sweep of `steps`, which runs, has ended: without those that end with it
+    for certain. They may still end by what it chooses.
+    """
+    by_name = {step.sequence: step for step in steps}
+    result = []
+    for sequence in running:
+        step = by_name.get(sequence.name)
+        if step is None:
+            result.append(sequence)
+            continue
+        stop = step.start + step.num_tokens
+        ends = stop == sequence.length if sequence.score else len(sequence.generated) + 1 >= sequence.max_tokens
+        if not (ends and (step.sample or sequence.score)):
+            result.append(replace(sequence, cached=stop, chosen_ahead=int(step.sample)))
+    return result
+
+
 def _least_chunk(limits: Limits, sequence: Sequence) -> int:
     # A sweep streams all weights whatever it computes: a few tokens more are nearly free, but a chunk of a few tokens
     # delays the rest.
@@ -100,4 +118,5 @@ def _step(sequence: Sequence, num_tokens: int) -> SequenceStep:
         sample=last and not sequence.score,
         logits="all" if sequence.score else "last" if last else "none",
         spec=sequence.spec() if sequence.cached == 0 else None,
+        follows=bool(sequence.chosen_ahead),
     )

@@ -13,7 +13,7 @@ class Sequence:
     """One sample of a request on its way through the sweeps.
 
     `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the KV tokens reserved
-    for it.
+    for it. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that runs.
     """
 
     name: str
@@ -27,11 +27,12 @@ class Sequence:
     score: bool = False
     generated: list[int] = field(default_factory=list)
     cached: int = 0
+    chosen_ahead: int = 0
 
     @property
     def length(self) -> int:
         """Prompt and generated tokens."""
-        return len(self.prompt) + len(self.generated)
+        return len(self.prompt) + len(self.generated) + self.chosen_ahead
 
     @property
     def capacity(self) -> int:
