@@ -29,7 +29,7 @@ from pipo_ray import LLM
 from pipo_ray.prepare import prepare_store
 
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
-PRECISIONS = ("int8", "int4-g32", "int4-g32-sym", "int4", "int4-sym", "int4-g128")
+PRECISIONS = ("int8", "int4-g32", "int4-g32-sym", "int4", "int4-sym")
 WINDOW = 1023
 
 Logs = list[npt.NDArray[np.float32]]
@@ -77,6 +77,18 @@ def bits_of(model: Path, precision: str) -> tuple[float, float]:
     return 8 * packed_bytes / quantized if packed else 16.0, 8 * nbytes / weights
 
 
+def show(row: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+    """Print a row of the table, and return it."""
+    more = row["perplexity"] / (first or row)["perplexity"] - 1
+    bits = f"{row['bits']:.2f} ({row['whole_bits']:.2f})" if "bits" in row else ""
+    print(
+        f"{row['precision']:14} {bits:12} {row['perplexity']:8.3f} {more:+8.2%} {row['kl']:12.5f} "
+        f"{row['same_token']:10.2%}",
+        flush=True,
+    )
+    return row
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,19 +101,14 @@ def main() -> None:
     windows = windows_of(options.model, options.text.read_text())
     if options.quick:
         windows = windows[: max(1, len(windows) // 10)]
+    print(f"{sum(len(window) - 1 for window in windows)} tokens")
+    print("precision      bits (whole)  perplexity            KL  same token")
     original = log_probabilities(options.model, windows, dtype="float32")
-    rows: list[dict[str, Any]] = [{"precision": "float32", **compare(windows, original, original)}]
+    rows = [show({"precision": "float32", **compare(windows, original, original)}, None)]
     for precision in ("16bit", *(options.precision or PRECISIONS)):
         matrices, whole = bits_of(options.model, precision)
         figures = compare(windows, log_probabilities(options.model, windows, precision=precision), original)
-        rows.append({"precision": precision, "bits": matrices, "whole_bits": whole, **figures})
-    print(f"{sum(len(window) - 1 for window in windows)} tokens")
-    print("precision      bits (whole)  perplexity            KL  same token")
-    for row in rows:
-        more = row["perplexity"] / rows[0]["perplexity"] - 1
-        bits = f"{row['bits']:.2f} ({row['whole_bits']:.2f})" if "bits" in row else ""
-        print(f"{row['precision']:14} {bits:12} {row['perplexity']:8.3f} {more:+8.2%} {row['kl']:12.5f} "
-              f"{row['same_token']:10.2%}")  # fmt: skip
+        rows.append(show({"precision": precision, "bits": matrices, "whole_bits": whole, **figures}, rows[0]))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

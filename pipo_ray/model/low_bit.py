@@ -77,34 +77,40 @@ class LowBitProducts:
         in the inputs' dtype.
         """
         rows = inputs.reshape(-1, panels.columns).to(ACTIVATIONS).contiguous()
-        if num_rows == panels.panel_rows == panels.panel_rows * len(memory):
-            output = self._panel(rows, views_of(memory[0], panels), panels)
+        kernel = self._kernel(len(rows), panels)
+        if kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
+            output = self._packed(rows, views_of(memory[0], panels), panels)
         else:
             output = rows.new_empty(len(rows), num_rows)
             for index, panel in enumerate(memory):
                 part = output[:, index * panels.panel_rows : (index + 1) * panels.panel_rows]
-                part.copy_(self._panel(rows, views_of(panel, panels), panels)[:, : part.shape[1]])
+                views = views_of(panel, panels)
+                if kernel == "packed":
+                    part.copy_(self._packed(rows, views, panels)[:, : part.shape[1]])
+                elif panels.low_bit.bits == 8:
+                    self._unpacked_int8(rows, views, kernel, part)
+                else:
+                    self._unpacked_int4(rows, views, panels, kernel, part)
         if bias is not None:
             output += bias
         return output.to(inputs.dtype).view(*inputs.shape[:-1], num_rows)
 
-    def _panel(self, rows: torch.Tensor, views: PanelViews, panels: Panels) -> torch.Tensor:
+    def _packed(self, rows: torch.Tensor, views: PanelViews, panels: Panels) -> torch.Tensor:
         """[len(rows), panel_rows]."""
-        kernel = self._chosen.get((len(rows), panels))
+        if panels.low_bit.bits == 8:
+            return torch._weight_int8pack_mm(rows, views.codes, views.scales)
+        group = panels.low_bit.group
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, views.codes, group, views.scales)
+        return product
+
+    def _kernel(self, num_rows: int, panels: Panels) -> Kernel:
+        kernel = self._chosen.get((num_rows, panels))
         if kernel is None:
-            kernel = self._choose(len(rows), panels)
+            kernel = self._choose(num_rows, panels)
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
-            self._chosen[len(rows), panels] = kernel
-        if panels.low_bit.bits == 8:
-            if kernel == "packed":
-                return torch._weight_int8pack_mm(rows, views.codes, views.scales)
-            return self._unpacked_int8(rows, views, kernel)
-        if kernel == "packed":
-            group = panels.low_bit.group
-            product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, views.codes, group, views.scales)
-            return product
-        return self._unpacked_int4(rows, views, panels, kernel)
+            self._chosen[num_rows, panels] = kernel
+        return kernel
 
     def _choose(self, num_rows: int, panels: Panels) -> Kernel:
         if not num_rows or self._device.type != "cpu":
@@ -113,15 +119,17 @@ class LowBitProducts:
         layout = layout_of(panels.low_bit)
         return self._profile.choose(layout, num_rows, panels.panel_rows * panels.columns, without)
 
-    def _unpacked_int4(self, rows: torch.Tensor, views: PanelViews, panels: Panels, kernel: Kernel) -> torch.Tensor:
+    def _unpacked_int4(
+        self, rows: torch.Tensor, views: PanelViews, panels: Panels, kernel: Kernel, output: torch.Tensor
+    ) -> None:
+        """Fill `output`, [len(rows), panel_rows] or less of the last panel."""
         order, columns, group = INT4_LAYOUTS[panels.layout], panels.columns, panels.low_bit.group
         packed = views.codes.view(-1, columns, order.block // 2)
         scales = views.scales[..., 0].float()
         zeros = views.scales[..., 1].float().sub_(scales, alpha=8)
         inputs = rows.float() if kernel == "wide" else rows
-        output = rows.new_empty(len(rows), panels.panel_rows)
         at_once = self._rows_at_once(columns)
-        for start in range(0, panels.panel_rows, at_once):
+        for start in range(0, output.shape[1], at_once):
             stop = min(start + at_once, panels.panel_rows)
             part = packed[start // order.block : stop // order.block]
             codes = self._take(torch.uint8, part.numel()).view(part.shape)
@@ -134,19 +142,19 @@ class LowBitProducts:
             matrix = weight.view(columns, stop - start)
             if kernel == "native":
                 matrix = self._take(ACTIVATIONS, matrix.numel()).view(matrix.shape).copy_(matrix)
-            output[:, start:stop] = torch.mm(inputs, matrix)
-        return output
+            part_of_output = output[:, start:stop]
+            part_of_output.copy_(torch.mm(inputs, matrix)[:, : part_of_output.shape[1]])
 
-    def _unpacked_int8(self, rows: torch.Tensor, views: PanelViews, kernel: Kernel) -> torch.Tensor:
+    def _unpacked_int8(self, rows: torch.Tensor, views: PanelViews, kernel: Kernel, output: torch.Tensor) -> None:
+        """As `_unpacked_int4`."""
         dtype = torch.float32 if kernel == "wide" else ACTIVATIONS  # both hold every code exactly
         inputs = rows.to(dtype)
-        output = rows.new_empty(len(rows), len(views.codes))
-        at_once = self._rows_at_once(views.codes.shape[1])
-        for start in range(0, len(views.codes), at_once):
-            part = views.codes[start : start + at_once]
+        codes, scales = views.codes[: output.shape[1]], views.scales[: output.shape[1]]
+        at_once = self._rows_at_once(codes.shape[1])
+        for start in range(0, len(codes), at_once):
+            part = codes[start : start + at_once]
             matrix = self._take(dtype, part.numel()).view(part.shape).copy_(part)
-            output[:, start : start + at_once] = torch.mm(inputs, matrix.T).mul_(views.scales[start : start + at_once])
-        return output
+            output[:, start : start + at_once] = torch.mm(inputs, matrix.T).mul_(scales[start : start + at_once])
 
     def _rows_at_once(self, columns: int) -> int:
         return max(1, SCRATCH_BYTES // 4 // columns // BLOCK_ROWS) * BLOCK_ROWS
