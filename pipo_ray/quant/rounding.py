@@ -37,8 +37,10 @@ def round_to_nearest(weight: torch.Tensor, low_bit: LowBitFormat) -> Rounded:
     else:
         scales = high.sub(low).div_(15).bfloat16()
         zeros = low.add(scales.float(), alpha=8).bfloat16()
-    codes = (groups - zeros.float().unsqueeze(2)).div_(_divisor(scales).unsqueeze(2))
-    codes = codes.add_(8).round_().clamp_(0, 15)
+    inverses = _divisor(scales).reciprocal_()
+    # 8 more, so that codes begin at 0, and a half, because conversion to integers cuts off: few passes make it fast.
+    offsets = zeros.float().mul_(inverses).neg_().add_(8.5)
+    codes = groups.mul(inverses.unsqueeze(2)).add_(offsets.unsqueeze(2)).clamp_(0, 15.5)
     # By way of int16: torch has no vectorised conversion from float32 to uint8.
     return Rounded(codes.to(torch.int16).to(torch.uint8).view(weight.shape), scales, zeros)
 
