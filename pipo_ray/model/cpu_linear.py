@@ -35,6 +35,7 @@ _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 32 << 20  # in a run, weights come from memory
 HOPELESS = 2.0  # times slower than the best with so many rows: not measured with more
 _REMEMBERED_SHAPES = 4096
+_ROWS_IN_PLACE = 32  # with fewer, a copy of the result is nothing beside the product
 # Float32 products with fewer columns, or an odd number, take as long as with many more: zeros fill them up.
 _COLUMNS = 16
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
@@ -84,6 +85,17 @@ class CpuProducts:
         rows = inputs.reshape(-1, weight.shape[1])
         product = self._wide_linear if kernel == "wide" else self._tall_linear
         return product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
+
+    def linear_into(
+        self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> None:
+        """`linear` of `inputs` [rows, in] into `output` [rows, out], which may be some columns of a larger matrix."""
+        if len(inputs) < _ROWS_IN_PLACE or self._choose("linear", inputs, weight, bias) != "native":
+            output.copy_(self.linear(inputs, weight, bias))
+        elif bias is None:
+            torch.mm(inputs, weight.t(), out=output)
+        else:
+            torch.addmm(bias, inputs, weight.t(), out=output)
 
     def matmul(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`inputs @ weight + bias`: `inputs` [..., in], `weight` [in, out], `bias` [out] or None."""
@@ -189,6 +201,21 @@ class HalfMatrix(torch.Tensor):
             if func is torch.Tensor.__getitem__ and args[0].dim() == 3:
                 return args[0]._products.bind(result)
             return result
+
+
+def linear_into(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+    """`F.linear` of `inputs` [rows, in] into `output` [rows, out], some columns of a larger matrix.
+
+    An ordinary product writes there by itself: copied afterwards, a long prompt's columns cost a tenth of the product.
+    """
+    if type(weight) is HalfMatrix:
+        weight._products.linear_into(inputs, weight.as_subclass(torch.Tensor), bias, output)
+    elif type(weight) is not torch.Tensor:  # with kernels of its own
+        output.copy_(F.linear(inputs, weight, bias))
+    elif bias is None:
+        torch.mm(inputs, weight.t(), out=output)
+    else:
+        torch.addmm(bias, inputs, weight.t(), out=output)
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.cpu_linear import linear_into
 from pipo_ray.model.host_values import flat
 
 LookUp = Callable[[torch.Tensor], torch.Tensor]
@@ -103,21 +104,8 @@ class SplitMatrix(_StandIn):
         output = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
         rows, columns = inputs.reshape(-1, inputs.shape[-1]), output.view(-1, weight.shape[0])
         for start, stop, part in weight._answer():
-            _multiply(rows, part, None if bias is None else bias[start:stop], columns[:, start:stop])
+            linear_into(rows, part, None if bias is None else bias[start:stop], columns[:, start:stop])
         return output
-
-
-def _multiply(inputs: torch.Tensor, part: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
-    """`F.linear` of [rows, in_features] into `output`, some columns of a larger matrix.
-
-    An ordinary product writes there by itself: copied afterwards, a long prompt's columns cost a tenth of the product.
-    """
-    if type(part) is not torch.Tensor:  # a weight with kernels of its own
-        output.copy_(F.linear(inputs, part, bias))
-    elif bias is None:
-        torch.mm(inputs, part.t(), out=output)
-    else:
-        torch.addmm(bias, inputs, part.t(), out=output)
 
 
 class LowBitMatrix(_StandIn):

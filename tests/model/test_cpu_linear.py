@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipo_ray.model.cpu_linear as cpu_linear
-from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, HalfMatrix, always, measure_profile
+from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, HalfMatrix, always, linear_into, measure_profile
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
@@ -178,6 +178,22 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
         F.linear(inputs, split).double(), inputs.double() @ weight.double().T, rtol=0.004, atol=1e-4
     )
     assert parts == [7, 3]
+
+
+@pytest.mark.parametrize("kernel", [None, "native", "wide", "tall"])
+@pytest.mark.parametrize("rows", [1, 31, 32, 50])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_goes_to_its_columns_and_no_others(kernel: Kernel | None, rows: int, with_bias: bool) -> None:
+    dtype = torch.float32 if kernel is None else torch.bfloat16
+    weight, inputs = torch.randn(24, 16).to(dtype), torch.randn(rows, 16).to(dtype)
+    bias = torch.randn(24).to(dtype) if with_bias else None
+    exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+    part = weight if kernel is None else CpuProducts(always(kernel)).bind(weight)
+    output = torch.full((rows, 60), 7.0, dtype=dtype)
+    linear_into(inputs, part, bias, output[:, 20:44])
+    torch.testing.assert_close(output[:, 20:44].double(), exact, rtol=0.008, atol=1e-2 if kernel else 1e-5)
+    assert (output[:, :20] == 7).all()
+    assert (output[:, 44:] == 7).all()
 
 
 def test_the_scratch_is_all_that_is_taken_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
