@@ -2,14 +2,15 @@
 
 How to run (no GPU, no network; half a minute for 10 rounds on two idle cores):
 
-    python benchmarks/fault_campaign.py [--quick] [--rounds 40] [--seed 1] [--model DIR] [--json FILE]
+    python benchmarks/fault_campaign.py [--quick] [--rounds 40] [--seed 1] [--model DIR] [--stripes N] [--json FILE]
 
 Each round streams a batch of greedy and sampled requests in float32 and sends SIGKILL to one, two or all four actors:
 at once, one shortly after the other (into the recovery), the same one twice, or before the round begins. Checked on the
 stream: no token or character that was shown is repeated or changed; at the end all are those of the undisturbed run;
 only the victims have new pids. From the trace: sweeps and tokens that were computed again. The deaths of a round are
 dated back when it is over, so that three within a minute end the run only where a round kills one actor three times,
-which none does. The exit status is 1 if anything was wrong; the seed and the number of the round repeat it.
+which none does. The exit status is 1 if anything was wrong; the seed and the number of the round repeat it. With
+--stripes the store lies in so many further folders, and their loaders are killed, too.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipo_ray import LLM, SamplingParams
-from pipo_ray.pipeline.roll import ACTORS, WINDOW_S
+from pipo_ray.pipeline.roll import WINDOW_S
+from pipo_ray.prepare import pack_store
 
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
 NUM_TOKENS = 40
@@ -120,17 +123,17 @@ def stream(llm: LLM, progress: Progress | None = None) -> Streamed:
     return result
 
 
-def choose(chance: random.Random, number: int, sweep_s: float) -> Round:
-    """What the round `number` does, where a sweep takes `sweep_s`."""
+def choose(chance: random.Random, number: int, sweep_s: float, actors: Sequence[str]) -> Round:
+    """What the round `number` does to which of `actors`, where a sweep takes `sweep_s`."""
     at = chance.randrange(SEQUENCES * (NUM_TOKENS - 5)), chance.uniform(0, sweep_s)
-    first, second = chance.sample(ACTORS, 2)
+    first, second = chance.sample(actors, 2)
     kinds = {
         "one": [(first, *at)],
         "two at once": [(first, *at), (second, at[0], 0.0)],
         "into the recovery": [(first, *at), (second, at[0], chance.uniform(0, 3))],
         "the same twice": [(first, *at), (first, at[0], chance.uniform(1, 5))],
         "before it begins": [(first, 0, chance.uniform(0, 3))],
-        "all": [(actor, at[0], 0.0) for actor in ACTORS],
+        "all": [(actor, at[0], 0.0) for actor in actors],
     }
     kind = chance.choice(["one", *kinds])  # "one" twice as often
     return Round(number, kind, kinds[kind])
@@ -197,7 +200,7 @@ def play(llm: LLM, plan: Round, expected: Streamed, expected_sweeps: list[int]) 
     again = sweeps(llm, begin)
     plan.sweeps_again, plan.tokens_again = len(again) - len(expected_sweeps), sum(again) - sum(expected_sweeps)
     victims = {actor for actor, *_ in plan.kills}
-    if victims <= {"NvmeLoader", "StagingPool"} and again != expected_sweeps:
+    if not victims & {"ComputeWorker", "Scheduler"} and again != expected_sweeps:
         plan.wrong.append("sweeps were computed again although neither compute worker nor scheduler died")
     # Of a scheduler's last sweep but one the driver may not have heard either, when they are as short as here.
     if plan.sweeps_again > len(plan.kills) + sum(actor == "Scheduler" for actor, *_ in plan.kills):
@@ -213,10 +216,20 @@ def play(llm: LLM, plan: Round, expected: Streamed, expected_sweeps: list[int]) 
 def settle(llm: LLM) -> None:
     """Wait until every actor answers, then date its deaths back."""
     stage = llm._stage
-    for actor, method in ((stage.nvme_loader, "ready"), (stage.scheduler, "ready"), (stage.staging_pool, "books")):
-        stage.call(actor, method)
+    for actor in (*stage.nvme_loaders, stage.scheduler):
+        stage.call(actor, "ready")
+    stage.call(stage.staging_pool, "books")
     stage.call(stage.compute_worker, "times")
     stage.roll._rows[:, 2:] -= WINDOW_S + 1
+
+
+def model_of(arguments: argparse.Namespace, folder: Path) -> str:
+    """The model, or the striped store that was made of it in `folder`."""
+    if not arguments.stripes:
+        return str(arguments.model)
+    stripes = [folder / f"stripe{number}" for number in range(arguments.stripes)]
+    pack_store(arguments.model, folder / "store", dtype="float32", stripes=stripes)
+    return str(folder / "store")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -225,8 +238,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory(prefix="pipo-faults-") as folder,
         LLM(
-            arguments.model, dtype="float32", memory="3GiB", weight_memory=arguments.weight_memory, device="cpu",
-            ray_address="local", trace=Path(folder) / "trace.json",
+            model_of(arguments, Path(folder)), dtype="float32", memory="3GiB",
+            weight_memory=arguments.weight_memory, device="cpu", ray_address="local", trace=Path(folder) / "trace.json",
         ) as llm,
     ):  # fmt: skip
         stream(llm)
@@ -235,7 +248,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         expected_sweeps = sweeps(llm, begin)
         print(f"undisturbed: {expected.took_s:.1f} s, {len(expected_sweeps)} sweeps; seed {arguments.seed}", flush=True)
         for number in range(arguments.rounds):
-            plan = choose(random.Random(f"{arguments.seed} {number}"), number, expected.took_s / NUM_TOKENS)
+            chance = random.Random(f"{arguments.seed} {number}")
+            plan = choose(chance, number, expected.took_s / NUM_TOKENS, tuple(llm.pids()))
             play(llm, plan, expected, expected_sweeps)
             settle(llm)
             rounds.append(plan)
@@ -256,7 +270,8 @@ def show(result: dict[str, Any]) -> None:
     groups["all rounds"] = result["rounds"]
     columns = ("stall median", "stall most", "sweeps again", "tokens again")
     print(f"\n{'died':<20}{'rounds':>7}{'wrong':>7}" + "".join(f"{column:>14}" for column in columns))
-    for name in ["nobody", *(f"only {actor}" for actor in ACTORS), "several", "all rounds"]:
+    alone = sorted(name for name in groups if name.startswith("only "))
+    for name in ["nobody", *alone, "several", "all rounds"]:
         if found := groups.get(name):
             stalls = [one["stall_s"] for one in found]
             print(
@@ -273,6 +288,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="5 rounds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default=str(BUNDLED), help="a checkpoint with a tokenizer (default: bundled)")
+    parser.add_argument("--stripes", type=int, default=0, help="further folders of a striped store")
     parser.add_argument("--weight-memory", default="6MiB", help="less than the model, so that it streams")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
