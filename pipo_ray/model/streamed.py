@@ -89,6 +89,13 @@ class LookedUpTable(_StandIn):
         return table._answer(flat(ids)).view(*ids.shape, -1)
 
 
+def _linear_arguments(
+    input: torch.Tensor, weight: _StandIn, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, _StandIn, torch.Tensor | None]:
+    """What `F.linear` was called with, by place or by name."""
+    return input, weight, bias
+
+
 class SplitMatrix(_StandIn):
     """A weight [out_features, in_features] that arrives in row parts. `answer()` yields (row_start, row_stop, part)."""
 
@@ -98,9 +105,7 @@ class SplitMatrix(_StandIn):
     def _intercept(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return NotImplemented
-        inputs = args[0] if args else kwargs["input"]
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        inputs, weight, bias = _linear_arguments(*args, **kwargs)
         output = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
         rows, columns = inputs.reshape(-1, inputs.shape[-1]), output.view(-1, weight.shape[0])
         for start, stop, part in weight._answer():
@@ -119,9 +124,7 @@ class LowBitMatrix(_StandIn):
     def _intercept(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return NotImplemented
-        inputs = args[0] if args else kwargs["input"]
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        inputs, weight, bias = _linear_arguments(*args, **kwargs)
         return weight._answer(inputs, bias)
 
 
