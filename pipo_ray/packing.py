@@ -119,6 +119,7 @@ def pack_checkpoint(
         from pipo_ray.model.graph import load_config, resolve_dtype
         from pipo_ray.model.inspect import find_facts
         from pipo_ray.model.layout import block_layout
+        from pipo_ray.model.linear_experts import experts_are_linear
         from pipo_ray.quant.assign import assign
         from pipo_ray.quant.source import QuantizedSource
         from pipo_ray.store.pack import pack
@@ -133,7 +134,15 @@ def pack_checkpoint(
         tensors = TensorSource(model, checkpoint, torch_dtype)
         aliases = tensors.aliases
         looked_up = {aliases.get(name, name) for unit in trace.units if unit.kind == "lookup" for name in unit.tensors}
-        blocks = assign(block_layout(model, trace, aliases), policy, looked_up=looked_up, layout=machine_layout())
+        blocks = block_layout(model, trace, aliases)
+        has_experts = any(tensor.expert is not None for block in blocks for tensor in block.tensors)
+        blocks = assign(
+            blocks,
+            policy,
+            looked_up=looked_up,
+            layout=machine_layout(),
+            linear_experts=policy.is_low_bit and has_experts and experts_are_linear(config),
+        )
         extra = {"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)}
         with QuantizedSource(tensors) as quantized:
             return pack(

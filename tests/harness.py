@@ -22,6 +22,7 @@ from pipo_ray.model.inspect import find_facts, trace_of
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
+from pipo_ray.model.linear_experts import experts_are_linear
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.pipeline.checksums import BlockChecksums
@@ -94,7 +95,7 @@ def pack_checkpoint(
         tables = {source.aliases.get(n, n) for unit in trace.units if unit.kind == "lookup" for n in unit.tensors}
         blocks = assign(
             blocks, precision or Precision(), looked_up=tables, layout=layout or machine_layout(),
-            panel_bytes=panel_bytes,
+            linear_experts=precision is not None and experts_are_linear(config), panel_bytes=panel_bytes,
         )  # fmt: skip
         with QuantizedSource(source, num_threads=2) as quantized:
             manifest = pack(

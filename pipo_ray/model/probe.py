@@ -73,6 +73,16 @@ def probe(config: PretrainedConfig) -> ProbeResult:
     return ProbeResult(ragged=False, chunked=chunk is None, reason=reason, attention=attention)
 
 
+def tiny_model(config: PretrainedConfig) -> Any:
+    """A tiny random model of `config`'s architecture, in float32 on the CPU, in evaluation mode.
+
+    Raises UnsupportedModelError, or whatever transformers does.
+    """
+    tiny = tiny_config(config)
+    _require_tiny(config, tiny)
+    return _model(tiny, "eager")
+
+
 def _chunks_fail(tiny: PretrainedConfig, attention: str) -> str | None:
     """Why prompts may not be split. Asked of several random models: some architectures (the delta rule of Qwen3-Next)
     amplify rounding beyond the tolerance in one of them, while a state that is lost shows in all.

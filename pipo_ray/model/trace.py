@@ -232,13 +232,13 @@ def _kind(module: nn.Module, name: str, tensors: list[str]) -> str:
         return "lookup"
     if type(module).forward is nn.Linear.forward and direct:
         return "linear"
-    if (
-        direct
-        and hasattr(module, "num_experts")
-        and any(p.dim() == 3 and p.shape[0] == module.num_experts for p in module.parameters(recurse=False))
-    ):
-        return "experts"
-    return "other"
+    return "experts" if direct and is_experts(module) else "other"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` has fused experts: parameters [experts, ...]."""
+    count = getattr(module, "num_experts", None)
+    return count is not None and any(p.dim() == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
 
 
 def layer_prefixes(model: PreTrainedModel) -> list[str]:

@@ -18,11 +18,13 @@ def assign(
     *,
     looked_up: Collection[str],
     layout: str,
+    linear_experts: bool = False,
     panel_bytes: int = PANEL_BYTES,
 ) -> tuple[BlockSpec, ...]:
     """`blocks` with the tensors that `precision` asks for turned into panels.
 
-    Only matrices that are used by nn.Linear alone can be: `looked_up` are the tables of embeddings. A tensor that
+    Only matrices that are used by nn.Linear alone can be, and experts if `linear_experts` (see
+    `model/linear_experts.py`). `looked_up` are the tables of embeddings. A tensor that
     cannot be stays as it is under a rule for "*". Raises InputError naming the tensor and the reason if a more specific
     rule asks for it, or if nothing is left that could be quantized.
     """
@@ -35,7 +37,7 @@ def assign(
         if rule is None:
             return tensor
         low_bit = LowBitFormat.parse(rule.format)
-        if (reason := _refusal(tensor, low_bit, looked_up)) is not None:
+        if (reason := _refusal(tensor, low_bit, looked_up, linear_experts)) is not None:
             # "*.mlp.*" means the matrices in there, and not their biases.
             if rule.pattern == tensor.name or (rule.pattern != EVERYTHING and len(tensor.shape) == 2):
                 raise InputError(f"precision rule {rule.pattern!r}: {tensor.name} cannot be {low_bit.name}: {reason}")
@@ -53,14 +55,14 @@ def assign(
     return result
 
 
-def _refusal(tensor: TensorSpec, low_bit: LowBitFormat, looked_up: Collection[str]) -> str | None:
-    if tensor.expert is not None:
-        return "it is one of a layer's fused experts"
+def _refusal(tensor: TensorSpec, low_bit: LowBitFormat, looked_up: Collection[str], linear_experts: bool) -> str | None:
+    if tensor.expert is not None and not linear_experts:
+        return "it is one of a layer's fused experts, which this architecture does not multiply one by one"
     if len(tensor.shape) != 2:
         return f"it has shape {list(tensor.shape)}, not a matrix's"
     if tensor.name in looked_up:
         return "it is a table of embeddings"
-    if tensor.cut != "rows":
+    if tensor.cut != "rows" and tensor.expert is None:
         return "it is used by something other than nn.Linear"
     if tensor.dtype != "BF16":
         return f"the model keeps it in {tensor.dtype}"

@@ -318,7 +318,7 @@ class _Reader:
         panels = self.panels(entry, where)
         first_row = self.optional_size(entry, "first_row", where)
         wanted = None if panels is None else panels.shape if first_row is None else (*shape[:1], *panels.shape[1:])
-        if wanted is not None and (dtype, shape, cut) != ("U8", wanted, "rows"):
+        if wanted is not None and (dtype, shape) != ("U8", wanted):
             raise self.fail(f"{where} is {dtype} of shape {list(shape)}, its panels are U8 of {list(wanted)}")
         if first_row is not None and (cut != "rows" or len(shape) < 1):
             raise self.fail(f"{where} begins at row {first_row}, but cannot be split by rows")

@@ -52,6 +52,14 @@ def test_only_matrices_of_linear_modules_are_quantized(name: str) -> None:
         assign(block(OTHERS[name]), Precision.parse("int4"), looked_up={"embed.weight"}, layout="avx512")
 
 
+def test_experts_that_are_multiplied_one_by_one_are_quantized() -> None:
+    experts = block(OTHERS["expert.weight"])
+    (got,) = assign(experts, Precision.parse("int8"), looked_up=(), layout="avx512", linear_experts=True)
+    (tensor,) = got.tensors
+    assert tensor.panels is not None
+    assert (tensor.expert, tensor.cut, tensor.dtype, tensor.shape) == (1, "none", "U8", tensor.panels.shape)
+
+
 def test_nothing_is_touched_at_16_bits() -> None:
     blocks = block(LINEAR, *OTHERS.values())
     assert assign(blocks, Precision(), looked_up=(), layout="avx512") == blocks
