@@ -4,6 +4,7 @@ How to run (root, memory controller of cgroup v1, fio, 40 GB of free disk; a qua
 first time, when the peers are installed and llama.cpp is compiled):
 
     python benchmarks/small_pc.py [--peers-folder FOLDER] [--peers accelerate,llama.cpp,airllm] [--json FILE]
+    python benchmarks/small_pc.py --precision int4 [--memory 2GiB]     # four bits, beside llama.cpp's Q4_0
     python benchmarks/small_pc.py --quick        # a small model, to see whether everything works
 
 The PC is a memory control group of --memory (4 GiB) and two cores; page cache and shared memory count in it. The model
@@ -20,6 +21,8 @@ prompt of 512; pipo also 16 prompts of 32 together.
 
 The peers, each in what was fastest for it here: Accelerate keeps as many layers in RAM as the group allows and offloads
 the rest to disk; llama.cpp maps the GGUF; AirLLM prefetches. Two threads each. Versions: `peers/environments.py`.
+With four bits both quantize the same matrices, the head too; llama.cpp also the input embedding. Its Q4_0 has 4.5 bits
+a weight, as our int4 has.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ class Setting:
     fio_s: float
     accelerate_memory: int
     accelerate_variant: str
+    precision: str = "16bit"
 
     @property
     def checkpoint(self) -> Path:
@@ -83,12 +87,16 @@ class Setting:
     @property
     def store(self) -> Path:
         """pipo's, packed from the checkpoint."""
-        return self.folder / f"store-{self.shape.layers}-layers"
+        return self.folder / f"store-{self.shape.layers}-layers{self._suffix}"
 
     @property
     def gguf(self) -> Path:
         """llama.cpp's file."""
-        return self.folder / f"llama-{self.shape.layers}-layers.gguf"
+        return self.folder / f"llama-{self.shape.layers}-layers{self._suffix}.gguf"
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.precision == "16bit" else f"-{self.precision}"
 
     @property
     def shards(self) -> Path:
@@ -102,8 +110,8 @@ class Setting:
 
     def limit_s(self, bytes_per_s: float) -> float:
         """The seconds that a sweep takes at least with a disk of this speed."""
-        streamable = self.shape.num_bytes - self.shape.embedding_bytes
-        return (streamable - max(0, self.memory - NOT_FOR_WEIGHTS)) / bytes_per_s
+        streamable = sum(block.nbytes for block in Manifest.load(self.store).blocks if block.kind != "embedding")
+        return max(0, streamable - max(0, self.memory - NOT_FOR_WEIGHTS)) / bytes_per_s
 
 
 # --- what is made once ------------------------------------------------------------------------------------------------
@@ -149,7 +157,8 @@ def prepare(setting: Setting, contestant: str) -> tuple[list[str], dict[str, Any
         )
         return command, options | {"shards": str(setting.shards), "split": False}, [setting.shards, environment]
     writer = [str(python), str(RUNNERS / "write_gguf.py")]
-    make_once(setting.gguf, lambda path: run_alone(writer, str(setting.checkpoint), str(path), log=log))
+    kind = "BF16" if setting.precision == "16bit" else "Q4_0"
+    make_once(setting.gguf, lambda path: run_alone(writer, str(setting.checkpoint), str(path), kind, log=log))
     options = {"gguf": str(setting.gguf), "threads": CORES}
     return [str(python), str(RUNNERS / "llama_cpp_mmap.py")], options, [setting.gguf, environment]
 
@@ -228,8 +237,9 @@ def _figures(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
         figures["decode_s"] = statistics.median(gap for _, times in rounds for gap in _gaps(times))
         figures["decode_spread_s"] = _spread([gap for _, times in rounds for gap in _gaps(times)])
         figures["limit_s"] = statistics.median(limits)
-        ratios = [seconds / limit for seconds, limit in zip(decoded, limits, strict=True)]
-        figures["times_limit"], figures["times_limit_spread"] = statistics.median(ratios), _spread(ratios)
+        if min(limits) > 0:  # else nothing has to stream
+            ratios = [seconds / limit for seconds, limit in zip(decoded, limits, strict=True)]
+            figures["times_limit"], figures["times_limit_spread"] = statistics.median(ratios), _spread(ratios)
     if "long" in result:
         figures["long_first_token_s"] = result["long"]["seconds"][0][0]
     if "batch" in result:
@@ -312,6 +322,7 @@ def main() -> int:
     parser.add_argument("--only", help="who is measured, pipo or not, with commas between")
     parser.add_argument("--memory", default="4GiB", help="the limit of the group, and pipo's budget")
     parser.add_argument("--layers", type=int, default=LLAMA_3_8B.layers, help="of the model")
+    parser.add_argument("--precision", choices=("16bit", "int4"), default="16bit", help="int4: beside llama.cpp alone")
     parser.add_argument("--tokens", type=int, default=3, help="tokens behind the first one in each round")
     parser.add_argument("--rounds", type=int, default=5, help="prompts of 32 tokens")
     parser.add_argument("--accelerate-memory", help="Accelerate's max_memory for the CPU (default: what was fastest)")
@@ -322,7 +333,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.layers, arguments.memory, arguments.rounds, arguments.tokens = 2, "1536MiB", 1, 2
-    wanted = (arguments.only or f"pipo,{arguments.peers}").split(",")
+    peers = arguments.peers if arguments.precision == "16bit" else "llama.cpp"
+    wanted = (arguments.only or f"pipo,{peers}").split(",")
     if unknown := [name for name in wanted if name not in CONTESTANTS]:
         parser.error(f"{','.join(unknown)}: choose from {','.join(CONTESTANTS)}")
     require_controller()
@@ -343,12 +355,13 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
         rounds=arguments.rounds, tokens=arguments.tokens, long=64 if arguments.quick else LONG,
         fio_s=0.2 if arguments.quick else 2.0,
         accelerate_memory=parse_size(given, "--accelerate-memory") if given else memory - ACCELERATE_OTHER,
-        accelerate_variant=arguments.accelerate_variant,
+        accelerate_variant=arguments.accelerate_variant, precision=arguments.precision,
     )  # fmt: skip
     name = fio.version()
     setting.folder.mkdir(parents=True, exist_ok=True)
     make_once(setting.checkpoint, lambda path: make_checkpoint(path, setting.shape))
-    make_once(setting.store, lambda path: pack_store(setting.checkpoint, path))
+    precision = None if setting.precision == "16bit" else setting.precision
+    make_once(setting.store, lambda path: pack_store(setting.checkpoint, path, precision=precision))
     disk = fio.sweep(_store_files(setting), setting.fio_s)[0]
     print(f"disk: {disk}", flush=True)
     try:
@@ -359,7 +372,7 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
             shutil.rmtree(setting.offload, ignore_errors=True)
     return {
         "model": f"Llama, {setting.shape.layers} layers, {setting.shape.num_parameters / 1e9:.2f} billion parameters, "
-        f"bf16, {setting.shape.num_bytes / 1e9:.2f} GB",
+        f"{setting.precision}, {Manifest.load(setting.store).total_bytes / 1e9:.2f} GB",
         "pc": f"memory control group of {format_size(memory)}, {CORES} cores",
         "machine": f"{_processor()}, {os.cpu_count()} cores, Linux {platform.release()}, {time.strftime('%Y-%m-%d')}",
         "disk": str(disk),

@@ -1,4 +1,4 @@
-"""Write a Llama checkpoint in bf16 as a GGUF with the same weights: `python write_gguf.py CHECKPOINT FILE`.
+"""Write a Llama checkpoint in bf16 as a GGUF with the same weights: `python write_gguf.py CHECKPOINT FILE [BF16|Q4_0]`.
 
 Runs in llama.cpp's environment. Names, keys and the order of rotary dimensions are those that llama.cpp's own converter
 gives a Llama; the vocabulary is of placeholders, because the benchmark gives token ids and takes token ids.
@@ -22,17 +22,22 @@ BLOCKS = {
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write(checkpoint: Path, path: Path) -> None:
-    """Stream the tensors, one at a time, in the checkpoint's order."""
+def write(checkpoint: Path, path: Path, kind: str) -> None:
+    """Stream the tensors, one at a time, in the checkpoint's order; the matrices as `kind`, by gguf's own quantizer."""
+    quantized = gguf.GGMLQuantizationType[kind]
+    bf16 = quantized is gguf.GGMLQuantizationType.BF16
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
-    _describe(writer, config)
+    _describe(writer, config, gguf.LlamaFileType[f"MOSTLY_{kind}"])
     tensors = list(_tensors(checkpoint))
     for name, array in tensors:
         if "norm" in name:
             writer.add_tensor_info(name, array.shape, np.dtype(np.float32), 2 * array.nbytes)
+        elif bf16:
+            writer.add_tensor_info(name, array.shape, np.dtype(np.uint16), array.nbytes, quantized)
         else:
-            writer.add_tensor_info(name, array.shape, np.dtype(np.uint16), array.nbytes, gguf.GGMLQuantizationType.BF16)
+            shape = gguf.quant_shape_to_byte_shape(array.shape, quantized)
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -41,14 +46,22 @@ def write(checkpoint: Path, path: Path) -> None:
         role = name.split(".")[-2]
         if "norm" in name:
             writer.write_tensor_data((array.astype(np.uint32) << 16).view(np.float32))
-        elif role in heads:
-            writer.write_tensor_data(_interleave(array, heads[role]))
         else:
-            writer.write_tensor_data(array)
+            matrix = _interleave(array, heads[role]) if role in heads else array
+            writer.write_tensor_data(matrix if bf16 else _quantized(matrix, quantized))
     writer.close()
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+def _quantized(bits: Any, kind: gguf.GGMLQuantizationType) -> Any:
+    """A matrix of bf16 bits as bytes of `kind`, a few rows at a time."""
+    parts = []
+    for start in range(0, len(bits), 1024):
+        values = (bits[start : start + 1024].astype(np.uint32) << 16).view(np.float32)
+        parts.append(gguf.quants.quantize(values, kind))
+    return np.concatenate(parts)
+
+
+def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: gguf.LlamaFileType) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -61,7 +74,7 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(kind)
     special, plain, byte = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.BYTE
     first = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", special), ("</s>", special)]
     first += [(f"<0x{value:02X}>", byte) for value in range(256)]
@@ -102,4 +115,4 @@ def _interleave(matrix: Any, heads: int) -> Any:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    write(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "BF16")
