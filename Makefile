@@ -10,6 +10,7 @@ PYTEST_FLAGS ?=
 
 DEMO_MODEL ?= pipo_ray/bundled
 DEMO_WEIGHT_MEMORY ?= 3MiB
+DEMO_INT4_WEIGHT_MEMORY ?= 1500KiB
 DEMO_PROMPT ?= It was a fine morning, and Mrs. Bennet
 DEMO_FLAGS ?= --repetition-penalty 1.2
 
@@ -26,8 +27,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/installed ## generate text from the bundled model, with less weight memory than the model has
+demo: $(VENV)/installed ## generate text from the bundled model, with less weight memory than it has: at 16 bits, and at 4
 	HF_HUB_OFFLINE=1 $(BIN)/pipo run $(DEMO_MODEL) --weight-memory $(DEMO_WEIGHT_MEMORY) -p "$(DEMO_PROMPT)" $(DEMO_FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pipo run $(DEMO_MODEL) --precision int4 --weight-memory $(DEMO_INT4_WEIGHT_MEMORY) -p "$(DEMO_PROMPT)" $(DEMO_FLAGS)
 
 setup: $(VENV)/installed-dev ## create the virtual environment with the development tools
 

@@ -231,6 +231,12 @@ class LLM:
             pass
         return [np.concatenate(request.logits) for request in requests]
 
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of `text`, as a prompt would have them. Raises InputError without a tokenizer."""
+        prompt = {"prompt": text, "add_special_tokens": add_special_tokens}
+        ((ids, _),) = self._stage.call(self._stage.compute_worker, "encode", [prompt])
+        return list(ids)
+
     def check_prompts(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -256,6 +262,11 @@ class LLM:
     def describe(self) -> list[str]:
         """Lines that say what the memory is spent on."""
         return list(self._lines)
+
+    @property
+    def vocab_size(self) -> int:
+        """Numbers that a token's logits have."""
+        return self._facts.vocab_size
 
     @property
     def max_model_len(self) -> int:

@@ -10,7 +10,9 @@ from protocol import Generate, OnToken, serve
 
 
 def start(options: dict[str, Any]) -> tuple[Generate, list[str]]:
-    """`options`: gguf, threads."""
+    """`options`: gguf, threads, repack."""
+    if not options["repack"]:
+        _leave_weights_where_they_are()
     llama = llama_cpp.Llama(
         options["gguf"], n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=options["threads"],
         n_threads_batch=options["threads"], use_mmap=True, use_mlock=False, logits_all=False, verbose=True,
@@ -26,7 +28,20 @@ def start(options: dict[str, Any]) -> tuple[Generate, list[str]]:
             on_token(0, token)
             following = [token]
 
-    return generate, [llama_cpp.llama_print_system_info().decode()]
+    repacked = "weights repacked if that is faster" if options["repack"] else "weights not repacked"
+    return generate, [llama_cpp.llama_print_system_info().decode(), repacked]
+
+
+def _leave_weights_where_they_are() -> None:
+    """The constructor has no parameter for it (llama.cpp's own --no-repack): its defaults are what it takes."""
+    original = llama_cpp.llama_model_default_params
+
+    def defaults() -> Any:
+        parameters = original()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = llama_cpp.llama_model_default_params = defaults
 
 
 def _last_logits(llama: llama_cpp.Llama) -> Any:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pipo_ray import __version__
-from pipo_ray.cli import chat, pack, run, verify
+from pipo_ray.cli import chat, pack, quality, run, verify
 from pipo_ray.cli.terminal import OutputClosed, discard_stdout, unwritable
 from pipo_ray.errors import InputError, PipoError
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pipo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (run, chat, pack, verify):
+    for module in (run, chat, pack, verify, quality):
         module.add_command(commands)
     return parser
 

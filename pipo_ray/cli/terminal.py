@@ -153,3 +153,25 @@ def _bar() -> Iterator[Progress]:
         yield report
     finally:
         bar.stop()
+
+
+@contextlib.contextmanager
+def counting_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Like `progress_bar` for things that are counted. Yields a function of how many are done."""
+    if not sys.stderr.isatty():
+        last_s = time.monotonic()
+
+        def line(done: int) -> None:
+            nonlocal last_s
+            if done >= total or time.monotonic() - last_s >= _LINE_INTERVAL_S:
+                last_s = time.monotonic()
+                say(f"{what}: {done} of {total}, {100 * done // max(1, total)} %")
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=stderr_console(), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import pipo_ray.bundled
 from pipo_ray import LLM, SamplingParams
+from pipo_ray.cli.main import main
 from pipo_ray.prepare import prepare_store
 from pipo_ray.quant.codec import read_rows, views_of
 from pipo_ray.quant.rounding import values_of
@@ -54,3 +56,16 @@ def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight
     for position in range(first, len(tokens)):
         row = expected[position - 1]
         assert row.max() - row[tokens[position]] <= 0.03 * scale[position - 1]
+
+
+def test_quality_is_measured_against_the_original(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--precision", "int8,int4", "--tokens", "300", "--memory", "3GiB", "--ray-address", "local", "--json"]
+    assert main(["quality", str(BUNDLED), *arguments]) == 0
+    original, eight, four = json.loads(capfd.readouterr().out)
+    assert [row["precision"] for row in (original, eight, four)] == ["16bit", "int8", "int4"]
+    assert original["kl_divergence"] == 0 < eight["kl_divergence"] < four["kl_divergence"] < 0.5
+    assert original["same_token"] == 1 > eight["same_token"] > four["same_token"] > 0.5
+    assert original["bytes"] > eight["bytes"] > four["bytes"]
+    assert 5 < original["perplexity"] < 80
+    assert abs(eight["perplexity_increase"]) < 0.02
+    assert {row["tokens"] for row in (original, eight, four)} == {300}

@@ -1,0 +1,204 @@
+"""`pipo quality`: what fewer bits cost in accuracy, and what they are worth in bytes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipo_ray.cli.options import add_model_options, engine_arguments, find_folder, open_llm
+from pipo_ray.cli.terminal import Output, counting_bar, say
+from pipo_ray.errors import InputError
+from pipo_ray.session.memory import format_size
+
+if TYPE_CHECKING:
+    from pipo_ray.llm import LLM
+    from pipo_ray.report.quality import LogitsFile, Quality
+
+ORIGINAL = "16bit"
+_DEFAULT = "int8,int4-g32,int4"
+_WINDOW = 1024
+_TEXT = Path(__file__).parents[1] / "bundled" / "heldout.txt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A precision's line: `nbytes` of the packed model, and its quality against the original."""
+
+    precision: str
+    nbytes: int
+    quality: Quality
+
+    def figures(self, original: Row) -> dict[str, Any]:
+        """As JSON has them."""
+        return {
+            "precision": self.precision,
+            "bytes": self.nbytes,
+            "perplexity": self.quality.perplexity,
+            "perplexity_increase": self.quality.perplexity / original.quality.perplexity - 1,
+            "kl_divergence": self.quality.kl,
+            "same_token": self.quality.same_token,
+            "tokens": self.quality.count,
+        }
+
+
+def add_command(commands: Any) -> None:
+    """Declare `pipo quality`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "quality",
+        help="measure what fewer bits cost in accuracy",
+        description="Run a text through MODEL as it is and at fewer bits, within the memory budget, and compare: "
+        "perplexity, Kullback-Leibler divergence and agreement of the most probable token.",
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    parser.set_defaults(precision=_DEFAULT)
+    parser.add_argument("--text", metavar="FILE", type=Path, default=_TEXT, help="default: the bundled model's")
+    parser.add_argument("--tokens", metavar="N", type=int, default=8192, help="of the text; default: %(default)s")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="size against loss (.png or .svg)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
+    parser.set_defaults(command=quality)
+
+
+def quality(options: argparse.Namespace) -> int:
+    """Do it. Returns the exit status."""
+    if options.picture is not None:
+        _require_plotting(options.picture)
+    if options.tokens < 1:
+        raise InputError(f"--tokens {options.tokens} is below 1")
+    precisions = [one for one in options.precision.split(",") if one and one != ORIGINAL]
+    if not precisions:
+        raise InputError("--precision names nothing to compare with; give for instance --precision int8,int4")
+    text = _read(options.text)
+    options.precision = None
+    arguments = engine_arguments(options)
+    folder = find_folder(options.model)
+    if not (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
+        raise InputError(f"{options.model} is not a checkpoint: quality needs the weights as they were")
+    output = Output()
+    with output.reserved(), contextlib.ExitStack() as stack:
+        rows = _measure(stack, str(folder), arguments, text, precisions, options.tokens)
+    if options.json:
+        output.write(json.dumps([row.figures(rows[0]) for row in rows], indent=1) + "\n")
+    else:
+        _print(rows)
+    if options.picture is not None:
+        _draw(rows, options.picture)
+    return 0
+
+
+def _measure(
+    stack: contextlib.ExitStack,
+    model: str,
+    arguments: dict[str, Any],
+    text: str,
+    precisions: list[str],
+    most_tokens: int,
+) -> list[Row]:
+    from pipo_ray.prepare import cache_folder
+    from pipo_ray.report.quality import LogitsFile, Quality, windows_of
+
+    with open_llm(model, arguments) as llm:
+        ids, whole = llm.encode(text, add_special_tokens=False), llm.encode(text)
+        prefix = whole[: whole.index(ids[0])] if ids and ids[0] in whole else []  # what begins a text
+        windows = windows_of(ids, prefix, min(_WINDOW, llm.max_model_len), most_tokens)
+        kept = LogitsFile(cache_folder() / "scratch", windows, llm.vocab_size)
+        stack.callback(kept.close)
+        first = Quality()
+        for number, logits in _logits(llm, windows, ORIGINAL):
+            kept.write(number, logits)
+            first.add(windows[number], logits, logits)
+        rows = [Row(ORIGINAL, llm.report()["model_bytes"], first)]
+    for precision in precisions:
+        with open_llm(model, {**arguments, "precision": precision}) as llm:
+            rows.append(_compare(llm, windows, kept, precision))
+    return rows
+
+
+def _compare(llm: LLM, windows: list[list[int]], kept: LogitsFile, precision: str) -> Row:
+    from pipo_ray.report.quality import Quality
+
+    result = Quality()
+    for number, logits in _logits(llm, windows, precision):
+        result.add(windows[number], logits, kept.read(number))
+    return Row(precision, llm.report()["model_bytes"], result)
+
+
+def _logits(llm: LLM, windows: list[list[int]], precision: str) -> Iterator[tuple[int, Any]]:
+    """Each window's number and logits, one after the other, so that no more than one is in memory."""
+    done = 0
+    with counting_bar(f"tokens with {precision}", sum(len(window) for window in windows)) as report:
+        for number, window in enumerate(windows):
+            (logits,) = llm.score([{"prompt_token_ids": window}])
+            yield number, logits
+            done += len(window)
+            report(done)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--text {path} cannot be read: {error.strerror}; give a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--text {path} is not UTF-8 (byte {error.start}); convert it") from error
+
+
+def _can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _require_plotting(picture: Path) -> None:
+    if not _can_plot():
+        raise InputError("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
+    if not picture.absolute().parent.is_dir():
+        raise InputError(f"--picture {picture}: there is no folder {picture.absolute().parent}; make it")
+
+
+def _print(rows: list[Row]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.ROUNDED)
+    table.add_column("weights")
+    for name in ("size", "perplexity", "more", "KL, nats", "same token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = row.figures(rows[0])
+        table.add_row(
+            row.precision,
+            format_size(row.nbytes),
+            f"{figures['perplexity']:.3f}",
+            f"{figures['perplexity_increase']:+.2%}",
+            f"{figures['kl_divergence']:.5f}",
+            f"{figures['same_token']:.2%}",
+        )
+    Console(markup=False, highlight=False).print(table)
+    say(f"{rows[0].quality.count} tokens; without the embedding table, which is looked up by rows")
+
+
+def _draw(rows: list[Row], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    for row in rows:
+        more = 100 * row.figures(rows[0])["perplexity_increase"]
+        panel.plot(row.nbytes / 2**30, more, "o")
+        panel.annotate(row.precision, (row.nbytes / 2**30, more), textcoords="offset points", xytext=(5, 5))
+    panel.set_xlabel("weights, GiB")
+    panel.set_ylabel("perplexity, % more")
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.3)
+    try:
+        figure.savefig(picture)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--picture {picture} cannot be written: {error}; choose another name") from error
