@@ -11,6 +11,9 @@ from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from kv_sweeps import Written, append_random
 from transformers import AutoModelForCausalLM
 
+from pipo_ray.model.attention import attend
+from pipo_ray.model.fused_rows import attend_row, can_attend
+from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
@@ -97,6 +100,42 @@ def test_kv_pages_are_bit_identical_through_the_tiers() -> None:
         batch = [(one, 200 if one.cache.length == 0 else 1 + sweep % 3) for one in live]
         append_random(tiers, batch, layers, shape=shape)
     assert tiers.loaded_bytes > tiers.saved_bytes > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (4, 4, 128), (6, 1, 256)])
+def test_a_row_in_one_call_is_every_sequence_alone(
+    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, dim: int
+) -> None:
+    """Prompts, chunks and single tokens side by side, with gaps between them in the pool."""
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    pool = KVPool(400, device)
+    caches = [pool.open(capacity) for capacity in (60, 30, 90, 41)]
+    caches[1].drop()
+    del caches[1]
+    for counts in ((33, 50, 1), (1, 20, 12), (1, 1, 1)):
+        batch = list(zip(caches, counts, strict=True))
+        pool.begin_sweep(batch)
+        assert pool.row is not None
+        query = torch.randn(sum(counts), heads, dim, device=device, dtype=dtype)
+        key, value = (torch.randn(1, kv_heads, sum(counts), dim, device=device, dtype=dtype) for _ in range(2))
+        assert can_attend(query, value, None, None)
+        keys, values = pool.layer(0, key[0], value[0])
+        for memory, new in ((keys, key), (values, value)):
+            memory.index_copy_(0, pool.row.places, new[0].transpose(0, 1))
+        got = attend_row(query, keys, values, pool.row, dim**-0.5, window)
+        start = 0
+        for cache, count in batch:
+            cache.advance(count)
+            own = slice(cache.first, cache.first + cache.length)
+            wanted = attend(
+                query[start : start + count].transpose(0, 1).float(), keys[own].transpose(0, 1).float(),
+                values[own].transpose(0, 1).float(), dim**-0.5, window,
+            )  # fmt: skip
+            torch.testing.assert_close(got[start : start + count].float(), wanted.transpose(0, 1), rtol=0.02, atol=0.02)
+            start += count
 
 
 def _fail(*_: object) -> None:
