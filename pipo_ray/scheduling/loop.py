@@ -198,6 +198,8 @@ class SchedulingLoop:
         """Once `sent` will soon have ended, send the sweep behind it."""
         if self._ahead_s is None or self._last_sweep_s is None:
             return
+        if any(step.logits == "all" for step in sent.request.steps):
+            return  # logits for a client are megabytes in the object store: no more of them at a time than need be
         expected = sent.begin + self._last_sweep_s - self._ahead_s
         await asyncio.wait({sent.result}, timeout=max(0.0, expected - time.perf_counter()))
         if sent.result.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from pipo_ray.errors import DriveError
@@ -242,6 +243,15 @@ def test_what_is_aborted_while_two_sweeps_are_sent_brings_nothing_more() -> None
         assert worker.unwanted == ["c/a/0"]
 
     play(body)
+
+
+def test_nothing_is_sent_behind_a_sweep_whose_logits_go_to_a_client() -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        loop.submit("c", [replace(request("a", 50, 1), score=True)])
+        await _until(lambda: len(worker.done) >= 3)
+
+    _, worker = play(body, max_scored_tokens=8)
+    assert all(sweep.sent_ahead_by is None for sweep in worker.sent)
 
 
 def test_what_was_sent_ahead_says_who_sent_it() -> None:
