@@ -91,6 +91,10 @@ class Conversation:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (gives input() its line editing and history)
             say(_COMMANDS)
+        with contextlib.suppress(KeyboardInterrupt):  # it may come between two lines
+            self._hold()
+
+    def _hold(self) -> None:
         while (line := self._read()) is not None:
             match line.strip():
                 case "":

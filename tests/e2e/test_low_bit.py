@@ -36,7 +36,9 @@ def reference(store: Path, manifest) -> torch.nn.Module:  # type: ignore[no-unty
     return model
 
 
-@pytest.mark.parametrize("precision, weight_memory", [("int4", "1500KiB"), ("int8", "2500KiB")])
+@pytest.mark.parametrize(
+    "precision, weight_memory", [("int4", "1500KiB"), pytest.param("int8", "2500KiB", marks=pytest.mark.slow)]
+)
 def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight_memory: str) -> None:
     prepared = prepare_store(BUNDLED, precision=precision)
     model = reference(prepared.folder, prepared.manifest)
@@ -59,13 +61,12 @@ def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight
 
 
 def test_quality_is_measured_against_the_original(capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--precision", "int8,int4", "--tokens", "300", "--memory", "3GiB", "--ray-address", "local", "--json"]
+    arguments = ["--precision", "int4", "--tokens", "200", "--memory", "3GiB", "--ray-address", "local", "--json"]
     assert main(["quality", str(BUNDLED), *arguments]) == 0
-    original, eight, four = json.loads(capfd.readouterr().out)
-    assert [row["precision"] for row in (original, eight, four)] == ["16bit", "int8", "int4"]
-    assert original["kl_divergence"] == 0 < eight["kl_divergence"] < four["kl_divergence"] < 0.5
-    assert original["same_token"] == 1 > eight["same_token"] > four["same_token"] > 0.5
-    assert original["bytes"] > eight["bytes"] > four["bytes"]
+    original, four = json.loads(capfd.readouterr().out)
+    assert [row["precision"] for row in (original, four)] == ["16bit", "int4"]
+    assert original["kl_divergence"] == 0 < four["kl_divergence"] < 0.5
+    assert original["same_token"] == 1 > four["same_token"] > 0.5
+    assert original["bytes"] > 2 * four["bytes"]
     assert 5 < original["perplexity"] < 80
-    assert abs(eight["perplexity_increase"]) < 0.02
-    assert {row["tokens"] for row in (original, eight, four)} == {300}
+    assert {row["tokens"] for row in (original, four)} == {200}

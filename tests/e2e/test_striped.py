@@ -63,6 +63,7 @@ def texts(llm: LLM) -> list[str]:
     return [output.outputs[0].text for output in llm.generate(PROMPTS, GREEDY)]
 
 
+@pytest.mark.slow
 def test_the_drive_that_fails_is_named(store: Path, budget: dict[str, Any], expected: list[str]) -> None:
     """And the next request reads again what failed."""
     with LLM(store, **budget) as llm:

@@ -97,7 +97,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("gpu_resident_pieces", [0, 4])
-@pytest.mark.parametrize("delay_s", [0.0, 0.001])
+@pytest.mark.parametrize("delay_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.001])
 def test_text_is_that_of_the_host_stream(packed: object, gpu_resident_pieces: int, delay_s: float) -> None:
     prompts = random_prompts(packed.facts.vocab_size, (5, 17))  # type: ignore[attr-defined]
     with Pipeline(packed) as pipeline:  # type: ignore[arg-type]
