@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the compute worker
 
 import torch
+from cpu_compute import seconds
 
 from pipo_ray.model.cpu_linear import CpuProducts, measure_profile
 from pipo_ray.model.kernel_profile import KERNELS
@@ -43,14 +43,6 @@ PANEL_MIB = (1, 2, 4, 8, 16)
 _UNCACHED_BYTES = 128 << 20
 
 Product = Callable[[], object]
-
-
-def seconds(call: Product, clock: str) -> float:
-    """Seconds of one call."""
-    now = time.perf_counter if clock == "wall" else time.process_time
-    begin = now()
-    call()
-    return (now() - begin) / (1 if clock == "wall" else torch.get_num_threads())
 
 
 def low_bit_product(

@@ -22,49 +22,36 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from pipo_ray import LLM
 from pipo_ray.prepare import prepare_store
+from pipo_ray.report.quality import Logits, Quality, windows_of
 
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
 PRECISIONS = ("int8", "int4-g32", "int4-g32-sym", "int4", "int4-sym")
 WINDOW = 1023
 
-Logs = list[npt.NDArray[np.float32]]
 
-
-def windows_of(model: Path, text: str) -> list[list[int]]:
+def text_windows(model: Path, text: str) -> list[list[int]]:
     """Token ids in windows, each behind the token that begins a sequence."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [[tokenizer.bos_token_id, *ids[at : at + WINDOW]] for at in range(0, len(ids), WINDOW)]
+    return windows_of(ids, [tokenizer.bos_token_id], WINDOW + 1, len(ids))
 
 
-def log_probabilities(model: Path, windows: list[list[int]], **options: Any) -> Logs:
-    """Per window [tokens, vocabulary]: of each token given those before it."""
-    result: Logs = []
+def logits_of(model: Path, windows: list[list[int]], **options: Any) -> list[Logits]:
+    """Per window [tokens, vocabulary]."""
     with LLM(model, ray_address="local", memory="4GiB", **options) as llm:
-        for window in windows:
-            (logits,) = llm.score([{"prompt_token_ids": window}])
-            shifted = logits - logits.max(-1, keepdims=True)
-            result.append((shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))[:-1])
-    return result
+        return [llm.score([{"prompt_token_ids": window}])[0] for window in windows]
 
 
-def compare(windows: list[list[int]], got: Logs, original: Logs) -> dict[str, float]:
+def compare(windows: list[list[int]], got: list[Logits], original: list[Logits]) -> dict[str, float]:
     """Perplexity, KL divergence from `original` and agreement with it."""
-    loss = kl = same = 0.0
-    count = 0
+    quality = Quality()
     for window, ours, theirs in zip(windows, got, original, strict=True):
-        loss -= float(ours[np.arange(len(ours)), window[1:]].sum(dtype=np.float64))
-        kl += float((np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64))
-        same += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        count += len(ours)
-    return {"perplexity": math.exp(loss / count), "kl": kl / count, "same_token": same / count}
+        quality.add(window, ours, theirs)
+    return {"perplexity": quality.perplexity, "kl": quality.kl, "same_token": quality.same_token}
 
 
 def bits_of(model: Path, precision: str) -> tuple[float, float]:
@@ -98,16 +85,16 @@ def main() -> None:
     parser.add_argument("--precision", action="append")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    windows = windows_of(options.model, options.text.read_text())
+    windows = text_windows(options.model, options.text.read_text())
     if options.quick:
         windows = windows[: max(1, len(windows) // 10)]
     print(f"{sum(len(window) - 1 for window in windows)} tokens")
     print("precision      bits (whole)  perplexity            KL  same token")
-    original = log_probabilities(options.model, windows, dtype="float32")
+    original = logits_of(options.model, windows, dtype="float32")
     rows = [show({"precision": "float32", **compare(windows, original, original)}, None)]
     for precision in ("16bit", *(options.precision or PRECISIONS)):
         matrices, whole = bits_of(options.model, precision)
-        figures = compare(windows, log_probabilities(options.model, windows, precision=precision), original)
+        figures = compare(windows, logits_of(options.model, windows, precision=precision), original)
         rows.append(show({"precision": precision, "bits": matrices, "whole_bits": whole, **figures}, rows[0]))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

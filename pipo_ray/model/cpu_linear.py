@@ -92,10 +92,8 @@ class CpuProducts:
         """`linear` of `inputs` [rows, in] into `output` [rows, out], which may be some columns of a larger matrix."""
         if len(inputs) < _ROWS_IN_PLACE or self._choose("linear", inputs, weight, bias) != "native":
             output.copy_(self.linear(inputs, weight, bias))
-        elif bias is None:
-            torch.mm(inputs, weight.t(), out=output)
         else:
-            torch.addmm(bias, inputs, weight.t(), out=output)
+            _write_linear(inputs, weight, bias, output)
 
     def matmul(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`inputs @ weight + bias`: `inputs` [..., in], `weight` [in, out], `bias` [out] or None."""
@@ -212,7 +210,13 @@ def linear_into(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         weight._products.linear_into(inputs, weight.as_subclass(torch.Tensor), bias, output)
     elif type(weight) is not torch.Tensor:  # with kernels of its own
         output.copy_(F.linear(inputs, weight, bias))
-    elif bias is None:
+    else:
+        _write_linear(inputs, weight, bias, output)
+
+
+def _write_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+    """torch's own product, without a copy of the result."""
+    if bias is None:
         torch.mm(inputs, weight.t(), out=output)
     else:
         torch.addmm(bias, inputs, weight.t(), out=output)

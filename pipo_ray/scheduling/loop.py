@@ -79,6 +79,7 @@ class SchedulingLoop:
         # A cache that is rebuilt begins at the first token, which is no step that follows.
         self._ahead_s = ahead_s if limits.rebuild_length is None else None
         self._leave_out = leave_out
+        self._process = identify(os.getpid())
         self._next: _Sent | None = None
         self._stale: _Sent | None = None  # sent behind a sweep that failed
         self._last_sweep_s: float | None = None
@@ -209,7 +210,7 @@ class SchedulingLoop:
         if steps:
             drop = tuple(name for name in self._drop if name not in sent.request.drop)
             number = sent.request.number + 1
-            self._next = self._send(SweepRequest(number, tuple(steps), drop, sent_ahead_by=identify(os.getpid())))
+            self._next = self._send(SweepRequest(number, tuple(steps), drop, sent_ahead_by=self._process))
 
     async def _forget_stale(self) -> None:
         """Wait for a sweep that was sent behind one that failed; what comes of it is of no use."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import pickle
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,17 @@ from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.store.manifest import StoredBlock
 
 PAGE = 4096
+
+
+def loads_in(trace: Path) -> Iterator[int]:
+    """The load number of every streamed piece that a loader, or several that were killed, wrote to `trace`."""
+    for line in trace.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill, and the next process wrote behind it
+        if "load" in event.get("labels", {}):
+            yield event["labels"]["load"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pickle
 import random
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
-from pipeline.loader_process import Shared
+from pipeline.loader_process import Shared, loads_in
 
 from pipo_ray.errors import DriveError, MisreadError, StoreError
 from pipo_ray.pipeline import drive_watch
@@ -409,14 +408,7 @@ def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
         killer.join(30)
         status = processes[-1].wait(timeout=30)
     assert status == 0
-    times: Counter[int] = Counter()
-    for line in trace.read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill, and the next process wrote behind it
-        if "load" in event.get("labels", {}):
-            times[event["labels"]["load"]] += 1
+    times = Counter(loads_in(trace))
     assert sum(times.values()) >= num_sweeps * loads.loads_per_sweep - 2 * num_kills
     # Read twice is only what was in a reading thread's hands when it was killed.
     assert sum(count - 1 for count in times.values()) <= 3 * num_kills

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import random
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
-from pipeline.loader_process import Shared
+from pipeline.loader_process import Shared, loads_in
 from pipeline.test_loader import PROCESS, SIZES, check_sweep
 
 from pipo_ray.errors import DriveError
@@ -367,14 +366,9 @@ def test_killed_loaders_lose_nothing(tmp_path: Path) -> None:
     times: Counter[int] = Counter()
     readers: dict[int, set[int]] = {}
     for number, trace in enumerate(traces):
-        for line in trace.read_text().splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # torn by a kill, and the next process wrote behind it
-            if "load" in event.get("labels", {}):
-                times[event["labels"]["load"]] += 1
-                readers.setdefault(event["labels"]["load"], set()).add(number)
+        for load in loads_in(trace):
+            times[load] += 1
+            readers.setdefault(load, set()).add(number)
     assert all(len(who) == 1 for who in readers.values()), "a piece was read by the loader of another drive"
     assert sum(times.values()) >= num_loads - 2 * num_kills
     # Read twice is only what was in a reading thread's hands when it was killed.

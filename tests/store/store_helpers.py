@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -111,3 +113,17 @@ def assert_same_as_transformers(folder: Path, store: Path, dtype: torch.dtype) -
     assert {name for name, _ in stored} | set(manifest.aliases) == set(reference)
     for alias, name in manifest.aliases.items():
         assert torch.equal(reference[alias], reference[name])
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked child; its exit status, negative for the signal that killed it."""
+
+    def child() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode

@@ -17,7 +17,7 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from store.store_helpers import assert_same_as_transformers, pack_folder, save_random
+from store.store_helpers import assert_same_as_transformers, in_child, pack_folder, save_random
 from transformers import AutoConfig
 
 from pipo_ray.errors import BudgetError, CheckpointError, StoreError
@@ -26,20 +26,6 @@ from pipo_ray.store.safetensors_file import PAD_PREFIX
 from pipo_ray.store.verify import find_problems
 
 SMALL_FILES = {"file_bytes": 50_000}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run in a forked child; its exit status, negative for the signal that killed it."""
-
-    def child() -> None:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 def contents(folder: Path) -> dict[str, bytes]:

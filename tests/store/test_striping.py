@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from store.store_helpers import pack_folder, reference_bytes, save_random
+from store.store_helpers import in_child, pack_folder, reference_bytes, save_random
 
 from pipo_ray.errors import BudgetError, CheckpointError, InputError, StoreError
 from pipo_ray.model.blocks import BlockKind, BlockSpec, TensorSpec
@@ -199,8 +198,7 @@ def test_rows_of_a_matrix_in_parts(tmp_path: Path) -> None:
 def kill_at(number: int, work: Callable[[], object]) -> int:
     """Run in a child that kills itself at the `number`-th file that it syncs."""
 
-    def child() -> None:
-        torch.set_num_threads(1)
+    def counting() -> None:
         left = [number]
         real = os.fsync
 
@@ -213,11 +211,7 @@ def kill_at(number: int, work: Callable[[], object]) -> int:
         os.fsync = counted  # type: ignore[assignment]
         work()
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode is not None
-    return process.exitcode
+    return in_child(counting)
 
 
 def test_killed_anywhere_it_goes_on(llama: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
