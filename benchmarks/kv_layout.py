@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from pipo_ray.model.attention import attend
+from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_cache import SequenceCache
+from pipo_ray.model.kv_spans import AttentionRule
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
 Layout = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -65,7 +66,7 @@ def measure(dtype: torch.dtype, new: int, length: int) -> dict[str, Any]:
     layouts = make_layouts(torch.randn(KV_HEADS, length, DIM).to(dtype), torch.randn(KV_HEADS, length, DIM).to(dtype))
     wanted = None
     for layout in layouts.values():
-        got = attend(query, *layout(), DIM**-0.5)
+        got = attend(query, *layout(), AttentionRule(DIM**-0.5))
         wanted = got if wanted is None else wanted
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
     times: dict[str, list[float]] = {name: [] for name in layouts}
@@ -74,7 +75,7 @@ def measure(dtype: torch.dtype, new: int, length: int) -> dict[str, Any]:
         while len(times["contiguous"]) < 7 or time.perf_counter() - begin < 4:
             for name, layout in layouts.items():
                 start = time.perf_counter()
-                attend(query, *layout(), DIM**-0.5)
+                attend(query, *layout(), AttentionRule(DIM**-0.5))
                 times[name].append(time.perf_counter() - start)
     base = times.pop("contiguous")
     row: dict[str, Any] = {

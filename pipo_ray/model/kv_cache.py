@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.kv_pool import KVPool, PooledCache
+from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
 KVStore = KVPool | KVTiers
@@ -48,6 +50,14 @@ class SequenceCache:
         all_keys[:, self.length : stop] = keys
         all_values[:, self.length : stop] = values
         return all_keys[:, :stop], all_values[:, :stop]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: AttentionRule
+    ) -> torch.Tensor:
+        """Append `keys`, `values` [kv_heads, n, head_dim] and let `query` [heads, n, head_dim], the same n tokens,
+        attend to all there are; see `dense_attention.attend`.
+        """
+        return attend(query, *self.append(layer, keys, values), rule)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""

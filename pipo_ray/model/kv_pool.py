@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from pipo_ray.errors import ResourceError
+from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.host_values import to_device
+from pipo_ray.model.kv_spans import AttentionRule
 
 
 class PooledCache:
@@ -33,6 +35,12 @@ class PooledCache:
             pool[self.first + self.length : self.first + stop] = new.transpose(0, 1)
             parts.append(pool[self.first : self.first + stop].transpose(0, 1))
         return parts[0], parts[1]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: AttentionRule
+    ) -> torch.Tensor:
+        """See `SequenceCache.attend`."""
+        return attend(query, *self.append(layer, keys, values), rule)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""

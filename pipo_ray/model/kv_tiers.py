@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.dense_attention import attend
+from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.device_ops import DeviceOps, Event
 from pipo_ray.pipeline.page_pool import PagePool, spans
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
@@ -61,6 +63,10 @@ class TieredCache:
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SequenceCache.append`; between `KVTiers.begin_layer` and `end_layer`."""
         return self._tiers.append(self, layer, keys, values)
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
+        """See `SequenceCache.attend`."""
+        return attend(query, *self.append(layer, keys, values), rule)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""

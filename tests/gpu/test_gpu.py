@@ -11,9 +11,10 @@ from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from kv_sweeps import Written, append_random
 from transformers import AutoModelForCausalLM
 
-from pipo_ray.model.attention import attend
+from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_pool import KVPool
+from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
@@ -132,7 +133,7 @@ def test_a_row_in_one_call_is_every_sequence_alone(
             own = slice(cache.first, cache.first + cache.length)
             wanted = attend(
                 query[start : start + count].transpose(0, 1).float(), keys[own].transpose(0, 1).float(),
-                values[own].transpose(0, 1).float(), dim**-0.5, window,
+                values[own].transpose(0, 1).float(), AttentionRule(dim**-0.5, window),
             )  # fmt: skip
             torch.testing.assert_close(got[start : start + count].float(), wanted.transpose(0, 1), rtol=0.02, atol=0.02)
             start += count

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo_ray.model import attention
-from pipo_ray.model.attention import attend, ragged_attention, ragged_row
+from pipo_ray.model import dense_attention
+from pipo_ray.model.attention import ragged_attention, ragged_row
+from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
+from pipo_ray.model.kv_spans import AttentionRule
 
 
 def naive(
@@ -65,7 +67,7 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
 def attend_in_parts(max_scores: int, *arguments: Any) -> torch.Tensor:
     """`attend` with at most so many scores at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_MAX_SCORES", max_scores)
+        patch.setattr(dense_attention, "MAX_SCORES", max_scores)
         return attend(*arguments)
 
 
@@ -80,7 +82,7 @@ def test_attend_in_16_bits_is_attention(case: dict[str, int], dtype: torch.dtype
     values = torch.rand(case["kv_heads"], case["length"] + 3, case["value_dim"], generator=generator).to(dtype) + 1
     keys, values = keys[:, : case["length"]], values[:, : case["length"]]  # as the cache hands them out
     options = (0.4, case["window"], case["softcap"], None)
-    got = attend_in_parts(case["max_scores"], query, keys, values, *options)
+    got = attend_in_parts(case["max_scores"], query, keys, values, AttentionRule(*options))
     assert got.shape == (case["heads"], new, case["value_dim"])
     assert got.dtype == dtype
     assert float((got.double() - naive(query, keys, values, *options)).abs().max()) < 4 * torch.finfo(dtype).eps
@@ -95,7 +97,7 @@ def test_attend_is_attention(case: dict[str, int]) -> None:
     values = torch.randn(case["kv_heads"], case["length"], case["value_dim"], generator=generator)
     sinks = torch.randn(case["heads"], generator=generator) if case["sinks"] else None
     options = (0.4, case["window"], case["softcap"], sinks)
-    got = attend_in_parts(case["max_scores"], query, keys, values, *options)
+    got = attend_in_parts(case["max_scores"], query, keys, values, AttentionRule(*options))
     assert got.shape == (case["heads"], case["new"], case["value_dim"])
     assert got.dtype == query.dtype
     torch.testing.assert_close(got.double(), naive(query, keys, values, *options), rtol=1e-5, atol=1e-5)
@@ -105,7 +107,7 @@ def test_attend_is_attention(case: dict[str, int]) -> None:
 def test_bf16_accumulates_no_more_error_than_its_width(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(4, 40, 16, generator=generator).bfloat16() for _ in range(3))
-    got = attend(query, keys, values, 0.25, None, softcap, None)
+    got = attend(query, keys, values, AttentionRule(0.25, None, softcap))
     assert got.dtype == torch.bfloat16
     expected = naive(query, keys, values, 0.25, None, softcap, None)
     assert (got.double() - expected).abs().max() < 0.03
@@ -114,16 +116,16 @@ def test_bf16_accumulates_no_more_error_than_its_width(softcap: float | None) ->
 def test_scores_of_a_long_prompt_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a soft cap no more than the limit at once, but never less than the heads that share one KV head."""
     made: list[int] = []
-    real = attention._attend_plain
+    real = dense_attention._attend_plain
 
     def recording(query: torch.Tensor, keys: torch.Tensor, *rest: object) -> torch.Tensor:
         made.append(query.shape[0] * query.shape[1] * keys.shape[1])
         return real(query, keys, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention, "_attend_plain", recording)
-    monkeypatch.setattr(attention, "_MAX_SCORES", 4 * 50 * 50)
+    monkeypatch.setattr(dense_attention, "_attend_plain", recording)
+    monkeypatch.setattr(dense_attention, "MAX_SCORES", 4 * 50 * 50)
     query, keys = torch.randn(16, 50, 8), torch.randn(8, 50, 8)
-    got = attend(query, keys, keys, 0.3, None, 5.0)
+    got = attend(query, keys, keys, AttentionRule(0.3, None, 5.0))
     assert made == [4 * 50 * 50] * 4
     torch.testing.assert_close(got.double(), naive(query, keys, keys, 0.3, None, 5.0, None), rtol=1e-5, atol=1e-5)
 

@@ -13,9 +13,10 @@ from harness import CPU, Pipeline, pack_checkpoint, random_prompts
 
 from pipo_ray.errors import ResourceError
 from pipo_ray.model import attention
-from pipo_ray.model.attention import attend
+from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.kv_pool import KVPool, PooledCache
+from pipo_ray.model.kv_spans import AttentionRule
 
 
 def _fill(pool: KVPool, cache: PooledCache, count: int, seed: float) -> None:
@@ -85,7 +86,7 @@ def _by_sequence(
         assert q.shape[1] <= row.most_queries
         assert length <= row.most_keys
         k, v = (pool[first : first + length].transpose(0, 1) for pool in (keys, values))
-        parts.append(attend(q, k, v, scale, window).transpose(0, 1))
+        parts.append(attend(q, k, v, AttentionRule(scale, window)).transpose(0, 1))
     return torch.cat(parts)
 
 
