@@ -19,7 +19,9 @@ class Lanes:
 
     def __init__(self, count: int) -> None:
         self._places = [-1] * count
-        self._condition = threading.Condition()
+        lock = threading.Lock()
+        # One for each: of many lanes, only the one whose turn it is wakes up.
+        self._conditions = [threading.Condition(lock) for _ in range(count)]
         self._turn = 0
         self._failed: BaseException | None = None
         self._local = threading.local()
@@ -35,7 +37,7 @@ class Lanes:
         behind.
         """
         lane = self._local.lane
-        with self._condition:
+        with self._conditions[lane]:
             self._places[lane] = place
             self._pass_on()
             self._wait_for_turn(lane)
@@ -50,14 +52,16 @@ class Lanes:
         def walk(lane: int) -> None:
             self._local.lane = lane
             try:
-                with self._condition:
+                with self._conditions[lane]:
                     self._wait_for_turn(lane)
                 results[lane] = bodies[lane]()
             except BaseException as error:
-                with self._condition:
+                with self._conditions[lane]:
                     self._failed = self._failed or error
+                    for condition in self._conditions:
+                        condition.notify()
             finally:
-                with self._condition:
+                with self._conditions[lane]:
                     self._places[lane] = done  # type: ignore[call-overload]
                     self._pass_on()
 
@@ -72,10 +76,10 @@ class Lanes:
 
     def _pass_on(self) -> None:
         self._turn = min(range(len(self._places)), key=lambda lane: (self._places[lane], lane))
-        self._condition.notify_all()
+        self._conditions[self._turn].notify()
 
     def _wait_for_turn(self, lane: int) -> None:
         while self._turn != lane and self._failed is None:
-            self._condition.wait()
+            self._conditions[lane].wait()
         if self._failed is not None:
             raise RuntimeError("another lane failed") from self._failed
