@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,6 +122,7 @@ def pack_store(
     # What is wrong with it is known at once, and torch takes seconds to import.
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
+        policy.require_model(checkpoint)
         dtype = packed_dtype(dtype, policy, checkpoint.config)
     require_free_place(Path(destination).absolute())
     others = [f"--stripe={stripe}" for stripe in stripe_folders(Path(destination).absolute(), stripes)]
@@ -187,6 +188,7 @@ def _prepare_checkpoint(
 ) -> PreparedStore:
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
+        policy.require_model(checkpoint)
         dtype = packed_dtype(dtype, policy, checkpoint.config)
         store = root / "stores" / _store_name(checkpoint, dtype, policy)
         if (manifest := _cached(store)) is not None:
@@ -207,7 +209,7 @@ def _store_name(checkpoint: Checkpoint, dtype: str, policy: Precision) -> str:
 
     parts = [checkpoint.fingerprint(), dtype, PLAIN_VERSION]
     if policy.is_low_bit:
-        parts += [policy.to_json(), machine_layout()]
+        parts += [replace(policy, model=None).to_json(), machine_layout()]
     key = xxhash.xxh3_128(json.dumps(parts).encode()).hexdigest()
     what = policy.label if policy.is_low_bit else dtype
     name = checkpoint.folder.name

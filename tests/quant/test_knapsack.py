@@ -44,7 +44,7 @@ def check(choice: Choice, table: Table, minimized: int, unit: float = 1.0) -> No
 def test_the_least_loss_at_a_size(table: Table, max_bytes: int) -> None:
     best = brute_force(table, max_bytes, math.inf, 1)
     if best is None:
-        with pytest.raises(InputError, match="a size of .* is impossible: the least is"):
+        with pytest.raises(InputError, match=r"a size of .* is impossible: the least is"):
             choose(items_of(table), max_bytes=max_bytes)
         return
     choice = choose(items_of(table), max_bytes=max_bytes)
@@ -95,9 +95,7 @@ def test_a_speed_model_with_one_limit() -> None:
 @given(st.integers(0, 1000), st.floats(0.05, 0.95))
 def test_more_partial_choices_than_are_kept(seed: int, share: float) -> None:
     number = random.Random(seed).random
-    items = [
-        Item(str(i), tuple(Option(str(n), int(1e6 * number()), number()) for n in range(4))) for i in range(60)
-    ]
+    items = [Item(str(i), tuple(Option(str(n), int(1e6 * number()), number()) for n in range(4))) for i in range(60)]
     low, high = (sum(pick(option.nbytes for option in item.options) for item in items) for pick in (min, max))
     limit = low + share * (high - low)
     exact = choose(items, max_bytes=limit)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipo_ray.errors import InputError
-from pipo_ray.quant.policy import Precision, Rule
+from pipo_ray.prepare import prepare_store
+from pipo_ray.quant.policy import PolicyModel, Precision, Rule
+from pipo_ray.store.checkpoint import Checkpoint
 
 
 def test_a_name_is_a_policy_of_one_rule() -> None:
@@ -34,7 +37,9 @@ def test_the_first_rule_that_matches_holds(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "a policy is"),
-        ('{"rules": [], "model": 1}', "a policy is"),
+        ('{"rules": [], "models": 1}', "a policy is"),
+        ('{"rules": [], "model": 1}', 'its "model" is not'),
+        ('{"rules": [], "model": {"architecture": "Llama", "layers": true, "tensors": ""}}', 'its "model" is not'),
         ('{"rules": [["*"]]}', "no pair"),
         ('{"rules": [["*", 4]]}', "no pair"),
         ('{"rules": [["*", "int5"]]}', "5 bits, supported are 4 and 8"),
@@ -54,3 +59,30 @@ def test_a_policy_file_that_is_none(text: str, said: str, tmp_path: Path) -> Non
 def test_no_such_file() -> None:
     with pytest.raises(InputError, match="cannot be read"):
         Precision.parse("/nowhere/policy.json")
+
+
+def test_a_file_is_edited_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    rules = (Rule("lm_head.*", "int8"), Rule("*", "int4-g64"))
+    for policy in (Precision(rules), Precision(rules, PolicyModel("LlamaForCausalLM", 2, "1f"))):
+        policy.save(file)
+        assert Precision.load(file) == policy
+        assert Precision.load(file).model == policy.model
+        assert '\n  ["lm_head.*", "int8"],\n' in file.read_text()  # a rule has a line of its own
+    with pytest.raises(InputError, match="cannot be written"):
+        policy.save(tmp_path / "nowhere" / "policy.json")
+
+
+def test_a_policy_for_another_model_is_refused(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    mine, other = (tiny_checkpoint("LlamaConfig", dtype="bfloat16", num_hidden_layers=n) for n in (1, 2))
+    with Checkpoint.open(mine) as checkpoint:
+        policy = Precision((Rule("*", "int8"),), PolicyModel.of(checkpoint))
+        policy.require_model(checkpoint)
+    file = tmp_path / "policy.json"
+    policy.save(file)
+    with pytest.raises(InputError, match=r"made for LlamaForCausalLM with 1 layers .* is LlamaForCausalLM with 2 lay"):
+        prepare_store(other, precision=str(file))
+    # A name is worth nothing where shapes are others.
+    wider = tiny_checkpoint("LlamaConfig", dtype="bfloat16", num_hidden_layers=1, intermediate_size=96)
+    with Checkpoint.open(wider) as checkpoint, pytest.raises(InputError, match="made for LlamaForCausalLM"):
+        policy.require_model(checkpoint)
