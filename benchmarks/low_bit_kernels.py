@@ -6,10 +6,12 @@ How to run (about two minutes; a few seconds with --quick):
 
 Weights [14336, 4096] (of a feed-forward layer of Llama-3-8B; --quick: [2048, 2048]) times 1 to 512 rows of input. So
 many weights in turn that none is in the cache. In each round one after the other: every kernel of int4 in groups of 64
-and of int8 (`packed` is torch's low-bit kernel; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32
-product), what the measured profile chooses, and bf16 as a run would multiply it. Medians over the rounds; GB/s counts
-the bytes of weights with scales and zeros. Then torch's int4 kernel at one row with panels of up to 1 to 16 MiB: what a
-smaller panel costs in starting threads.
+and of int8 (`packed` is torch's low-bit kernel; `compiled` is the project's own, where the processor has what it needs;
+`native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product), what the measured profile chooses,
+bf16 as a run would multiply it, and a plain read of 128 MiB with as many threads. Medians over the rounds; GB/s counts
+the bytes of weights with scales and zeros, and the share of the memory's bandwidth is that over the plain read in the
+same rounds. Then torch's int4 kernel at one row with panels of up to 1 to 16 MiB: what a smaller panel costs in
+starting threads.
 
 --clock processor counts seconds of processor time over the number of threads instead of seconds on the wall: for a
 machine on which something else is running. It leaves out what threads wait for each other, so the last table needs
@@ -34,13 +36,14 @@ from cpu_compute import seconds
 
 from pipo_ray.model.cpu_linear import CpuProducts, measure_profile
 from pipo_ray.model.kernel_profile import KERNELS
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, layout_of, measure_low_bit
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_int4, layout_of, measure_low_bit
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import PANEL_BYTES, divide, machine_layout
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 PANEL_MIB = (1, 2, 4, 8, 16)
 _UNCACHED_BYTES = 128 << 20
+READ = "plain read"
 
 Product = Callable[[], object]
 
@@ -60,20 +63,25 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
     """One entry per number of rows and kind of product: median seconds, bytes of the weight, floating point operations
     per second.
     """
-    machine = machine_layout()
-    low_bit = measure_low_bit(["int4", "int8"])
+    machine, compiled = machine_layout(), compiled_int4()
+    low_bit = measure_low_bit(["int4", "int8"], compiled)
+    plain = torch.ones(_UNCACHED_BYTES // 8, dtype=torch.int64)
     sixteen = CpuProducts(measure_profile(torch.bfloat16))
     weights = itertools.cycle([sixteen.bind(torch.zeros(shape, dtype=torch.bfloat16)) for _ in range(3)])
     result = []
     for number in rows:
         inputs = torch.randn(number, shape[1]).bfloat16()
         calls: dict[str, tuple[Product, int]] = {
-            "bf16": (lambda inputs=inputs: sixteen.linear(inputs, next(weights)), 2 * shape[0] * shape[1])
+            READ: (plain.sum, plain.nbytes),
+            "bf16": (lambda inputs=inputs: sixteen.linear(inputs, next(weights)), 2 * shape[0] * shape[1]),
         }
         for name in ("int4", "int8"):
-            calls[name] = low_bit_product(LowBitProducts(low_bit, machine), inputs, shape, name)
-            for kernel in KERNELS[layout_of(LowBitFormat.parse(name))]:
-                products = LowBitProducts(always_low_bit(kernel), machine)
+            layout = layout_of(LowBitFormat.parse(name))
+            calls[name] = low_bit_product(LowBitProducts(low_bit, machine, compiled=compiled), inputs, shape, name)
+            for kernel in KERNELS[layout]:
+                if kernel not in low_bit.costs[layout]:
+                    continue
+                products = LowBitProducts(always_low_bit(kernel), machine, compiled=compiled)
                 calls[f"{name} {kernel}"] = low_bit_product(products, inputs, shape, name)
         taken: dict[str, list[float]] = {kind: [] for kind in calls}
         for _ in range(rounds):
@@ -117,11 +125,18 @@ def main() -> None:
         panels = measure_panels(shape, rounds, options.clock)
     print(f"weight {list(shape)}, {options.threads} threads, int4 layout {machine_layout()}, clock {options.clock}")
     kinds = list(dict.fromkeys(entry["product"] for entry in products))
-    for title, key in (("GB/s of weights", "bytes_per_s"), ("GFLOP/s", "flops")):
+    read = {entry["rows"]: entry["bytes_per_s"] for entry in products if entry["product"] == READ}
+    titles: dict[str, Callable[[dict[str, Any]], float]] = {
+        "GB/s of weights": lambda entry: entry["bytes_per_s"] / 1e9,
+        "% of plain read": lambda entry: 100 * entry["bytes_per_s"] / read[entry["rows"]],
+        "GFLOP/s": lambda entry: entry["flops"] / 1e9,
+    }
+    for title, value in titles.items():
         print(f"\n{title:16}" + "".join(f"{number:>8}" for number in rows))
         for kind in kinds:
-            values = [entry[key] / 1e9 for entry in products if entry["product"] == kind]
-            print(f"{kind:16}" + "".join(f"{value:8.1f}" for value in values))
+            if title != "GFLOP/s" or kind != READ:
+                values = [value(entry) for entry in products if entry["product"] == kind]
+                print(f"{kind:16}" + "".join(f"{one:8.1f}" for one in values))
     print("\nint4, one row, panels of MiB: " + ", ".join(
         f"{entry['panel_mib']}: {entry['bytes_per_s'] / 1e9:.1f} GB/s" for entry in panels))  # fmt: skip
     if options.json:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pipo_ray.assembly import RequestAssembly
 from pipo_ray.budgets import Size, gpu_budget, memory_budget
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.device import choose_device
 from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
 from pipo_ray.messages import ComputeSetup, RequestSpec, TokenEvent
@@ -135,7 +136,9 @@ class LLM:
         if profile := slowest(profiles):
             sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
             self._plan = plan(transfer=choose_transfer(profile, chosen_mode, num_drives=len(folders), **sizes))
-        self._lines = [budget_line, *describe_precision(prepared.manifest, machine_layout()), *self._plan.explanation]
+        missing = obstacle() if chosen.kind == "cpu" else None
+        precision_lines = describe_precision(prepared.manifest, machine_layout(), missing)
+        self._lines = [budget_line, *precision_lines, *self._plan.explanation]
         if profile:
             self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
         if self._facts.probe_reason:
@@ -165,8 +168,8 @@ class LLM:
                 session, prepared.folder, self._plan,
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
-                    chosen.context_bytes, str(Path(session.path) / "kernels.json"), self._plan.kv,
-                    self._plan.kv_tokens,
+                    chosen.context_bytes, str(Path(session.path) / "kernels.json"),
+                    str(cache_folder() / "machine-code"), self._plan.kv, self._plan.kv_tokens,
                 ),
                 Limits(
                     self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,

@@ -60,8 +60,8 @@ class ComputeSetup:
     """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name.
 
     `kernel_profile` is a file in which the first compute worker of a run keeps which kernels it chose, for those that
-    take its place. `kv` are the tiers of the KV cache, None: it is in the device's memory alone, which holds
-    `kv_tokens`.
+    take its place; `code_folder` is where machine code is kept that was compiled for this processor. `kv` are the tiers
+    of the KV cache, None: it is in the device's memory alone, which holds `kv_tokens`.
     """
 
     facts: ModelFacts
@@ -71,6 +71,7 @@ class ComputeSetup:
     gpu_memory_bytes: int | None = None
     gpu_context_bytes: int = 0
     kernel_profile: str | None = None
+    code_folder: str | None = None
     kv: KVPlacement | None = None
     kv_tokens: int = 0
 

@@ -107,7 +107,8 @@ class ComputeEngine:
             file = Path(compute.kernel_profile) if compute.kernel_profile else None
             products = CpuProducts.for_run(dtype, file)
         profile = Path(compute.kernel_profile).with_name("low-bit-kernels.json") if compute.kernel_profile else None
-        low_bit = products_for(setup.plan, profile, self._device)
+        code_folder = Path(compute.code_folder) if compute.code_folder else None
+        low_bit = products_for(setup.plan, profile, self._device, code_folder)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products, low_bit
         )

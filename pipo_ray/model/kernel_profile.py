@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +16,16 @@ Layout = Literal["linear", "matmul", "int4", "int8"]
 "int4" and "int8" are `x @ weight.T` of low-bit panels.
 """
 
-Kernel = Literal["native", "wide", "tall", "packed"]
+Kernel = Literal["native", "wide", "tall", "packed", "compiled"]
 """Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
-weights times inputs; or torch's low-bit product. Low-bit weights are widened to 16 bits for the native one.
+weights times inputs; or torch's low-bit product, or one of our own (`pipo_ray/compiled`). Low-bit weights are widened
+to 16 bits for the native one.
 """
 
 KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
     "linear": ("native", "wide", "tall"),
     "matmul": ("native", "wide"),
-    "int4": ("packed", "native", "wide"),
+    "int4": ("packed", "compiled", "native", "wide"),
     "int8": ("packed", "native", "wide"),
 }
 SIXTEEN_BIT_LAYOUTS: tuple[Layout, ...] = ("linear", "matmul")
@@ -79,10 +80,10 @@ class KernelProfile:
     num_threads: int
     costs: Mapping[Layout, Mapping[Kernel, Cost]]
 
-    def choose(self, layout: Layout, rows: int, elements: int, without: Kernel | None = None) -> Kernel:
-        """The kernel other than `without` that takes the least time; the first of KERNELS if there is a tie."""
+    def choose(self, layout: Layout, rows: int, elements: int, without: Collection[Kernel] = ()) -> Kernel:
+        """The kernel not in `without` that takes the least time; the first of KERNELS if there is a tie."""
         costs = self.costs[layout]
-        seconds = {kernel: cost.seconds(rows, elements) for kernel, cost in costs.items() if kernel != without}
+        seconds = {kernel: cost.seconds(rows, elements) for kernel, cost in costs.items() if kernel not in without}
         return min(seconds, key=lambda kernel: (seconds[kernel], KERNELS[layout].index(kernel)))
 
     def save(self, file: Path) -> None:

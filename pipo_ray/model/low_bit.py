@@ -1,8 +1,9 @@
 """Products with low-bit weights, panel by panel, out of the memory that they were read into.
 
-For few rows of inputs torch's kernel multiplies the packed weights at the memory's bandwidth. For many it computes at
-less than half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache, and
-multiplied by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
+Where the processor has what it takes, a kernel of our own multiplies int4 weights (`pipo_ray/compiled`): few rows of
+inputs at the memory's bandwidth, many at the processor's. Otherwise torch's kernel takes few rows; for many it computes
+at less than half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache,
+and multiplied by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, cast
 
 import torch
 
+from pipo_ray.compiled.products import CompiledInt4
+from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
 from pipo_ray.model.streamed import LowBitMatrix
@@ -37,27 +40,39 @@ class LowBitProducts:
 
     Takes 7 MiB for unpacked weights (6.5 bytes for each of 64 rows' weights if a row has more than 16,384), and what a
     product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
-    rows there are. Elsewhere than on the CPU all are: `profile` is not asked then.
+    rows there are. Elsewhere than on the CPU all are: `profile` is not asked then. Without `compiled` there is no
+    kernel of that name.
     """
 
-    def __init__(self, profile: KernelProfile, machine: str, device: torch.device | None = None) -> None:
-        self._profile, self._machine = profile, machine
+    def __init__(
+        self,
+        profile: KernelProfile,
+        machine: str,
+        device: torch.device | None = None,
+        compiled: CompiledInt4 | None = None,
+    ) -> None:
+        self._profile, self._machine, self._compiled = profile, machine, compiled
         self._device = device or torch.device("cpu")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._chosen: dict[tuple[int, Panels], Kernel] = {}
 
     @classmethod
-    def for_run(cls, layouts: Collection[Layout], file: Path | None, device: torch.device) -> LowBitProducts:
+    def for_run(
+        cls, layouts: Collection[Layout], file: Path | None, device: torch.device, code_folder: Path | None = None
+    ) -> LowBitProducts:
         """With the profile in `file`; measured (and written there) if there is none for these layouts and this number
-        of threads. It takes 0.15 s for each of them.
+        of threads. It takes 0.15 s for each of them. Machine code is kept in `code_folder`.
         """
         num_threads = torch.get_num_threads()
+        compiled = compiled_int4(code_folder) if device.type == "cpu" and "int4" in layouts else None
         profile = None if file is None else KernelProfile.load(file)
         if profile is None or profile.num_threads != num_threads or not set(layouts) <= set(profile.costs):
-            profile = measure_low_bit(layouts) if device.type == "cpu" else KernelProfile("bfloat16", num_threads, {})
+            profile = KernelProfile("bfloat16", num_threads, {})
+            if device.type == "cpu":
+                profile = measure_low_bit(layouts, compiled)
             if file is not None:
                 profile.save(file)
-        return cls(profile, machine_layout(), device)
+        return cls(profile, machine_layout(), device, compiled)
 
     def bind(self, memory: torch.Tensor, panels: Panels, first: int) -> torch.Tensor:
         """A stand-in for the rows of a weight whose panels from the `first` on are `memory`, uint8 [panels,
@@ -78,7 +93,10 @@ class LowBitProducts:
         """
         rows = inputs.reshape(-1, panels.columns).to(ACTIVATIONS).contiguous()
         kernel = self._kernel(len(rows), panels)
-        if kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
+        if kernel == "compiled":
+            assert self._compiled is not None  # `_choose`
+            output = self._compiled.linear(rows, memory, panels, num_rows)
+        elif kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
             output = self._packed(rows, views_of(memory[0], panels), panels)
         else:
             output = rows.new_empty(len(rows), num_rows)
@@ -115,7 +133,9 @@ class LowBitProducts:
     def _choose(self, num_rows: int, panels: Panels) -> Kernel:
         if not num_rows or self._device.type != "cpu":
             return "native"
-        without: Kernel | None = None if panels.layout in (self._machine, INT8_LAYOUT) else "packed"
+        without: set[Kernel] = set() if panels.layout in (self._machine, INT8_LAYOUT) else {"packed"}
+        if self._compiled is None or panels.layout != LAYOUT:
+            without.add("compiled")
         layout = layout_of(panels.low_bit)
         return self._profile.choose(layout, num_rows, panels.panel_rows * panels.columns, without)
 
@@ -167,11 +187,18 @@ class LowBitProducts:
         return scratch[:num_elements]
 
 
-def products_for(plan: SweepPlan, file: Path | None, device: torch.device) -> LowBitProducts | None:
+def products_for(
+    plan: SweepPlan, file: Path | None, device: torch.device, code_folder: Path | None = None
+) -> LowBitProducts | None:
     """The products of the plan's low-bit weights; None if it has none. See `LowBitProducts.for_run` for the rest."""
     formats = {tensor.panels.low_bit for piece in plan.pieces for tensor in piece.tensors if tensor.panels is not None}
     layouts = {layout_of(low_bit) for low_bit in formats}
-    return LowBitProducts.for_run(layouts, file, device) if layouts else None
+    return LowBitProducts.for_run(layouts, file, device, code_folder) if layouts else None
+
+
+def compiled_int4(code_folder: Path | None = None) -> CompiledInt4 | None:
+    """Our own int4 products, None where they cannot be had (see `obstacle`)."""
+    return None if obstacle() else CompiledInt4(code_folder)
 
 
 def layout_of(low_bit: LowBitFormat) -> Layout:
@@ -188,31 +215,32 @@ def always_low_bit(kernel: Kernel) -> KernelProfile:
     return KernelProfile("bfloat16", torch.get_num_threads(), costs)
 
 
-def measure_low_bit(layouts: Collection[Layout]) -> KernelProfile:
+def measure_low_bit(layouts: Collection[Layout], compiled: CompiledInt4 | None = None) -> KernelProfile:
     """Time every kernel of `layouts` on this machine with the number of threads that torch has now."""
     with torch.inference_mode():
-        costs = {layout: _measure(layout) for layout in _LAYOUTS if layout in layouts}
+        costs = {layout: _measure(layout, compiled) for layout in _LAYOUTS if layout in layouts}
     return KernelProfile("bfloat16", torch.get_num_threads(), costs)
 
 
 _LAYOUTS: tuple[Layout, ...] = ("int4", "int8")
 
 
-def _measure(layout: Layout) -> dict[Kernel, Cost]:
+def _measure(layout: Layout, compiled: CompiledInt4 | None) -> dict[Kernel, Cost]:
+    kernels = [kernel for kernel in KERNELS[layout] if kernel != "compiled" or compiled is not None]
     machine = machine_layout()
     panels = divide(*_MEASURED_SHAPE, LowBitFormat.parse(layout), machine)
     small = divide(BLOCK_ROWS, panels.low_bit.columns_multiple, panels.low_bit, machine)
 
     def call(kernel: Kernel, shape: Panels) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        products = LowBitProducts(always_low_bit(kernel), machine)
+        products = LowBitProducts(always_low_bit(kernel), machine, compiled=compiled)
         return lambda inputs, memory: products.linear(inputs, memory, shape, shape.rows, None)
 
     def weights(shape: Panels, count: int) -> Any:
         return itertools.cycle(torch.zeros(count, *shape.shape, dtype=torch.uint8))
 
     one = torch.ones(1, small.columns, dtype=ACTIVATIONS)
-    fixed = least_seconds({k: call(k, small) for k in KERNELS[layout]}, one, weights(small, 2), 4 * _MEASURED_TIMES)
-    running = {kernel: call(kernel, panels) for kernel in KERNELS[layout]}
+    fixed = least_seconds({k: call(k, small) for k in kernels}, one, weights(small, 2), 4 * _MEASURED_TIMES)
+    running = {kernel: call(kernel, panels) for kernel in kernels}
     rates: dict[Kernel, list[float]] = {kernel: [] for kernel in running}
     memory = weights(panels, max(2, _UNCACHED_BYTES // panels.panel_bytes))
     elements = panels.panel_rows * panels.columns
@@ -226,4 +254,4 @@ def _measure(layout: Layout) -> dict[Kernel, Cost]:
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 
 
-__all__ = ["ACTIVATIONS", "LowBitProducts", "always_low_bit", "layout_of", "measure_low_bit"]
+__all__ = ["ACTIVATIONS", "LowBitProducts", "always_low_bit", "compiled_int4", "layout_of", "measure_low_bit"]

@@ -14,7 +14,6 @@ The last panel is filled up with rows of zeros. Every part begins on a multiple 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,16 +127,18 @@ def machine_layout(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     asked = os.environ.get("ATEN_CPU_CAPABILITY", "")
     if asked in ("avx512", "avx2", "default"):
         return {"default": "plain"}.get(asked, asked)
-    flags = next(_flags(cpuinfo), set())
+    flags = processor_flags(cpuinfo)
     if {"avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"} <= flags:
         return "avx512"
     return "avx2" if {"avx2", "fma"} <= flags else "plain"
 
 
-def _flags(cpuinfo: Path) -> Iterator[set[str]]:
+def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the kernel says that the processor can; nothing on another than x86."""
     try:
         for line in cpuinfo.read_text(errors="replace").splitlines():
             if line.startswith("flags"):
-                yield set(line.partition(":")[2].split())
+                return frozenset(line.partition(":")[2].split())
     except OSError:
-        return
+        pass
+    return frozenset()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import pipo_ray.model.low_bit as low_bit_module
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.kernel_profile import Kernel, KernelProfile
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, measure_low_bit
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_int4, measure_low_bit
 from pipo_ray.quant.codec import read_rows, views_of, write_rows
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, Panels, divide, machine_layout
@@ -26,8 +26,9 @@ from pipo_ray.quant.policy import Precision, Rule
 from pipo_ray.quant.rounding import round_to_nearest, values_of
 
 NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
-KERNELS: tuple[Kernel, ...] = ("packed", "native", "wide")
+KERNELS: tuple[Kernel, ...] = ("packed", "compiled", "native", "wide")
 BF16_STEP = 2.0**-8
+COMPILED = compiled_int4()
 
 
 def packed(weight: torch.Tensor, panels: Panels) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_products_are_those_of_the_unpacked_weight(
     memory.copy_(stored)
     inputs = torch.randn(*leading, panels.columns, generator=generator).bfloat16()
     bias = torch.randn(rows, generator=generator).bfloat16() if with_bias else None
-    bound = LowBitProducts(always_low_bit(kernel), machine_layout()).bind(memory, panels, 0)
+    bound = LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=COMPILED).bind(memory, panels, 0)
     got = F.linear(inputs, bound, bias)
     assert type(got) is torch.Tensor
     assert (got.dtype, got.shape) == (torch.bfloat16, (*leading, rows))
@@ -73,7 +74,7 @@ def test_products_are_those_of_the_unpacked_weight(
     # The product, and the sum with a bias, are rounded to bf16; the native kernel rounds each weight (int4), or the
     # product before the scale (int8); and torch's int8 kernel multiplies with scales in another order.
     steps = BF16_STEP * exact.abs() * (2 if low_bit.bits == 8 else 1)
-    if kernel == "native" or (kernel == "packed" and layout != machine_layout()):
+    if kernel == "native" or (kernel in ("packed", "compiled") and layout != machine_layout()):
         steps = steps + BF16_STEP / 2 * terms
     if bias is not None:
         exact = exact + bias.double()
@@ -192,7 +193,7 @@ def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
         for d in (torch.float32, torch.bfloat16)
     )
     sequences = random_prompts(256, (40, 13, 60), seed=2)
-    products = LowBitProducts(always_low_bit(kernel), machine_layout())
+    products = LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=COMPILED)
     with Pipeline(store, spare_slots=2, chunk=16, low_bit=products) as pipeline:
         assert experts or any(not tensor.whole for piece in pipeline.pieces for tensor in piece.tensors)
         assert pipeline.stream.times.streamed_bytes == 0

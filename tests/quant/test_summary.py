@@ -32,3 +32,12 @@ def test_another_processor_is_told() -> None:
     (_, told) = describe_precision(manifest(packed("int4", "avx2")), "avx512")
     assert told.startswith("int4 weights are stored for avx2 and this processor's kernel takes avx512")
     assert len(describe_precision(manifest(packed("int8")), "avx512")) == 1
+
+
+def test_which_kernel_is_used_without_ours_is_said_once() -> None:
+    int4, int8 = manifest(packed("int4", "avx512")), manifest(packed("int8"))
+    (_, told) = describe_precision(int4, "avx512", "llvmlite is not installed")
+    assert told.startswith("int4 products are torch's, because llvmlite is not installed")
+    assert len(describe_precision(int8, "avx512", "llvmlite is not installed")) == 1
+    assert len(describe_precision(int4, "avx512", None)) == 1
+    assert len(describe_precision(manifest(packed("int4", "avx2")), "avx512", "llvmlite is not installed")) == 2

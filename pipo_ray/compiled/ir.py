@@ -1,0 +1,193 @@
+"""Functions in LLVM's assembly language, written instruction by instruction. Imports neither torch nor llvmlite.
+
+Reference: https://llvm.org/docs/LangRef.html. Variables live on the stack here; LLVM's passes put them in registers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator, Sequence
+
+FLOATS = "<16 x float>"
+HALVES = "<32 x bfloat>"
+WORDS = "<32 x i16>"
+INTS = "<16 x i32>"
+
+DECLARATIONS = f"""
+declare i64 @llvm.umin.i64(i64, i64)
+declare float @llvm.vector.reduce.fadd.v16f32(float, {FLOATS})
+declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
+declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, i32, <16 x i1>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {HALVES}, {HALVES})
+declare {WORDS} @llvm.x86.avx512.permvar.hi.512({WORDS}, {WORDS})
+"""
+
+
+class Function:
+    """`void name(ptr %context)`, whose context is an array of 64-bit words, one for each of `fields`."""
+
+    def __init__(self, name: str, fields: Sequence[str]) -> None:
+        self._name, self._fields = name, tuple(fields)
+        self._stack: list[str] = []
+        self._lines: list[str] = []
+        self._count = 0
+
+    def text(self) -> str:
+        """The whole function."""
+        body = "\n  ".join([*self._stack, "br label %begin"])
+        lines = "\n".join(self._lines)
+        return f"define void @{self._name}(ptr %context) {{\nentry:\n  {body}\nbegin:\n{lines}\n  ret void\n}}\n"
+
+    # -- instructions
+    # -----------------------------------------------------------------------------------------------------
+
+    def value(self, instruction: str) -> str:
+        """The name of what `instruction` computes."""
+        name = f"%v{self._next()}"
+        self._lines.append(f"  {name} = {instruction}")
+        return name
+
+    def do(self, instruction: str) -> None:
+        """An instruction without a result."""
+        self._lines.append(f"  {instruction}")
+
+    def variable(self, kind: str, value: str = "zeroinitializer") -> str:
+        """A place on the stack, set to `value` whenever this point is passed."""
+        name = f"%s{self._next()}"
+        self._stack.append(f"{name} = alloca {kind}")
+        self.store(kind, value, name)
+        return name
+
+    def load(self, kind: str, place: str, align: int | None = None) -> str:
+        """`align` is in bytes; without it that of the type."""
+        return self.value(f"load {kind}, ptr {place}" + (f", align {align}" if align else ""))
+
+    def store(self, kind: str, value: str, place: str, align: int | None = None) -> None:
+        """See `load`."""
+        self.do(f"store {kind} {value}, ptr {place}" + (f", align {align}" if align else ""))
+
+    @contextlib.contextmanager
+    def loop(self, count: str | int, step: int = 1) -> Iterator[str]:
+        """For an i64 from 0 up to below `count`."""
+        number = self._next()
+        place = self.variable("i64", "0")
+        self._label(f"head{number}")
+        index = self.load("i64", place)
+        self._branch(self.value(f"icmp ult i64 {index}, {count}"), f"body{number}", f"exit{number}")
+        yield index
+        self.store("i64", self.add(index, step), place)
+        self.do(f"br label %head{number}")
+        self._label(f"exit{number}", falls_through=False)
+
+    @contextlib.contextmanager
+    def tasks(self, counter: str, count: str) -> Iterator[str]:
+        """For each i64 below `count` that no other thread has taken, by adding to the word at `counter`."""
+        number = self._next()
+        self._label(f"head{number}")
+        index = self.value(f"atomicrmw add ptr {counter}, i64 1 monotonic")
+        self._branch(self.value(f"icmp ult i64 {index}, {count}"), f"body{number}", f"exit{number}")
+        yield index
+        self.do(f"br label %head{number}")
+        self._label(f"exit{number}", falls_through=False)
+
+    # -- addresses and whole numbers
+    # --------------------------------------------------------------------------------------
+
+    def field(self, name: str, kind: str = "i64") -> str:
+        """The context's word of that name."""
+        return self.load(kind, self.place_of(name))
+
+    def place_of(self, name: str) -> str:
+        """Where that word is."""
+        return self.at("%context", 8 * self._fields.index(name))
+
+    def at(self, address: str, num_bytes: str | int) -> str:
+        """`address` plus bytes."""
+        return self.value(f"getelementptr i8, ptr {address}, i64 {num_bytes}")
+
+    def add(self, left: str, right: str | int) -> str:
+        """i64."""
+        return self.value(f"add i64 {left}, {right}")
+
+    def multiply(self, left: str, right: str | int) -> str:
+        """i64."""
+        return self.value(f"mul i64 {left}, {right}")
+
+    def least(self, left: str, right: str | int) -> str:
+        """The smaller i64, both unsigned."""
+        return self.value(f"call i64 @llvm.umin.i64(i64 {left}, i64 {right})")
+
+    # -- vectors of 512 bits
+    # ----------------------------------------------------------------------------------------------
+
+    def cast(self, kind: str, value: str, to: str) -> str:
+        """The same bits as another type."""
+        return self.value(f"bitcast {kind} {value} to {to}")
+
+    def everywhere(self, place: str, kind: str) -> str:
+        """The 32 bits at `place`, 16 times, as a vector of type `kind`."""
+        return self.cast(INTS, self._splat(self.load("i32", place, align=4)), kind)
+
+    def dot(self, sums: str, left: str, right: str) -> str:
+        """`sums` plus the products of each two neighbours of two vectors in bf16; the sums are float32."""
+        arguments = f"{FLOATS} {sums}, {HALVES} {left}, {HALVES} {right}"
+        return self.value(f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({arguments})")
+
+    def multiply_add(self, left: str, right: str, sums: str) -> str:
+        """`left` times `right` plus `sums`, float32, rounded once."""
+        return self.value(f"call {FLOATS} @llvm.fma.v16f32({FLOATS} {left}, {FLOATS} {right}, {FLOATS} {sums})")
+
+    def look_up(self, table: str, indices: str) -> str:
+        """Words out of a table of 32 by the lowest five bits of each word."""
+        return self.value(f"call {WORDS} @llvm.x86.avx512.permvar.hi.512({WORDS} {table}, {WORDS} {indices})")
+
+    def total(self, floats: str) -> str:
+        """The sum of 16 floats: always in the same order."""
+        return self.value(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {FLOATS} {floats})")
+
+    def store_rounded(self, floats: str, place: str, count: str) -> None:
+        """The first `count` (i64, may be more than 16) of 16 floats, rounded to bf16."""
+        halves = self.value(f"fptrunc {FLOATS} {floats} to <16 x bfloat>")
+        wanted = self._splat(self.value(f"trunc i64 {self.least(count, 16)} to i32"))
+        numbers = vector("i32", range(16))
+        mask = self.value(f"icmp ult {INTS} {numbers}, {wanted}")
+        words = self.cast("<16 x bfloat>", halves, "<16 x i16>")
+        self.do(f"call void @llvm.masked.store.v16i16.p0(<16 x i16> {words}, ptr {place}, i32 2, <16 x i1> {mask})")
+
+    def prefetch(self, address: str) -> None:
+        """Into all caches."""
+        self.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _splat(self, number: str) -> str:
+        first = self.value(f"insertelement {INTS} poison, i32 {number}, i32 0")
+        return self.value(f"shufflevector {INTS} {first}, {INTS} poison, {INTS} zeroinitializer")
+
+    def _label(self, name: str, falls_through: bool = True) -> None:
+        if falls_through:
+            self.do(f"br label %{name}")
+        self._lines.append(f"{name}:")
+
+    def _branch(self, condition: str, yes: str, no: str) -> None:
+        self.do(f"br i1 {condition}, label %{yes}, label %{no}")
+        self._lines.append(f"{yes}:")
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+
+def vector(element: str, numbers: Sequence[int]) -> str:
+    """A constant vector of whole numbers."""
+    return "<" + ", ".join(f"{element} {number}" for number in numbers) + ">"
+
+
+def bf16_bits(value: float) -> int:
+    """A number that bf16 holds exactly, as a word."""
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    if bits & 0xFFFF:
+        raise ValueError(f"{value} is no bf16 number")
+    return int(bits >> 16)

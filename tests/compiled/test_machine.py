@@ -1,0 +1,94 @@
+"""Machine code: compiled, kept, run."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipo_ray.compiled.machine as machine
+from pipo_ray.compiled.ir import Function
+from pipo_ray.compiled.machine import MachineCode, context_of, run_here, run_on_threads
+from pipo_ray.compiled.support import obstacle
+
+pytest.importorskip("llvmlite")
+
+FIELDS = ("next", "count", "output", "starts")
+
+
+def counting() -> str:
+    """Adds 1 to a byte for each task, and to `starts` for each thread."""
+    function = Function("counting", FIELDS)
+    function.value(f"atomicrmw add ptr {function.place_of('starts')}, i64 1 monotonic")
+    with function.tasks(function.place_of("next"), function.field("count")) as number:
+        place = function.at(function.field("output", "ptr"), number)
+        function.store("i8", function.value(f"add i8 {function.load('i8', place)}, 1"), place)
+    return function.text()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_each_task_is_done_once_on_as_many_threads_as_torch_has(num_threads: int, threads: None) -> None:
+    torch.set_num_threads(num_threads)
+    code = MachineCode(counting())
+    output = torch.zeros(5000, dtype=torch.uint8)
+    context = context_of([0, len(output), output.data_ptr(), 0])
+    run_on_threads(code.address("counting"), ctypes.addressof(context))
+    assert output.eq(1).all()
+    assert context[FIELDS.index("starts")] == num_threads
+    context[0] = 0
+    run_here(code.address("counting"), ctypes.addressof(context))
+    assert output.eq(2).all()
+    with pytest.raises(KeyError, match="another"):
+        code.address("another")
+
+
+def test_code_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MachineCode(counting(), tmp_path / "code")
+    (file,) = (tmp_path / "code").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    compiled: list[str] = []
+    compile_ = machine._compile
+    monkeypatch.setattr(machine, "_compile", lambda *one: compiled.append(one[2]) or compile_(*one))
+    MachineCode(counting(), tmp_path / "code").address("counting")
+    assert compiled == []
+    MachineCode(counting().replace("counting", "other"), tmp_path / "code").address("other")
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "empty", "writable"])
+def test_damaged_or_foreign_code_is_not_run(damage: str, tmp_path: Path) -> None:
+    MachineCode(counting(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    sound = file.read_bytes()
+    if damage == "writable":
+        file.chmod(0o666)
+    else:
+        changed = {"flipped": sound[:200] + bytes([sound[200] ^ 1]) + sound[201:], "short": sound[:-9], "empty": b""}
+        file.write_bytes(changed[damage])
+    assert machine._read(file) is None
+    MachineCode(counting(), tmp_path).address("counting")
+    assert file.read_bytes() == sound
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    MachineCode(counting(), tmp_path / "file" / "code").address("counting")
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512vbmi"}
+    assert obstacle(everything) is None
+    assert obstacle(everything - {"avx512_bf16"}) == "this processor has no AVX512_BF16"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert obstacle(everything) == "llvmlite is not installed"
