@@ -14,7 +14,7 @@ Four steps, each a sub-command:
               python3 benchmarks/train_bundled_model.py train --data .train --out out/bundled --minutes 6
     evaluate  held-out perplexity of a checkpoint, and some answers:
               python3 benchmarks/train_bundled_model.py evaluate --checkpoint out/bundled --text .train/heldout.txt
-    finish    copies the checkpoint, the held-out text and the notices into the package and writes its README:
+    finish    copies the checkpoint, the two texts and the notices into the package and writes its README:
               python3 benchmarks/train_bundled_model.py finish --checkpoint out/bundled --data .train \
                   --target pipo_ray/bundled
 
@@ -699,7 +699,7 @@ def drop_repeats(documents: list[Document]) -> list[Document]:
 def write_notice(root: Path, versions: dict[str, str]) -> str:
     """The notice that the licences of the texts ask for."""
     out = [
-        "The bundled model was trained on, and heldout.txt quotes, the following texts.",
+        "The bundled model was trained on, and heldout.txt and calibration.txt quote, the following texts.",
         "Their licences permit use, modification and redistribution, provided that these notices are kept.",
         "",
     ]
@@ -755,8 +755,22 @@ def encode(tokenizer: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(arrays), starts
 
 
+def excerpt(documents: Iterable[Document]) -> str:
+    """Whole documents of every source, up to its share of bytes."""
+    texts: list[str] = []
+    used: Counter[str] = Counter()
+    for document in documents:
+        limit = next(s.heldout_bytes for s in SOURCES if s.package == document.source)
+        if used[document.source] + min(len(document.text), limit) <= limit:
+            # of the longest pages the first `limit` bytes are enough
+            text = document.text[:limit].rsplit("\n\n", 1)[0] if len(document.text) > limit else document.text
+            used[document.source] += len(text)
+            texts.append(text)
+    return "\n\n".join(texts) + "\n"
+
+
 def command_corpus(args: argparse.Namespace) -> None:
-    """Builds the token arrays, the tokenizer, the held-out text and the notices."""
+    """Builds the token arrays, the tokenizer, the held-out and the calibration text and the notices."""
     args.data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         unpacked = Path(scratch) / "unpacked"
@@ -772,16 +786,10 @@ def command_corpus(args: argparse.Namespace) -> None:
     for document in documents:
         parts[document.split].append(document)
 
-    heldout: list[str] = []
-    used: Counter[str] = Counter()
-    for document in parts["test"]:
-        limit = next(s.heldout_bytes for s in SOURCES if s.package == document.source)
-        if used[document.source] + min(len(document.text), limit) <= limit:
-            # whole documents, but for the longest pages, of which the first `limit` bytes are enough
-            text = document.text[:limit].rsplit("\n\n", 1)[0] if len(document.text) > limit else document.text
-            used[document.source] += len(text)
-            heldout.append(text)
-    (args.data / "heldout.txt").write_text("\n\n".join(heldout) + "\n")
+    heldout = excerpt(parts["test"])
+    (args.data / "heldout.txt").write_text(heldout)
+    # Without addresses of other sites: a text that is shipped should name none.
+    (args.data / "calibration.txt").write_text(excerpt(d for d in parts["train"] if "://" not in d.text))
 
     plain = [f"{BOS}{d.text}{EOS}" for d in parts["train"]]
     sample = [d.text for d in rng.sample(parts["train"], len(parts["train"]) * 2 // 3)]
@@ -807,7 +815,7 @@ def command_corpus(args: argparse.Namespace) -> None:
         "documents": {name: len(part) for name, part in parts.items()},
         "conversations": len(chat),
         "tokens": {"text": len(text_ids), "chat": len(chat_ids), "val": len(val_ids)},
-        "heldout_bytes": sum(map(len, heldout)),
+        "heldout_bytes": len(heldout),
     }  # fmt: skip
     (args.data / "sources.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
@@ -1141,7 +1149,7 @@ def command_finish(args: argparse.Namespace) -> None:
     args.target.mkdir(parents=True, exist_ok=True)
     for name in MODEL_FILES:
         shutil.copyfile(args.checkpoint / name, args.target / name)
-    for name in ("heldout.txt", "NOTICE"):
+    for name in ("heldout.txt", "calibration.txt", "NOTICE"):
         shutil.copyfile(args.data / name, args.target / name)
     result = evaluate(args.target, args.target / "heldout.txt", torch.device("cpu"))
     sources = json.loads((args.data / "sources.json").read_text())
@@ -1184,12 +1192,12 @@ their name ({parts["train"]} / {parts["val"]} / {parts["test"]}); repeated parag
 {tokens["text"] / 1e6:.1f} million tokens of prose, {tokens["chat"] / 1e6:.1f} million of conversations.
 
 The weights are released under this project's licence (Apache-2.0). `NOTICE` carries the notices and licence texts that
-the sources ask for; `heldout.txt` quotes the sources, each under its own licence.
+the sources ask for; `heldout.txt` and `calibration.txt` quote the sources, each under its own licence.
 
 ## Held-out perplexity
 
 `heldout.txt` is an excerpt of the test part ({sources["heldout_bytes"] / 1e3:.0f} kB): no document of it was trained
-on, nor used to choose the checkpoint.
+on, nor used to choose the checkpoint. `calibration.txt` is an excerpt of the training part, of the same mixture.
 
 | Measure | Value |
 |---|---|
