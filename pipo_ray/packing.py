@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, UnsupportedModelError
+from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
+from pipo_ray.quant.formats import AS_SOURCE
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 
@@ -62,17 +64,27 @@ def own_precision(config: Mapping[str, Any]) -> str:
     return "float32"
 
 
+def chosen_precision(policy: Precision | None, config: Mapping[str, Any], where: object) -> Precision:
+    """What holds for the checkpoint `where` with this config.json: `policy`; without one, 16 bits, or what a quantized
+    checkpoint has.
+    """
+    if policy is not None:
+        return policy
+    return Precision() if source_format(config, where) is None else Precision.parse(AS_SOURCE)
+
+
 def packed_dtype(dtype: str, policy: Precision, config: Mapping[str, Any]) -> str:
     """The dtype of a store: what `dtype` means, and bfloat16 with low-bit weights, whose kernels take no other.
 
     Raises InputError for another dtype with low-bit weights.
     """
-    if not policy.is_low_bit:
+    source = source_format(config, "config.json")
+    if not policy.asks_for_few_bits and not (policy.is_low_bit and source is not None and source.has_codes):
         return own_precision(config) if dtype == "auto" else dtype
     if dtype not in ("auto", "bfloat16"):
         raise InputError(
             f"--dtype {dtype} with --precision {policy.label}: a model with low-bit weights is computed in bfloat16; "
-            "leave --dtype out"
+            f"leave --dtype out{'' if policy.asks_for_few_bits else ', or add --precision 16bit'}"
         )
     return "bfloat16"
 
@@ -101,10 +113,10 @@ def pack_checkpoint(
     """Pack the checkpoint folder `source` into a block store at `destination`, with the model's facts in its manifest.
 
     `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS; with low-bit weights, as `quantization` chooses them,
-    it must be "auto" or bfloat16. `progress` gets (phase, done, total): "inspect" with
-    a total of 0, then "pack" in bytes. `wait` for another process that packs to the same place, or raise. `stripes` are
-    further folders, on other drives. Imports torch and transformers into this process; `prepare_store` does it in
-    another.
+    it must be "auto" or bfloat16. Without `quantization` weights have 16 bits, or what a quantized checkpoint has.
+    `progress` gets (phase, done, total): "inspect" with a total of 0, then "pack" in bytes. `wait` for another process
+    that packs to the same place, or raise. `stripes` are further folders, on other drives. Imports torch and
+    transformers into this process; `prepare_store` does it in another.
 
     Raises what cannot be packed before anything is written: CheckpointError, UnsupportedModelError, BudgetError for the
     disk; see `pack` in `store/pack.py` for the rest.
@@ -113,14 +125,16 @@ def pack_checkpoint(
 
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
-    policy = quantization or Precision()
     with Checkpoint.open(source) as checkpoint:
+        policy = chosen_precision(quantization, checkpoint.config, checkpoint.folder)
         precision = packed_dtype(dtype, policy, checkpoint.config)
         from pipo_ray.model.graph import load_config, resolve_dtype
         from pipo_ray.model.inspect import find_facts
         from pipo_ray.model.layout import block_layout
         from pipo_ray.model.linear_experts import experts_are_linear
         from pipo_ray.quant.assign import assign
+        from pipo_ray.quant.foreign.checkpoint import open_foreign
+        from pipo_ray.quant.foreign.codes import ForeignCodes
         from pipo_ray.quant.source import QuantizedSource
         from pipo_ray.store.pack import pack
         from pipo_ray.store.source import TensorSource
@@ -131,7 +145,10 @@ def pack_checkpoint(
             model, trace, facts = find_facts(config, torch_dtype, checkpoint.folder)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{checkpoint.folder} cannot be run: {error}; choose another model") from error
-        tensors = TensorSource(model, checkpoint, torch_dtype)
+        foreign = open_foreign(checkpoint)
+        plain = foreign or checkpoint
+        tensors = TensorSource(model, plain, torch_dtype)
+        codes = None if foreign is None else ForeignCodes(tensors, foreign)
         aliases = tensors.aliases
         looked_up = {aliases.get(name, name) for unit in trace.units if unit.kind == "lookup" for name in unit.tensors}
         blocks = block_layout(model, trace, aliases)
@@ -142,14 +159,17 @@ def pack_checkpoint(
             looked_up=looked_up,
             layout=machine_layout(),
             linear_experts=policy.is_low_bit and has_experts and experts_are_linear(config),
+            source_format=None if codes is None else codes.low_bit,
         )
         extra = {"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)}
-        with QuantizedSource(tensors) as quantized:
+        if codes is not None:
+            extra[SOURCE_KEY] = codes.describe(blocks)
+        with QuantizedSource(tensors, codes=codes) as quantized:
             return pack(
                 blocks,
                 quantized if policy.is_low_bit else tensors,
                 destination,
-                checkpoint=checkpoint,
+                checkpoint=plain,
                 aliases=aliases,
                 architecture=checkpoint.architecture,
                 model_type=checkpoint.model_type,

@@ -31,7 +31,13 @@ from pipo_ray.errors import BudgetError, CheckpointError, InputError, PipoError,
 from pipo_ray.json_file import write_json
 from pipo_ray.model.facts import FACTS_KEY, ModelFacts, installed_transformers
 from pipo_ray.model.registry import require_supported
-from pipo_ray.packing import GENERATION_CONFIG_KEY, PRECISIONS, generation_config_checksum, packed_dtype
+from pipo_ray.packing import (
+    GENERATION_CONFIG_KEY,
+    PRECISIONS,
+    chosen_precision,
+    generation_config_checksum,
+    packed_dtype,
+)
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.store.checkpoint import Checkpoint
@@ -71,7 +77,8 @@ def prepare_store(
 ) -> PreparedStore:
     """The block store of `model`: a checkpoint folder, a block store, or a hub id such as "org/name".
 
-    `dtype` is one of DTYPES, `precision` what `Precision.parse` takes, or None for 16 bits, or what the store has.
+    `dtype` is one of DTYPES, `precision` what `Precision.parse` takes, or None for what the store or a
+    quantized checkpoint has, else 16 bits.
     `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
     "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`.
 
@@ -98,7 +105,7 @@ def prepare_store(
         if not (folder / "config.json").is_file():
             raise StoreError(f"block store {folder} has no config.json; pack the checkpoint again")
         return PreparedStore(folder, manifest, _facts(folder, manifest, root, on_progress), packed_now=False)
-    return _prepare_checkpoint(folder, dtype, policy or Precision(), root, on_progress)
+    return _prepare_checkpoint(folder, dtype, policy, root, on_progress)
 
 
 def pack_store(
@@ -116,12 +123,13 @@ def pack_store(
     Raises as `prepare_store` does.
     """
     check_dtype(dtype)
-    policy = Precision() if precision is None else Precision.parse(precision)
+    asked = None if precision is None else Precision.parse(precision)
     folder = find_model(source, on_progress)
     refuse_stripe(folder)
     # What is wrong with it is known at once, and torch takes seconds to import.
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
+        policy = chosen_precision(asked, checkpoint.config, folder)
         policy.require_model(checkpoint)
         dtype = packed_dtype(dtype, policy, checkpoint.config)
     require_free_place(Path(destination).absolute())
@@ -184,10 +192,11 @@ def _pack_job(folder: Path, destination: Path, dtype: str, policy: Precision) ->
 
 
 def _prepare_checkpoint(
-    folder: Path, dtype: str, policy: Precision, root: Path, on_progress: Progress | None
+    folder: Path, dtype: str, asked: Precision | None, root: Path, on_progress: Progress | None
 ) -> PreparedStore:
     with Checkpoint.open(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
+        policy = chosen_precision(asked, checkpoint.config, folder)
         policy.require_model(checkpoint)
         dtype = packed_dtype(dtype, policy, checkpoint.config)
         store = root / "stores" / _store_name(checkpoint, dtype, policy)

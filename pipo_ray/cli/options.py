@@ -35,7 +35,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory", metavar="SIZE", help="all that may be taken from the GPU's memory")
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute; default: %(default)s")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="what is computed in; default: the model's own")
-    add_precision_option(group, "default: 16 bits, or what the block store has")
+    add_precision_option(group, "default: what the block store or a quantized checkpoint has, else 16bit")
     group.add_argument("--max-model-len", metavar="N", type=int, help="context: prompt and answer, in tokens")
     group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
     group.add_argument("--mode", choices=get_args(Mode), default="performance", help="memory-saver: a quarter of the "
@@ -54,7 +54,7 @@ def add_precision_option(parser: argparse._ActionsContainer, default: str) -> No
     """--precision: bits of the weights."""
     parser.add_argument(
         "--precision", metavar="P", help="bits of the weights: int4 (groups of 64 columns), int4-g32, int4-g128, "
-        f"int4-g64-sym, int8, 16bit, or a policy file; {default}",
+        f"int4-g64-sym, int8, 16bit, source (what a quantized checkpoint has), or a policy file; {default}",
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
     )
-    add_precision_option(parser, "default: 16bit")
+    add_precision_option(parser, "default: what a quantized checkpoint has, else 16bit")
     parser.add_argument(
         "--stripe", metavar="FOLDER", action="append", default=[],
         help="a folder to make on another drive, which then reads its share of the weights at the same time as that of "

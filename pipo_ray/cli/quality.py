@@ -103,7 +103,7 @@ def _measure(
     from pipo_ray.prepare import cache_folder
     from pipo_ray.report.quality import LogitsFile, Quality, windows_of
 
-    with open_llm(model, arguments) as llm:
+    with open_llm(model, {**arguments, "precision": ORIGINAL}) as llm:
         ids, whole = llm.encode(text, add_special_tokens=False), llm.encode(text)
         prefix = whole[: whole.index(ids[0])] if ids and ids[0] in whole else []  # what begins a text
         windows = windows_of(ids, prefix, min(_WINDOW, llm.max_model_len), most_tokens)

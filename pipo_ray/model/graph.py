@@ -48,6 +48,10 @@ def load_config(folder: str | Path) -> PretrainedConfig:
             f"{path}: not a valid {model_type} configuration: {_one_line(error)}; use the config.json that belongs to "
             "these weights"
         ) from error
+    # What the weights were quantized with is past: in the store, and in the graph, they are ours.
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
     return config
 
 

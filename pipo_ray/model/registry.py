@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipo_ray.errors import CheckpointError, UnsupportedModelError
+from pipo_ray.quant.foreign.detect import source_format
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def special_case(model_type: str) -> SpecialCase:
 def require_supported(config: Mapping[str, Any], path: Path) -> str:
     """The `model_type` of the config.json at `path`, whose content is `config`; without torch, so it is known at once.
 
-    Raises CheckpointError without a model_type, UnsupportedModelError for what no transformers could make us run.
+    Raises CheckpointError without a model_type, UnsupportedModelError for what no transformers could make us run, and
+    for weights quantized in a way that cannot be read.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -44,11 +46,7 @@ def require_supported(config: Mapping[str, Any], path: Path) -> str:
         raise UnsupportedModelError(
             f"{path}: {model_type} is an encoder-decoder; only decoder-only language models can be run: choose one"
         )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModelError(
-            f"{path}: weights quantized with {method!r} cannot be read yet; give a bf16, fp16 or fp32 checkpoint"
-        )
+    source_format(config, path)
     if (refused := special_case(model_type).refused) is not None:
         raise UnsupportedModelError(f"{path}: architecture {model_type!r} cannot be run: {refused}")
     return model_type

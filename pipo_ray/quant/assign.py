@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from pipo_ray.errors import InputError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
-from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.formats import AS_SOURCE, LowBitFormat
 from pipo_ray.quant.panels import PANEL_BYTES, divide
 from pipo_ray.quant.policy import EVERYTHING, Precision
 
@@ -20,12 +20,14 @@ def assign(
     layout: str,
     linear_experts: bool = False,
     panel_bytes: int = PANEL_BYTES,
+    source_format: Callable[[TensorSpec], LowBitFormat | None] | None = None,
 ) -> tuple[BlockSpec, ...]:
     """`blocks` with the tensors that `precision` asks for turned into panels.
 
     Only matrices that are used by nn.Linear alone can be, and experts if `linear_experts` (see
     `model/linear_experts.py`). `looked_up` are the tables of embeddings. A tensor that
-    cannot be stays as it is under a rule for "*". Raises InputError naming the tensor and the reason if a more specific
+    cannot be stays as it is under a rule for "*". `source_format` says in which format the checkpoint has codes of a
+    tensor: what a rule for "source" makes of it. Raises InputError naming the tensor and the reason if a more specific
     rule asks for it, or if nothing is left that could be quantized.
     """
     kept: list[str] = []
@@ -36,10 +38,16 @@ def assign(
         rule = precision.rule_for(tensor.name)
         if rule is None:
             return tensor
-        low_bit = LowBitFormat.parse(rule.format)
+        if rule.format != AS_SOURCE:
+            low_bit = LowBitFormat.parse(rule.format)
+        elif source_format is None or (own := source_format(tensor)) is None:
+            return tensor
+        else:
+            low_bit = own
         if (reason := _refusal(tensor, low_bit, looked_up, linear_experts)) is not None:
             # "*.mlp.*" means the matrices in there, and not their biases.
-            if rule.pattern == tensor.name or (rule.pattern != EVERYTHING and len(tensor.shape) == 2):
+            named = rule.pattern == tensor.name or (rule.pattern != EVERYTHING and len(tensor.shape) == 2)
+            if named and rule.format != AS_SOURCE:
                 raise InputError(f"precision rule {rule.pattern!r}: {tensor.name} cannot be {low_bit.name}: {reason}")
             kept.append(f"{tensor.name}: {reason}")
             return tensor
@@ -48,7 +56,7 @@ def assign(
         return replace(tensor, shape=panels.shape, dtype="U8", panels=panels)
 
     result = tuple(replace(block, tensors=tuple(one(tensor) for tensor in block.tensors)) for block in blocks)
-    if precision.is_low_bit and not num_packed:
+    if precision.asks_for_few_bits and not num_packed:
         # A matrix says more about why than a norm does.
         why = next((reason for reason in kept if "columns" in reason), kept[0] if kept else "no rule matches a tensor")
         raise InputError(f"precision {precision.label}: no tensor can be quantized ({why}); use --precision 16bit")

@@ -20,8 +20,11 @@ it reads past the end of a row.
 SIXTEEN_BITS = "16bit"
 """The name, in a policy, of weights that are left as they are."""
 
+AS_SOURCE = "source"
+"""The name, in a policy, of weights that keep what a quantized checkpoint has of them."""
+
 _NAME = re.compile(r"int(?P<bits>\d+)(-g(?P<group>\d+))?(?P<symmetric>-sym)?")
-_KNOWN = f"{SIXTEEN_BITS}, int8, int4, int4-gN and int4-gN-sym with N of {', '.join(map(str, GROUPS))}"
+_KNOWN = f"{SIXTEEN_BITS}, {AS_SOURCE}, int8, int4, int4-gN and int4-gN-sym with N of {', '.join(map(str, GROUPS))}"
 
 
 @dataclass(frozen=True)

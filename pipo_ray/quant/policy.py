@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipo_ray.errors import InputError
-from pipo_ray.quant.formats import SIXTEEN_BITS, LowBitFormat
+from pipo_ray.quant.formats import AS_SOURCE, SIXTEEN_BITS, LowBitFormat
 
 if TYPE_CHECKING:
     from pipo_ray.store.checkpoint import Checkpoint
@@ -23,7 +23,9 @@ POLICY_KEY = "precision_policy"
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights whose names match `pattern` (shell wildcards) get the format called `format`, or stay as they are."""
+    """Weights whose names match `pattern` (shell wildcards) get the format called `format`. "16bit" ones have 16 bits;
+    "source" ones keep the codes that a quantized checkpoint has, and have 16 bits where it has none that fit.
+    """
 
     pattern: str
     format: str
@@ -80,7 +82,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         for rule in self.rules:
-            if rule.format != SIXTEEN_BITS:
+            if rule.format not in (SIXTEEN_BITS, AS_SOURCE):
                 LowBitFormat.parse(rule.format)
 
     @classmethod
@@ -88,6 +90,8 @@ class Precision:
         """Of what `--precision` takes: a format's name, or a policy file. Raises InputError."""
         if text == SIXTEEN_BITS:
             return cls()
+        if text == AS_SOURCE:
+            return cls((Rule(EVERYTHING, AS_SOURCE),))
         if os.sep in text or text.endswith(".json") or Path(text).is_file():
             return cls.load(Path(text))
         return cls((Rule(EVERYTHING, LowBitFormat.parse(text).name),))
@@ -146,6 +150,11 @@ class Precision:
     def is_low_bit(self) -> bool:
         """Whether any weight may have fewer than 16 bits."""
         return any(rule.format != SIXTEEN_BITS for rule in self.rules)
+
+    @property
+    def asks_for_few_bits(self) -> bool:
+        """Whether it does so whatever the checkpoint has."""
+        return any(rule.format not in (SIXTEEN_BITS, AS_SOURCE) for rule in self.rules)
 
     @property
     def label(self) -> str:

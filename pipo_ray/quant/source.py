@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from pipo_ray.errors import CheckpointError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.quant.codec import PanelViews, views_of, write_rows
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
-from pipo_ray.quant.rounding import round_to_nearest
+from pipo_ray.quant.rounding import Rounded, round_to_nearest
 
 _CHUNK_ELEMENTS = 1 << 18
 """What a thread quantizes at once, if 64 rows are not more: 1 MiB in float32, and several times that on the way."""
@@ -33,13 +34,20 @@ class TensorReader(Protocol):
     def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor: ...
 
 
+class CodeReader(Protocol):
+    """What gives codes that a checkpoint has already: see ForeignCodes."""
+
+    def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> Callable[[], Rounded] | None: ...
+
+
 class QuantizedSource:
-    """A `BlockSource` that answers tensors with `panels` by quantizing those of `source`, and others with them. A
-    context manager; leaving it ends its threads.
+    """A `BlockSource` that answers tensors with `panels` by quantizing those of `source`, and others with them. What
+    `codes` has in the format asked for is not quantized, but taken. A context manager; leaving it ends its threads.
     """
 
-    def __init__(self, source: TensorReader, num_threads: int | None = None) -> None:
+    def __init__(self, source: TensorReader, num_threads: int | None = None, codes: CodeReader | None = None) -> None:
         self._source = source
+        self._codes = codes
         self._num_threads = num_threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         # Each computes alone: threads of torch's own in each of them would only take turns.
         self._threads = ThreadPoolExecutor(
@@ -67,10 +75,13 @@ class QuantizedSource:
                 views = views_of(result[panel - row_start], panels)
                 first, last = panels.rows_of(panel, panel + 1)
                 for start in range(first, last, step):
-                    weight = self._source.read(plain, start, min(start + step, last))
+                    stop = min(start + step, last)
+                    job = None if self._codes is None else self._codes.read(spec, start, stop)
+                    if job is None:
+                        job = partial(_quantize, self._source.read(plain, start, stop), panels, spec.name)
                     while len(pending) > self._num_threads:
                         pending.popleft().result()
-                    pending.append(self._threads.submit(_quantize, weight, views, panels, start - first, spec.name))
+                    pending.append(self._threads.submit(_write, job, views, panels, start - first))
             while pending:
                 pending.popleft().result()
         finally:
@@ -87,11 +98,15 @@ class QuantizedSource:
         self._threads.shutdown(wait=True)
 
 
-def _quantize(weight: torch.Tensor, views: PanelViews, panels: Panels, start: int, name: str) -> None:
+def _quantize(weight: torch.Tensor, panels: Panels, name: str) -> Rounded:
+    rounded = round_to_nearest(weight, panels.low_bit)
+    if not bool(rounded.scales.isfinite().all()):
+        raise CheckpointError(
+            f"tensor {name!r} holds an infinite value and cannot be {panels.format}; use --precision 16bit"
+        )
+    return rounded
+
+
+def _write(job: Callable[[], Rounded], views: PanelViews, panels: Panels, start: int) -> None:
     with torch.inference_mode():
-        rounded = round_to_nearest(weight, panels.low_bit)
-        if not bool(rounded.scales.isfinite().all()):
-            raise CheckpointError(
-                f"tensor {name!r} holds an infinite value and cannot be {panels.format}; use --precision 16bit"
-            )
-        write_rows(views, panels, start, rounded)
+        write_rows(views, panels, start, job())

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from pipo_ray.quant.foreign.detect import SOURCE_KEY
 from pipo_ray.store.dtypes import num_bytes
 from pipo_ray.store.manifest import Manifest
 
 
 def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: str | None = None) -> list[str]:
-    """Lines for the user; none for a store without low-bit weights.
+    """Lines for the user; none for a store without low-bit weights, out of a checkpoint without any.
 
     With `layout`, the int4 layout of this machine, a line says so where the store has another one. With `obstacle`, why
     our own int4 kernel cannot be compiled here, a line says which is used.
     """
     packed = [tensor.panels for block in manifest.blocks for tensor in block.tensors if tensor.panels is not None]
+    source = describe_source(manifest)
     if not packed:
-        return []
+        return source
     tensors = [tensor for block in manifest.blocks for tensor in block.tensors]
     kept = [tensor for tensor in tensors if tensor.panels is None]
     matrices = sum(len(tensor.shape) >= 2 for tensor in kept)
@@ -28,9 +30,10 @@ def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: 
     experts = ", fused experts among them" if any(tensor.expert is not None for tensor in kept) else ""
     formats = ", ".join(f"{count} in {name}" for name, count in Counter(panels.format for panels in packed).items())
     lines = [
+        *source,
         f"precision: {formats} with {packed_bits / weights:.2f} bits per weight, scales, zeros and padding included; "
         f"{len(kept)} tensors at 16 bits or more ({matrices} of them matrices{experts}); "
-        f"{all_bits / all_weights:.2f} bits per weight in all"
+        f"{all_bits / all_weights:.2f} bits per weight in all",
     ]
     layouts = {panels.layout for panels in packed if panels.low_bit.bits == 4}
     others = sorted(layouts - {layout})
@@ -42,3 +45,20 @@ def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: 
     elif layouts and obstacle is not None:
         lines.append(f"int4 products are torch's, because {obstacle}: the kernel of our own would be faster")
     return lines
+
+
+def describe_source(manifest: Manifest) -> list[str]:
+    """A line on what became of the weights of a checkpoint that was quantized; none for another one."""
+    source = manifest.extra.get(SOURCE_KEY)
+    if not isinstance(source, dict):
+        return []
+    repacked, again = source["repacked"], source["rounded_again"]
+    done = [f"{repacked} matrices repacked as they are"] if repacked else []
+    if source["dequantized"]:
+        done.append(f"{source['dequantized']} dequantized")
+    if again:
+        done.append(f"{again} dequantized and rounded again, so that accuracy is lost twice")
+    inexact = source["groups"] - source["exact_groups"]
+    if repacked and inexact:
+        done.append(f"scales rounded to bf16 in {inexact / source['groups']:.0%} of the groups")
+    return [f"{source['label']}: {', '.join(done)}"]

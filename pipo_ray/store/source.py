@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,18 +70,34 @@ class _Recipe:
     experts: int = 0
 
 
+class RowSources(NamedTuple):
+    """Rows of a graph tensor: row r is row `places[1, r]` of the checkpoint tensor `keys[places[0, r]]`."""
+
+    keys: tuple[str, ...]
+    places: torch.Tensor
+
+    def runs(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """Rows `start` to `stop` as (checkpoint tensor, first row, row behind the last), in order."""
+        result: list[tuple[str, int, int]] = []
+        for which, row in self.places[:, start:stop].T.tolist():
+            if result and result[-1][0] == self.keys[which] and result[-1][2] == row:
+                result[-1] = (*result[-1][:2], row + 1)
+            else:
+                result.append((self.keys[which], row, row + 1))
+        return result
+
+
 class TensorSource:
     """The tensors of `model`'s state dict, read out of `checkpoint`.
 
     `model` is a PreTrainedModel on the meta device whose parameters have the dtypes they shall be stored in; `dtype`
     is the one that was asked for. The sources are resolved and checked at once, without reading weights.
 
-    Raises CheckpointError: a quantized checkpoint, a tensor of a dtype other than bf16, fp16 and fp32, a tensor
+    Raises CheckpointError: a tensor of a dtype other than bf16, fp16 and fp32, a tensor
     whose shape is not the model's, sources that a conversion cannot combine.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        _refuse_quantized(checkpoint)
         self.checkpoint = checkpoint
         self.dtype = dtype
         self._model = model
@@ -161,6 +177,50 @@ class TensorSource:
         if spec.expert is not None:
             whole = whole[0 if recipe.experts else spec.expert]
         return whole[row_start:row_stop].contiguous() if spec.shape else whole.contiguous()
+
+    def checkpoint_keys(self, name: str) -> tuple[str, ...]:
+        """The checkpoint tensors that a graph tensor is made of."""
+        present = self._present(name)
+        return () if present is None else tuple(key for key, _ in self._recipes[present].sources)
+
+    def row_sources(self, spec_name: str, expert: int | None) -> RowSources | None:
+        """Where each row of a graph tensor, or of an expert's slice of it, comes from; None if its rows are not rows of
+        checkpoint tensors, moved as they are.
+        """
+        name = self._present(spec_name)
+        if name is None:
+            return None
+        recipe = self._recipes[name]
+        keys = [key for key, _ in recipe.sources]
+        if recipe.converter is None:
+            rows = self._targets[name].shape[:-1].numel()
+            if expert is not None:
+                rows //= self._targets[name].shape[0]
+            return RowSources(
+                (keys[0],), torch.stack((torch.zeros(rows).long(), torch.arange(rows) + (expert or 0) * rows))
+            )
+        model: Any = self._model
+        if expert is not None:
+            if not (_merges(recipe.converter) and recipe.experts):
+                return None
+            recipe, keys, model = *self._expert_sources(recipe, expert), _OneExpertModel(self._model)
+        # The conversion itself tells, run on the rows' numbers: one column, whose entries say where they came from.
+        counts = [math.prod(self.checkpoint.tensors[key].shape[:-1]) for key in keys]
+        starts = [sum(counts[:number]) for number in range(len(counts))]
+        numbers = [
+            torch.arange(start, start + count).view(*self.checkpoint.tensors[key].shape[:-1], 1)
+            for key, start, count in zip(keys, starts, counts, strict=True)
+        ]
+        try:
+            result = self._run(recipe, numbers, model)[name]
+        except CheckpointError:
+            return None
+        wanted = (*self._targets[name].shape[:-1], 1)
+        if tuple(result.shape) != (wanted if expert is None else (1, *wanted[1:])):
+            return None
+        flat = result.reshape(-1)
+        which = torch.bucketize(flat, torch.tensor(starts), right=True) - 1
+        return RowSources(tuple(keys), torch.stack((which, flat - torch.tensor(starts)[which])))
 
     def _present(self, name: str) -> str | None:
         """The graph tensor that has the data of `name`: itself, or one that it is tied to."""
@@ -271,10 +331,14 @@ class TensorSource:
                 row = math.prod(shape[1:])
                 tensors.append(self._load(key, expert * row, (expert + 1) * row, dtype).view(1, *shape[1:]))
             return recipe, tensors, model
+        chosen, keys = self._expert_sources(recipe, expert)
+        return chosen, [self._load_whole(key, dtype) for key in keys], model
+
+    def _expert_sources(self, recipe: _Recipe, expert: int) -> tuple[_Recipe, list[str]]:
+        """The recipe for one expert, of a checkpoint that has a tensor per expert, and the tensors it takes."""
         patterns = dict.fromkeys(pattern for _, pattern in recipe.sources)
         sources = tuple([entry for entry in recipe.sources if entry[1] == pattern][expert] for pattern in patterns)
-        tensors = [self._load_whole(key, dtype) for key, _ in sources]
-        return _Recipe(recipe.first_target, sources, recipe.converter), tensors, model
+        return _Recipe(recipe.first_target, sources, recipe.converter), [key for key, _ in sources]
 
     def _run(self, recipe: _Recipe, tensors: list[torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
         converter: Any = copy.deepcopy(recipe.converter)
@@ -383,18 +447,6 @@ def _leaves_rows(operation: Any) -> bool:
     if type(operation) is Interleave:
         return bool(operation.dim > 0)
     return type(operation) is Transpose and operation.dim0 > 0 and operation.dim1 > 0
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    for config in (checkpoint.config, checkpoint.config.get("text_config")):
-        quantization = config.get("quantization_config") if isinstance(config, dict) else None
-        if quantization:
-            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-            raise CheckpointError(
-                f"checkpoint {checkpoint.folder} is quantized ({method}), which cannot be packed yet; use the "
-                "checkpoint in "
-                "bfloat16, float16 or float32"
-            )
 
 
 def _tie_groups(model: PreTrainedModel, targets: dict[str, torch.Tensor]) -> dict[str, list[str]]:

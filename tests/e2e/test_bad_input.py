@@ -8,7 +8,7 @@
 | a header that lies | test_a_header_that_lies | store/test_safetensors_file |
 | NaN, wrong dtype | test_the_weights | store/test_source |
 | unknown architecture | test_the_weights | model/test_graph, model/test_probe, cli/test_prepare |
-| encoder-decoder, quantized checkpoint | test_the_config | model/test_graph, store/test_source |
+| encoder-decoder, quantized checkpoint | test_the_config | model/test_graph, quant/foreign/test_models |
 | a store of a newer format, truncated, not finished | test_the_store | store/test_manifest, cli/test_prepare |
 | a checksum that does not match | test_a_flipped_byte | store/test_verify, pipeline/test_checksums |
 | disk full while packing | test_a_small_disk, test_a_disk_that_fills_up | store/test_pack |
@@ -270,7 +270,7 @@ def test_a_header_that_lies(checkpoint: Path, field: str, value: Any, length: in
     "entries, words",
     [
         ({"model_type": "t5", "is_encoder_decoder": True}, ["t5 is an encoder-decoder", "decoder-only"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'", "cannot be read yet", "give a bf16"]),
+        ({"quantization_config": {"quant_method": "hqq"}}, ["'hqq' cannot be read", "GPTQ, AWQ", "give a checkpoint"]),
         ({"model_type": None}, ["no model_type", "give"]),
     ],
 )

@@ -39,8 +39,8 @@ def test_encoder_decoders_are_refused_by_name(model_type: str, tmp_path: Path) -
 
 
 def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path) -> None:
-    raw = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
-    with pytest.raises(UnsupportedModelError, match="weights quantized with 'gptq' cannot be read yet"):
+    raw = {"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}
+    with pytest.raises(UnsupportedModelError, match="weights quantized with 'hqq' cannot be read"):
         load_config(write_config(tmp_path, raw))
 
 

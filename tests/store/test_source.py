@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,13 +168,6 @@ def test_wrong_dtype(llama: Path, dtype: torch.dtype) -> None:
     rewrite(llama, lambda tensors: tensors.update({NORM: torch.ones(64).to(dtype)}))
     name = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float64: "F64"}[dtype]
     refused(llama, NORM, f"dtype {name}", "BF16, F16, F32", "unquantized", "model.safetensors")
-
-
-def test_quantized_checkpoint(llama: Path) -> None:
-    config = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match=r"quantized \(gptq\).*use the checkpoint in bfloat16"):
-        TensorSource(meta_model(llama, torch.bfloat16), Checkpoint.open(llama), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", list(NAMES))

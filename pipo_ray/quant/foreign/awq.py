@@ -1,0 +1,98 @@
+"""AWQ checkpoints in the "gemm" layout, as AutoAWQ and llm-compressor's exporters write them.
+
+Of a weight [rows, columns] with groups of g columns:
+
+    qweight  int32 [columns, rows / 8]        codes; the word's nibbles hold its rows in the order 0 2 4 6 1 3 5 7
+    qzeros   int32 [columns / g, rows / 8]    zero points, packed alike
+    scales   float16 [columns / g, rows]
+
+A value is (code - zero point) scale. Source: `WQLinear_GEMM.from_linear` in AutoAWQ (awq/modules/linear/gemm.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from pipo_ray.errors import CheckpointError
+from pipo_ray.quant.foreign.bits import unpack_rows
+from pipo_ray.quant.foreign.detect import SourceFormat, whole_number
+from pipo_ray.quant.foreign.reading import FLOATS, TensorFiles
+from pipo_ray.quant.foreign.weight import (
+    Codes,
+    ForeignWeight,
+    IntegerRows,
+    Survey,
+    count_exact,
+    group_columns,
+    holding,
+)
+
+PARTS = (".qweight", ".qzeros", ".scales")
+"""How the names end of the tensors that a weight is made of."""
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The row, of a word's eight, that is in each of its nibbles."""
+
+_PLACES = tuple(NIBBLES.index(row) for row in range(8))
+
+
+def find_weights(files: TensorFiles, source: SourceFormat) -> dict[str, ForeignWeight]:
+    """The quantized weights by plain name. Raises CheckpointError for one whose parts do not fit together."""
+    settings = source.settings
+    group = whole_number(settings, "group_size" if "group_size" in settings else "q_group_size", 128)
+    modules = [key.removesuffix(".qweight") for key in files.checkpoint.tensors if key.endswith(".qweight")]
+    return {f"{module}.weight": _weight(files, module, group) for module in modules}
+
+
+def _weight(files: TensorFiles, module: str, group: int) -> ForeignWeight:
+    name, key = f"{module}.weight", f"{module}.qweight"
+    shape = files.header(name, key, ("I32",)).shape
+    if len(shape) != 2 or not all(shape):
+        raise CheckpointError(
+            f"tensor {key!r} in {files.checkpoint.files[key]} has shape {list(shape)}, not a matrix's"
+        )
+    columns, rows = shape[0], 8 * shape[1]
+    group = group_columns(name, columns, group)
+    files.header(name, f"{module}.qzeros", ("I32",), (columns // group, rows // 8))
+    files.header(name, f"{module}.scales", FLOATS, (columns // group, rows))
+    weight = _AwqWeight(name, (rows, columns), files.checkpoint.files[key], None, files, module)
+    if holding(4, columns, group, True) is None:
+        return weight
+    return replace(weight, low_bit=holding(4, columns, group, bool((weight.zero_points() == 8).all())))
+
+
+@dataclass(frozen=True)
+class _AwqWeight(ForeignWeight):
+    files: TensorFiles
+    module: str
+
+    def rows(self, start: int, stop: int) -> IntegerRows:
+        first, last = start // 8, -(-stop // 8)
+        codes = self.files.columns(f"{self.module}.qweight", first, last)
+        zeros = self.files.columns(f"{self.module}.qzeros", first, last)
+        scales = self.files.columns(f"{self.module}.scales", start, stop)
+        return IntegerRows(partial(self._decode, codes, zeros, scales, slice(start - 8 * first, stop - 8 * first)), 8)
+
+    def _decode(self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, cut: slice) -> Codes:
+        symmetric = self.low_bit is not None and self.low_bit.symmetric
+        points = None if symmetric else _unpack(zeros)[:, cut].T.float()
+        return Codes(_unpack(codes)[:, cut].T.contiguous(), scales.T.float(), points)
+
+    def zero_points(self) -> torch.Tensor:
+        """All of them, uint8 [groups, rows]."""
+        return _unpack(self.files.whole(f"{self.module}.qzeros"))
+
+    def survey(self) -> Survey:
+        scales = self.files.whole(f"{self.module}.scales").float()
+        self.check_scales(scales, f"{self.module}.scales")
+        if self.low_bit is None:
+            return Survey(0, 0)
+        return count_exact(scales, None if self.low_bit.symmetric else self.zero_points().float())
+
+
+def _unpack(words: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 8 m] of int32 [n, m], rows of the weight in their own order."""
+    nibbles = unpack_rows(words, 4, 8 * words.shape[1]).view(len(words), -1, 8)
+    return nibbles[:, :, list(_PLACES)].view(len(words), -1)

@@ -1,0 +1,127 @@
+"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and optimum write them.
+
+Of a weight [rows, columns] with `bits` bits and groups of g columns:
+
+    qweight  int32 [columns * bits / 32, rows]           codes of a column of words from the lowest bit on, without gaps
+    qzeros   int32 [columns / g, rows * bits / 32]       zero points, packed along the rows
+    scales   float16 [columns / g, rows]
+    g_idx    int32 [columns]                             each column's group; in order unless `desc_act`
+
+A value is (code - zero point) scale. `checkpoint_format` "gptq" stores zero points less one, "gptq_v2" as they are.
+Source: `pack` and `dequantize_weight` of GPTQModel's TorchQuantLinear (gptqmodel/nn_modules/qlinear).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from pipo_ray.errors import CheckpointError
+from pipo_ray.quant.foreign.bits import packed_words, unpack_rows
+from pipo_ray.quant.foreign.detect import SourceFormat, whole_number
+from pipo_ray.quant.foreign.reading import FLOATS, TensorFiles
+from pipo_ray.quant.foreign.weight import (
+    Codes,
+    ForeignWeight,
+    IntegerRows,
+    Survey,
+    count_exact,
+    group_columns,
+    group_order,
+    holding,
+)
+
+PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+"""How the names end of the tensors that a weight is made of."""
+
+
+def find_weights(files: TensorFiles, source: SourceFormat) -> dict[str, ForeignWeight]:
+    """The quantized weights by plain name. Raises CheckpointError for one whose parts do not fit together."""
+    bits = whole_number(source.settings, "bits")
+    first = 1 if source.settings.get("checkpoint_format", "gptq") == "gptq" else 0
+    return {
+        f"{key[: -len('.qweight')]}.weight": _weight(
+            files, key[: -len(".qweight")], bits, whole_number(source.settings, "group_size", -1), first
+        )
+        for key in files.checkpoint.tensors
+        if key.endswith(".qweight")
+    }
+
+
+def _weight(files: TensorFiles, module: str, bits: int, group: int, first: int) -> ForeignWeight:
+    name = f"{module}.weight"
+    words, rows = _matrix(files, name, f"{module}.qweight")
+    columns = words * 32 // bits
+    group = group_columns(name, columns, group)
+    groups = columns // group
+    if packed_words(columns, bits) != words or rows * bits % 32:
+        raise CheckpointError(
+            f"weight {name!r}: {words} x {rows} words of {bits} bits are no whole matrix; check config.json"
+        )
+    files.header(name, f"{module}.qzeros", ("I32",), (groups, packed_words(rows, bits)))
+    files.header(name, f"{module}.scales", FLOATS, (groups, rows))
+    order = None
+    if f"{module}.g_idx" in files.checkpoint.tensors:
+        files.header(name, f"{module}.g_idx", ("I32",), (columns,))
+        order = group_order(files.whole(f"{module}.g_idx"), columns, groups, f"{module}.g_idx")
+    weight = _GptqWeight(
+        name, (rows, columns), files.checkpoint.files[f"{module}.qweight"], None, files, module, bits, first, order
+    )
+    if order is None and bits in (4, 8) and holding(bits, columns, group, True) is not None:
+        return replace(weight, low_bit=holding(bits, columns, group, weight.is_symmetric()))
+    return weight
+
+
+def _matrix(files: TensorFiles, name: str, key: str) -> tuple[int, int]:
+    shape = files.header(name, key, ("I32",)).shape
+    if len(shape) != 2 or not all(shape):
+        raise CheckpointError(
+            f"tensor {key!r} in {files.checkpoint.files[key]} has shape {list(shape)}, not a matrix's"
+        )
+    return shape[0], shape[1]
+
+
+@dataclass(frozen=True)
+class _GptqWeight(ForeignWeight):
+    files: TensorFiles
+    module: str
+    bits: int
+    first: int
+    order: torch.Tensor | None
+
+    def rows(self, start: int, stop: int) -> IntegerRows:
+        per_word = 32 // self.bits if 32 % self.bits == 0 else 32
+        # Words of the zero points, whole, that hold those of the rows; 3 bits come in three words for 32 rows.
+        first, last = start // per_word, -(-stop // per_word)
+        words = per_word * self.bits // 32
+        codes = self.files.columns(f"{self.module}.qweight", start, stop)
+        zeros = self.files.columns(f"{self.module}.qzeros", first * words, last * words)
+        scales = self.files.columns(f"{self.module}.scales", start, stop)
+        cut = slice(start - first * per_word, stop - first * per_word)
+        return IntegerRows(partial(self._decode, codes, zeros, scales, cut), 1 << self.bits - 1, self.order)
+
+    def _decode(self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, cut: slice) -> Codes:
+        unpacked = unpack_rows(codes.T, self.bits, self.shape[1])
+        points = unpack_rows(zeros, self.bits, zeros.shape[1] * 32 // self.bits)[:, cut].T.float() + self.first
+        symmetric = self.low_bit is not None and self.low_bit.symmetric
+        return Codes(unpacked, scales.T.float(), None if symmetric else points)
+
+    def is_symmetric(self) -> bool:
+        """Whether all zero points are the middle of the codes, whatever config.json says of `sym`."""
+        zeros = self.files.whole(f"{self.module}.qzeros")
+        points = unpack_rows(zeros, self.bits, self.shape[0])
+        return bool((points == (1 << self.bits - 1) - self.first).all())
+
+    def survey(self) -> Survey:
+        scales = self.files.whole(f"{self.module}.scales").float()
+        self.check_scales(scales, f"{self.module}.scales")
+        if self.low_bit is None:
+            return Survey(0, 0)
+        points: Any = None
+        if not self.low_bit.symmetric:
+            zeros = self.files.whole(f"{self.module}.qzeros")
+            points = unpack_rows(zeros, self.bits, self.shape[0]).float() + self.first
+        return count_exact(scales, points)
