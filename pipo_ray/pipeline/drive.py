@@ -14,12 +14,12 @@ from pathlib import Path
 from pipo_ray.errors import DriveError, StoreError
 
 PAGE = 4096
-_RETRY_AFTER_S = (0.0, 0.05, 0.5)
+RETRY_AFTER_S = (0.0, 0.05, 0.5)
 """Pauses before another attempt. The kernel and the drive have tried for long themselves before they report an error;
 what may help is a moment for a bus or a device that is being reset.
 """
-_PASSING = (errno.EAGAIN, errno.EINTR)
-_REOPENED = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+PASSING = (errno.EAGAIN, errno.EINTR)
+REOPENED = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
 """With these a descriptor may be dead for good although the device is back: the file is opened anew before another
 attempt.
 """
@@ -66,10 +66,10 @@ class Drive:
                     self._go_buffered(str(error.strerror))
                     continue
                 attempts += 1
-                if error.errno in (*_PASSING, *_REOPENED) and attempts <= len(_RETRY_AFTER_S):
+                if error.errno in (*PASSING, *REOPENED) and attempts <= len(RETRY_AFTER_S):
                     self.retries += 1
-                    time.sleep(_RETRY_AFTER_S[attempts - 1])
-                    if error.errno in _REOPENED:
+                    time.sleep(RETRY_AFTER_S[attempts - 1])
+                    if error.errno in REOPENED:
                         self._reopen(file, descriptor)
                     continue
                 raise DriveError(

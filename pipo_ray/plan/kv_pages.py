@@ -59,7 +59,7 @@ def resident_layers(num_layers: int, pages_per_layer: int, gpu_pages: int) -> fr
     With fewer pages per layer the set only grows: no layer leaves the GPU for another one.
     """
     count = num_resident_layers(num_layers, pages_per_layer, gpu_pages)
-    return frozenset(_spread_order(num_layers)[:count])
+    return frozenset(spread_order(num_layers)[:count])
 
 
 def fits(num_layers: int, pages_per_layer: int, gpu_pages: int, ram_pages: int) -> bool:
@@ -86,7 +86,7 @@ def ram_pages_for(num_layers: int, pages_per_layer: int, gpu_pages: int) -> int:
     return most
 
 
-def _spread_order(num_layers: int) -> list[int]:
+def spread_order(num_layers: int) -> list[int]:
     """Layers so that every beginning of the list is spread over the range: by their number's bits, reversed."""
     bits = max(1, (num_layers - 1).bit_length())
     order = (int(f"{n:0{bits}b}"[::-1], 2) for n in range(1 << bits))

@@ -1,0 +1,454 @@
+"""KV pages in two tiers: RAM, and a file on the drive that the loader writes and reads (CPU only).
+
+Pages of `PAGE_TOKENS` tokens; `plan/kv_disk.py` says how many of them stay in RAM. A page that is full and does not
+stay is handed to the loader ("KV save"), and its frame is free once that is done. Ahead of its layer it is read into
+another frame ("KV load"), as many at a time as the plan has room for. Attention takes a sequence page by page, wherever
+the pages are (`kv_spans.attend_spans`): so what comes out does not depend on it, to the last bit.
+
+    OPEN --full--> KEPT                         the newest page; one that stays: in a frame only
+      |----full--> SAVING --done--> STORED      in a frame and the file, then in the file only
+                                      | ahead of its layer
+                                   LOADING --done--> STAGED --used--> STORED, or KEPT where there is room by now
+
+A page that cannot be written or read costs its sequence the cache, and nobody else anything: `KVPagesLostError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
+from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
+from pipo_ray.pipeline.page_table import FrameState, PageTable
+from pipo_ray.pipeline.slots import U8
+from pipo_ray.plan.kv_disk import PAGE_TOKENS, KVDiskPlacement, kept_pages, pages_of
+
+
+class KVPagesLostError(Exception):
+    """Pages of at least one sequence (`DiskCache.lost`) cannot be written or read. The others' are as they were before
+    the sweep.
+    """
+
+
+class _At(Enum):
+    """Where a page is, see the head of this file."""
+
+    OPEN = auto()
+    KEPT = auto()
+    SAVING = auto()
+    STORED = auto()
+    LOADING = auto()
+    STAGED = auto()
+    GONE = auto()
+
+
+_MOVING = (FrameState.SAVE, FrameState.LOAD)
+
+
+@dataclass(eq=False)
+class _Page:
+    """A page of `owner`. `frame` and `stored` (its place in the file) are -1 where it has none."""
+
+    owner: DiskCache
+    layer: int
+    index: int
+    frame: int
+    stored: int = -1
+    at: _At = _At.OPEN
+
+
+class DiskCache:
+    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer. `lost` is
+    why it cannot be used any more.
+    """
+
+    def __init__(self, store: KVDisk, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.layers: dict[int, list[_Page]] = {}
+        self.lost: DriveError | None = None
+        self._store = store
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
+        """See `SequenceCache.attend`."""
+        return self._store.attend(self, layer, query, keys, values, rule)
+
+    def advance(self, num_tokens: int) -> None:
+        """The sweep that appended `num_tokens` tokens to every layer is complete."""
+        self.length += num_tokens
+
+    def drop(self) -> None:
+        """Give the pages back."""
+        self._store.drop(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages in RAM."""
+        pages = (page for layer in self.layers.values() for page in layer)
+        return sum(page.frame >= 0 for page in pages) * self._store.placement.page_bytes
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """The first `num_tokens` tokens of a sequence in one layer."""
+
+    store: KVDisk
+    pages: Sequence[_Page]
+    num_tokens: int
+
+    def chunks(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Span`: a part is a page."""
+        for page in self.pages[first // PAGE_TOKENS : pages_of(self.num_tokens)]:
+            start = page.index * PAGE_TOKENS
+            rows = slice(max(0, first - start), min(PAGE_TOKENS, self.num_tokens - start))
+            keys, values = self.store.read(page)
+            yield keys[:, rows], values[:, rows]
+            self.store.release(page)
+
+
+@dataclass
+class _Ahead:
+    """Pages that a sweep will need and that are not kept: those claimed, and those still to come."""
+
+    claimed: dict[_Page, None] = field(default_factory=dict)
+    coming: Iterator[_Page] = field(default_factory=lambda: iter(()))
+    next: _Page | None = None
+
+
+class KVDisk:
+    """Both tiers of a stage and the page tables of its sequences. All of it belongs to the thread that computes.
+
+    `memory` is uint8 [ram_pages, page_bytes], shared with the loader, which does what `table` asks for.
+    """
+
+    def __init__(self, placement: KVDiskPlacement, memory: U8, table: PageTable, dtype: torch.dtype) -> None:
+        self.placement, self._table = placement, table
+        self.loaded_pages = self.saved_pages = 0
+        self.waited_s = 0.0
+        self._frames = torch.from_numpy(memory).view(dtype)
+        self._free = list(reversed(range(placement.ram_pages)))
+        self._free_stored = list(reversed(range(placement.disk_pages)))
+        self._saving: deque[_Page] = deque()
+        self._leaving: list[tuple[int, int]] = []  # frames, and their places in the file, of pages given up meanwhile
+        self._live: list[DiskCache] = []
+        self._room = (0,) * placement.num_layers  # pages that may stay, and those that do
+        self._kept = [0] * placement.num_layers
+        self._batch: Sequence[tuple[DiskCache, int]] = ()
+        self._ahead = _Ahead()
+        self._shapes: dict[int, tuple[int, int, int]] = {}  # kv_heads, head_dim, value_head_dim
+        self._windows: dict[int, int | None] = {}
+        table.restart()
+
+    # -- sequences
+    # -------------------------------------------------------------------------------------------------------
+
+    def open(self, capacity: int) -> DiskCache:
+        """A new sequence's cache. Raises ResourceError for more sequences than there are pages in RAM for."""
+        if len(self._live) >= self.placement.max_sequences:
+            raise ResourceError(
+                f"{len(self._live) + 1} sequences at the same time, but RAM has KV pages for "
+                f"{self.placement.max_sequences}; lower the number of requests"
+            )
+        cache = DiskCache(self, capacity)
+        self._live.append(cache)
+        return cache
+
+    def drop(self, cache: DiskCache) -> None:
+        """Give the sequence's pages back."""
+        self._live.remove(cache)
+        for pages in cache.layers.values():
+            for page in pages:
+                self._discard(page)
+        cache.layers.clear()
+
+    # -- a sweep
+    # ---------------------------------------------------------------------------------------------------------
+
+    def begin_sweep(self, batch: Sequence[tuple[DiskCache, int]]) -> None:
+        """A sweep adds so many tokens to each of these caches. Raises KVPagesLostError if one of them is lost."""
+        self._collect()
+        self._raise_if_lost([cache for cache, _ in batch])
+        self._batch = batch
+        self._make_room()
+        taking_part = {cache for cache, _ in batch}
+        self._ahead.coming, self._ahead.next = iter(()), None
+        for page in [page for page in self._ahead.claimed if page.owner not in taking_part]:
+            self.release(page)
+        self._look_ahead()
+
+    def end_sweep(self) -> None:
+        """All layers have attended: the first pages of the next sweep are read, which will most likely be for the same
+        sequences.
+        """
+        self._look_ahead()
+
+    def attend(
+        self, cache: DiskCache, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
+    ) -> Tensor:
+        """See `SequenceCache.attend`. Raises KVPagesLostError, and UnsupportedModelError for more bytes than a token of
+        this model has by its facts.
+        """
+        if cache.length + keys.shape[1] > cache.capacity:
+            raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {cache.length + keys.shape[1]}")
+        self._raise_if_lost([cache])
+        self._check_shape(layer, keys, values)
+        self._windows[layer] = rule.sliding_window
+        pages = cache.layers.setdefault(layer, [])
+        self._return_to(cache, pages)
+        if rule.sliding_window is not None:
+            for page in pages[: max(0, cache.length - rule.sliding_window + 1) // PAGE_TOKENS]:
+                if page.at is not _At.GONE:
+                    self._discard(page)  # what no token will see any more
+        spans: list[Span]
+        # Whether the new tokens' keys lie in pages when they are attended to is a matter of their number alone.
+        if cache.length % PAGE_TOKENS and cache.length % PAGE_TOKENS + keys.shape[1] <= PAGE_TOKENS:
+            self._append(cache, layer, keys, values)
+            spans = [_Pages(self, pages, cache.length + keys.shape[1])]
+            return attend_spans(query, spans, rule)
+        spans = [_Pages(self, pages, cache.length), DenseSpan(keys, values)]
+        attended = attend_spans(query, spans, rule)
+        self._append(cache, layer, keys, values)
+        return attended
+
+    def read(self, page: _Page) -> tuple[Tensor, Tensor]:
+        """Keys [kv_heads, PAGE_TOKENS, head_dim] and values of a page, in its frame; waits for it."""
+        if page.at is _At.STORED:
+            self._raise_if_lost([page.owner])
+            self._load(page, self._take_frame())
+        if page.at is _At.LOADING:
+            self.waited_s += self._table.wait(page.frame)
+            self._arrived(page)
+            self._raise_if_lost([page.owner])
+        return self._views(page)
+
+    def release(self, page: _Page) -> None:
+        """The page has been used, or will not be."""
+        self._ahead.claimed.pop(page, None)
+        if page.owner.lost is not None:
+            return  # it is dropped soon, with whatever it has
+        if page.at is _At.STAGED:
+            if self._keep(page):
+                self._free_stored.append(page.stored)
+                page.stored = -1
+            else:
+                self._free.append(page.frame)
+                page.at, page.frame = _At.STORED, -1
+        elif page.at is _At.LOADING:
+            self._leaving.append((page.frame, -1))
+            page.at, page.frame = _At.STORED, -1
+        self._claim()
+
+    # -- what stays
+    # ------------------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> None:
+        """For a page of each layer of everybody, and those on their way: what stays beyond it is handed over."""
+        self._room = kept_pages(self.placement, len(self._live))
+        for layer, room in enumerate(self._room):
+            for cache in reversed(self._live):
+                for page in reversed(cache.layers.get(layer, ())):
+                    if self._kept[layer] <= room:
+                        break
+                    if page.at is _At.KEPT:
+                        self._kept[layer] -= 1
+                        self._save(page)
+
+    def _keep(self, page: _Page) -> bool:
+        """Whether the page, which is full and in RAM, stays there."""
+        if self._kept[page.layer] >= self._room[page.layer]:
+            return False
+        self._kept[page.layer] += 1
+        page.at = _At.KEPT
+        return True
+
+    def _append(self, cache: DiskCache, layer: int, keys: Tensor, values: Tensor) -> None:
+        pages, done, at = cache.layers[layer], 0, cache.length
+        while done < keys.shape[1]:
+            index, start = divmod(at + done, PAGE_TOKENS)
+            if index == len(pages):
+                if pages:
+                    self._settle(pages[-1])
+                pages.append(_Page(cache, layer, index, self._take_frame()))
+            count = min(PAGE_TOKENS - start, keys.shape[1] - done)
+            for memory, new in zip(self._views(pages[index]), (keys, values), strict=True):
+                memory[:, start : start + count] = new[:, done : done + count]
+            done += count
+
+    def _settle(self, page: _Page) -> None:
+        """The page is full, and a newer one begins."""
+        if not self._keep(page):
+            self._save(page)
+
+    def _return_to(self, cache: DiskCache, pages: list[_Page]) -> None:
+        """Undo what a sweep that failed has appended: the page that the next token goes into is the newest again."""
+        for page in pages[pages_of(cache.length) :]:
+            self._discard(page)
+        del pages[pages_of(cache.length) :]
+        if not pages or pages[-1].at is _At.OPEN:
+            return
+        page = pages[-1]
+        if page.at is _At.SAVING:
+            self._saving.remove(page)
+            self._table.wait(page.frame)
+        elif page.at is _At.KEPT:
+            self._kept[page.layer] -= 1
+        self.read(page)
+        self._ahead.claimed.pop(page, None)
+        if page.stored >= 0:
+            self._free_stored.append(page.stored)
+        page.at, page.stored = _At.OPEN, -1
+
+    # -- ahead
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _look_ahead(self) -> None:
+        self._ahead.coming, self._ahead.next = self._order(), None
+        self._claim()
+
+    def _order(self) -> Iterator[_Page]:
+        """The settled pages of the batch as a sweep will read them."""
+        for layer in range(self.placement.num_layers):
+            window = self._windows.get(layer)
+            for cache, _ in self._batch:
+                first = 0 if window is None else max(0, cache.length - window + 1) // PAGE_TOKENS
+                yield from cache.layers.get(layer, ())[first : pages_of(cache.length)]
+
+    def _claim(self) -> None:
+        """Have as many pages as may be on their way, as far as frames are free."""
+        ahead = self._ahead
+        while len(ahead.claimed) < self.placement.ahead_pages:
+            page = ahead.next or next(ahead.coming, None)
+            ahead.next = None
+            if page is None:
+                return
+            if page.at is _At.STORED and page.owner.lost is None:
+                if not self._free:
+                    self._collect()
+                if not self._free:
+                    ahead.next = page
+                    return
+                self._load(page, self._free.pop())
+            elif page.at is _At.SAVING:
+                ahead.claimed[page] = None
+
+    # -- moving
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _load(self, page: _Page, frame: int) -> None:
+        page.at, page.frame = _At.LOADING, frame
+        self._ahead.claimed[page] = None
+        self.loaded_pages += 1
+        self._table.post(FrameState.LOAD, frame, page.stored)
+
+    def _save(self, page: _Page) -> None:
+        while not self._free_stored and self._leaving:
+            self._wait_for_one()
+        if not self._free_stored:
+            self._lose(page, f"the file has no room for more than {self.placement.disk_pages}; raise --kv-on-disk")
+            page.at = _At.STAGED
+            return
+        page.at, page.stored = _At.SAVING, self._free_stored.pop()
+        self._saving.append(page)
+        self.saved_pages += 1
+        self._table.post(FrameState.SAVE, page.frame, page.stored)
+
+    def _arrived(self, page: _Page) -> None:
+        page.at = _At.STAGED
+        if self._table.state(page.frame) is FrameState.FAILED:
+            self._lose(page, f"reading failed: {self._cause(page)}")
+
+    def _take_frame(self) -> int:
+        self._collect()
+        while not self._free:
+            self._wait_for_one()
+        return self._free.pop()
+
+    def _wait_for_one(self) -> None:
+        """Until a page that leaves RAM has left it."""
+        frame = next((page.frame for page in self._saving if page not in self._ahead.claimed), None)
+        if frame is None:
+            frame = self._leaving[0][0]
+        self.waited_s += self._table.wait(frame)
+        self._collect()
+
+    def _collect(self) -> None:
+        """Take back the frames of all pages that have left."""
+        staying: list[tuple[int, int]] = []
+        for frame, stored in self._leaving:
+            if self._table.state(frame) in _MOVING:
+                staying.append((frame, stored))
+                continue
+            self._free.append(frame)
+            if stored >= 0:
+                self._free_stored.append(stored)
+        self._leaving = staying
+        for page in [page for page in self._saving if self._table.state(page.frame) is not FrameState.SAVE]:
+            self._saving.remove(page)
+            page.at = _At.STAGED
+            if self._table.state(page.frame) is FrameState.FAILED:
+                self._lose(page, f"writing failed: {self._cause(page)}")
+            elif page not in self._ahead.claimed:
+                self._free.append(page.frame)
+                page.at, page.frame = _At.STORED, -1
+
+    def _lose(self, page: _Page, why: str) -> None:
+        """Its sequence has lost its cache; its place in the file is not used again."""
+        page.stored = -1
+        if page.owner.lost is None:
+            page.owner.lost = DriveError(f"KV pages of this request, in a file in {self.placement.folder}: {why}")
+
+    def _cause(self, page: _Page) -> str:
+        number = self._table.error(page.frame)
+        what = "they came back changed" if number == errno.EBADMSG else os.strerror(number)
+        return f"{what}; check that the drive is connected, healthy and not full, or choose another with --kv-folder"
+
+    def _raise_if_lost(self, caches: Sequence[DiskCache]) -> None:
+        if any(cache.lost is not None for cache in caches):
+            raise KVPagesLostError
+
+    def _discard(self, page: _Page) -> None:
+        """The page is not needed any more; whatever is on its way may still be."""
+        self._ahead.claimed.pop(page, None)
+        if page.at is _At.SAVING:
+            self._saving.remove(page)
+        elif page.at is _At.KEPT:
+            self._kept[page.layer] -= 1
+        if page.frame >= 0 and self._table.state(page.frame) in _MOVING:
+            self._leaving.append((page.frame, page.stored))
+        else:
+            if page.frame >= 0:
+                self._free.append(page.frame)
+            if page.stored >= 0:
+                self._free_stored.append(page.stored)
+        page.at, page.frame, page.stored = _At.GONE, -1, -1
+
+    # -- memory
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _check_shape(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        shape = self._shapes[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
+        elements = PAGE_TOKENS * shape[0] * (shape[1] + shape[2])
+        if elements > self._frames.shape[1]:
+            raise UnsupportedModelError(
+                f"layer {layer} caches {elements // PAGE_TOKENS} elements per token, its model's facts say "
+                f"{self._frames.shape[1] // PAGE_TOKENS}"
+            )
+
+    def _views(self, page: _Page) -> tuple[Tensor, Tensor]:
+        heads, dim, value_dim = self._shapes[page.layer]
+        frame, middle = self._frames[page.frame], heads * PAGE_TOKENS * dim
+        stop = middle + heads * PAGE_TOKENS * value_dim
+        return frame[:middle].view(heads, PAGE_TOKENS, dim), frame[middle:stop].view(heads, PAGE_TOKENS, value_dim)
+
+
+def frames_of(memory: U8, placement: KVDiskPlacement) -> U8:
+    """`memory` of `placement.ram_bytes` as pages."""
+    return np.asarray(memory[: placement.ram_bytes]).reshape(placement.ram_pages, placement.page_bytes)

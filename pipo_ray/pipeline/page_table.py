@@ -1,0 +1,223 @@
+"""The table of KV pages between RAM and disk, in shared memory: what is to be moved, what has been, and how each page
+in the file was sealed.
+
+A *frame* is a page of RAM. The compute worker owns all frames; to move one it posts a request, and while that is open
+the frame is the loader's:
+
+    compute: SAVE or LOAD (frame <-> page of the file) --loader--> DONE or FAILED
+
+A frame has at most one open request. So requests need no order: nothing is loaded whose save is not done. A loader that
+was killed finds every open request in the frames' rows and does it again. When the compute worker is new, it begins a
+new epoch and waits until the loader, which moves nothing for the old one any more, has acknowledged that.
+
+Layout, little-endian 64-byte rows: the header, the ring's counter, one per frame; the ring, a uint64 for each frame; a
+seal of four uint64 per page of the file. The loader alone writes seals, and DONE behind them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from pipo_ray.pipeline import futex
+from pipo_ray.pipeline.slots import ROW_BYTES, U8, StoppedError
+
+_WAIT_SLICE_S = 0.5
+_WORDS = ROW_BYTES // 8
+_SEAL_WORDS = 4
+_NO_FRAME = (1 << 64) - 1
+# Header words (uint64). Compute writes the first two, the loader the others.
+_EPOCH, _FIRST, _EPOCH_SEEN, _NONCE = range(4)
+_POSTED = _WORDS  # the low half is the futex that the loader sleeps on
+# Words of a frame's row: uint32 word 0 is the state (the futex); uint64 words from 1 on.
+_NUMBER, _PAGE, _ERROR = 1, 2, 3
+
+
+class FrameState(IntEnum):
+    """What is to become of a frame, or has."""
+
+    IDLE = 0
+    SAVE = 1
+    LOAD = 2
+    DONE = 3
+    FAILED = 4
+
+
+_OPEN = (FrameState.SAVE, FrameState.LOAD)
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """Move `frame` to `page` of the file, or the other way round."""
+
+    number: int
+    kind: FrameState
+    frame: int
+    page: int
+
+
+@dataclass(frozen=True)
+class Seal:
+    """By which a page that comes back is known to be what was written: `nonce` is that of its encryption, or 0 where
+    there is none; `tag` 16 bytes.
+    """
+
+    nonce: int
+    tag: bytes
+
+
+class PageTable:
+    """The table over `memory` (uint8, at least `PageTable.nbytes(...)` bytes, zeroed once by the driver). `stopped`
+    tells when everybody is to stop.
+    """
+
+    def __init__(self, memory: U8, num_frames: int, num_pages: int, stopped: Callable[[], bool]) -> None:
+        needed = self.nbytes(num_frames, num_pages)
+        if memory.nbytes < needed:
+            raise ValueError(f"page table needs {needed} bytes, got {memory.nbytes}")
+        self.num_frames, self.num_pages = num_frames, num_pages
+        self._memory, self._address, self._stopped = memory, memory.ctypes.data, stopped
+        self._words64 = memory[:needed].view(np.uint64)
+        self._words32 = memory[:needed].view(np.uint32)
+        ring = (2 + num_frames) * _WORDS
+        self._ring = self._words64[ring : ring + num_frames]
+        self._seals = self._words64[ring + num_frames :].reshape(num_pages, _SEAL_WORDS)
+
+    @staticmethod
+    def nbytes(num_frames: int, num_pages: int) -> int:
+        """Bytes of a table."""
+        return ROW_BYTES * (2 + num_frames) + 8 * num_frames + 8 * _SEAL_WORDS * num_pages
+
+    @property
+    def stopped(self) -> bool:
+        """Whether everybody is to stop."""
+        return self._stopped()
+
+    def state(self, frame: int) -> FrameState:
+        """What a frame is at."""
+        return FrameState(int(self._words32[2 * self._row(frame)]))
+
+    # -- compute's side
+    # -------------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """A new compute worker: no request of its predecessor is open any more. Raises StoppedError."""
+        self._post(_NO_FRAME)  # whoever sleeps looks at the epoch
+        self._words64[_FIRST] = self.posted
+        self._words64[_EPOCH] = epoch = self.epoch + 1
+        self._post(_NO_FRAME)
+        while int(self._words64[_EPOCH_SEEN]) != epoch:
+            if self.stopped:
+                raise StoppedError
+            time.sleep(0.0005)
+        for frame in range(self.num_frames):
+            self._words32[2 * self._row(frame)] = FrameState.IDLE
+
+    def post(self, kind: FrameState, frame: int, page: int) -> None:
+        """Ask for `frame` to be saved to, or loaded from, `page` of the file."""
+        row = self._row(frame)
+        self._words64[row + _NUMBER] = self.posted
+        self._words64[row + _PAGE] = page
+        self._words32[2 * row] = kind
+        self._post(frame)
+
+    def wait(self, frame: int) -> float:
+        """Until the frame's request is done, or has failed; seconds waited. Raises StoppedError."""
+        state = self.state(frame)
+        if state not in _OPEN:
+            return 0.0
+        begin = time.perf_counter()
+        while state in _OPEN:
+            if self.stopped:
+                raise StoppedError
+            futex.wait(self._address + 8 * self._row(frame), int(state), _WAIT_SLICE_S)
+            state = self.state(frame)
+        return time.perf_counter() - begin
+
+    def error(self, frame: int) -> int:
+        """The error number with which the frame's request has failed."""
+        return int(self._words64[self._row(frame) + _ERROR])
+
+    # -- loader's side
+    # --------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Number of compute workers that there were."""
+        return int(self._words64[_EPOCH])
+
+    @property
+    def first(self) -> int:
+        """The first request of this epoch."""
+        return int(self._words64[_FIRST])
+
+    @property
+    def posted(self) -> int:
+        """Requests that were ever posted."""
+        return int(self._words64[_POSTED])
+
+    def acknowledge(self, epoch: int) -> None:
+        """Loader: nothing is moved for an older epoch any more."""
+        self._words64[_EPOCH_SEEN] = epoch
+
+    def open_requests(self, first: int, stop: int) -> list[PageRequest]:
+        """Requests first:stop that are open, in order."""
+        found = [request for frame in range(self.num_frames) if (request := self._request(frame)) is not None]
+        return sorted((one for one in found if first <= one.number < stop), key=lambda one: one.number)
+
+    def request(self, number: int) -> PageRequest | None:
+        """Request `number`, one of the last `num_frames`; None if it is not open."""
+        frame = int(self._ring[number % self.num_frames])
+        if frame == _NO_FRAME:
+            return None
+        request = self._request(frame)
+        return request if request is not None and request.number == number else None
+
+    def wait_posted(self, seen: int) -> None:
+        """Sleep until more than `seen` were posted, for half a second at most."""
+        if self.posted == seen:
+            futex.wait(self._address + 8 * _POSTED, seen & 0xFFFFFFFF, _WAIT_SLICE_S)
+
+    def finish(self, request: PageRequest, error: int = 0) -> None:
+        """Loader: it is done, or has failed with this error number."""
+        row = self._row(request.frame)
+        self._words64[row + _ERROR] = error
+        self._words32[2 * row] = FrameState.FAILED if error else FrameState.DONE
+        futex.wake(self._address + 8 * row)
+
+    def next_nonce(self) -> int:
+        """Loader, one thread at a time: a number that no page was encrypted with before; also not by a predecessor."""
+        self._words64[_NONCE] += np.uint64(1)
+        return int(self._words64[_NONCE])
+
+    def seal(self, page: int) -> Seal:
+        """Of what was last written to `page`."""
+        return Seal(int(self._seals[page, 0]), self._seals[page, 1:3].tobytes())
+
+    def set_seal(self, page: int, seal: Seal) -> None:
+        """Loader: this is what was written to `page`."""
+        self._seals[page, 0] = seal.nonce
+        self._seals[page, 1:3] = np.frombuffer(seal.tag, np.uint64)
+
+    # -- inside
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _row(self, frame: int) -> int:
+        """Index of a frame's row in uint64 words."""
+        return (2 + frame) * _WORDS
+
+    def _post(self, frame: int) -> None:
+        posted = self.posted
+        self._ring[posted % self.num_frames] = frame
+        self._words64[_POSTED] = posted + 1
+        futex.wake(self._address + 8 * _POSTED)
+
+    def _request(self, frame: int) -> PageRequest | None:
+        row, state = self._row(frame), self.state(frame)
+        if state not in _OPEN:
+            return None
+        return PageRequest(int(self._words64[row + _NUMBER]), state, frame, int(self._words64[row + _PAGE]))

@@ -1,0 +1,144 @@
+"""How many KV pages stay in RAM and which live on the drive. Pure functions; a page is `PAGE_TOKENS` tokens of one
+layer of one sequence.
+
+Every sweep reads all of it, layer by layer: a cycle, in which a fixed subset that stays is best (least recently used
+would evict exactly what comes next). The newest page of each layer of each sequence is written in every sweep, so it is
+always in RAM. Of the others whichever come first stay, as many in every layer: so while a layer attends to what is
+here, the rest of its pages arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipo_ray.errors import BudgetError, UnsupportedModelError
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.kv_pages import spread_order
+from pipo_ray.session.memory import MIB, format_least, format_size
+
+PAGE_TOKENS = 256
+"""1 MiB in a layer of Llama-3-8B: large enough for the drive, and for attention to a page to be worth its call. Tokens
+of the newest page that are not there yet take room, in every layer: 128 on average.
+"""
+
+_ALIGNMENT = 4096
+_LEAST_STAGING = 6
+_STAGING_BYTES = 32 * MIB
+_MOST_STAGING_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class KVOnDisk:
+    """What the user wants: `size_bytes` of the file in `folder` (None: as many as the run can need), `encrypted` or as
+    the pages are.
+    """
+
+    size_bytes: int | None
+    folder: str
+    encrypted: bool = True
+
+
+@dataclass(frozen=True)
+class KVDiskPlacement:
+    """Pages of `page_bytes` for sequences of `num_layers` layers: `ram_pages` in RAM, of which `staging_pages` are
+    those on their way, and `disk_pages` in a file in `folder`.
+    """
+
+    num_layers: int
+    page_bytes: int
+    ram_pages: int
+    staging_pages: int
+    disk_pages: int
+    folder: str
+    encrypted: bool = True
+
+    @property
+    def ram_bytes(self) -> int:
+        """Of RAM."""
+        return self.ram_pages * self.page_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the file."""
+        return self.disk_pages * self.page_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that RAM and disk hold together, if each sequence takes whole pages."""
+        return (self.ram_pages - self.staging_pages + self.disk_pages) // self.num_layers * PAGE_TOKENS
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences at the same time: each has a page in RAM in every layer."""
+        return (self.ram_pages - self.staging_pages) // self.num_layers
+
+    @property
+    def ahead_pages(self) -> int:
+        """Pages that are read before they are needed; the rest of the staging is for pages to be written."""
+        return self.staging_pages - max(2, self.staging_pages // 4)
+
+
+def pages_of(num_tokens: int) -> int:
+    """Pages that `num_tokens` tokens of one layer take."""
+    return -(-num_tokens // PAGE_TOKENS)
+
+
+def disk_page_bytes(facts: ModelFacts) -> int:
+    """Bytes of a page: whole blocks of the drive."""
+    nbytes = PAGE_TOKENS * -(-facts.kv_bytes_per_token // facts.num_layers)
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def least_ram_bytes(facts: ModelFacts) -> int:
+    """The least RAM: a page in every layer of one sequence, and those on their way. Raises UnsupportedModelError where
+    transformers keeps the cache.
+    """
+    check_model(facts)
+    return (_LEAST_STAGING + facts.num_layers) * disk_page_bytes(facts)
+
+
+def check_model(facts: ModelFacts) -> None:
+    """Raise UnsupportedModelError for an architecture whose KV cache is not in pages of ours."""
+    if not facts.ragged or not facts.kv_bytes_per_token:
+        raise UnsupportedModelError(
+            f"--kv-on-disk: {facts.model_type} keeps its model's own cache, which has no pages that could be on a "
+            "drive; leave it out"
+        )
+
+
+def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDisk) -> KVDiskPlacement:
+    """Spend `ram_bytes` on pages in RAM, and `wish.size_bytes` of disk on others: without a size, as many as
+    `wanted_tokens` in a single sequence need beyond RAM.
+
+    Raises BudgetError for less RAM than `least_ram_bytes`, or a file of less than a page in every layer.
+    """
+    least, nbytes, layers = least_ram_bytes(facts), disk_page_bytes(facts), facts.num_layers
+    if ram_bytes < least:
+        raise BudgetError(
+            f"KV cache of {format_size(ram_bytes)} in RAM is too low for --kv-on-disk: at least {format_least(least)} "
+            f"would do: {layers} pages of {format_size(nbytes)}, one in each layer of a request, and {_LEAST_STAGING} "
+            "on their way; raise --memory"
+        )
+    ram_pages = ram_bytes // nbytes
+    most_staging = max(_LEAST_STAGING, int((ram_pages - layers) * _MOST_STAGING_SHARE))
+    staging = min(max(_LEAST_STAGING, _STAGING_BYTES // nbytes), most_staging)
+    if wish.size_bytes is None:
+        disk_pages = max(layers, layers * pages_of(wanted_tokens) - (ram_pages - staging))
+    else:
+        disk_pages = wish.size_bytes // nbytes
+    if disk_pages < layers:
+        raise BudgetError(
+            f"--kv-on-disk {format_size(wish.size_bytes or 0)} is too low: at least {format_least(layers * nbytes)} "
+            f"would do: {PAGE_TOKENS} tokens in each of {layers} layers"
+        )
+    return KVDiskPlacement(layers, nbytes, ram_pages, staging, disk_pages, wish.folder, wish.encrypted)
+
+
+def kept_pages(placement: KVDiskPlacement, num_sequences: int) -> tuple[int, ...]:
+    """Per layer how many full pages stay in RAM, beside the newest page of each of `num_sequences` and those on their
+    way. As many in every layer, and what does not divide is spread over the sweep.
+    """
+    layers = placement.num_layers
+    room = max(0, placement.ram_pages - placement.staging_pages - layers * num_sequences)
+    order = spread_order(layers)
+    return tuple(room // layers + (order.index(layer) < room % layers) for layer in range(layers))

@@ -1,0 +1,265 @@
+"""KV pages between RAM and a file: bit-identical, whatever joins, leaves, grows and fails."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipeline.page_loader import Pages
+
+from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
+from pipo_ray.model.kv_disk import DiskCache, KVDisk, KVPagesLostError, _At, _Pages
+from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.pipeline.page_file import PageFile
+from pipo_ray.pipeline.page_table import _NO_FRAME
+from pipo_ray.plan.kv_disk import PAGE_TOKENS, KVDiskPlacement, pages_of
+from pipo_ray.session.kv_file import KVFile
+
+HEADS, KV_HEADS, DIM, LAYERS = 2, 1, 8, 3
+STAGING = 6
+
+
+@dataclass
+class Written:
+    """A sequence's two caches, the one that is tested and one with room for everything, and all keys and values."""
+
+    cache: DiskCache
+    other: DiskCache
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Stage:
+    """A store that is short of RAM, and one that has enough."""
+
+    disk: KVDisk
+    ram: KVDisk
+    pages: Pages
+
+    def join(self, capacity: int) -> Written:
+        return Written(self.disk.open(capacity), self.ram.open(capacity))
+
+    def leave(self, one: Written) -> None:
+        one.cache.drop()
+        one.other.drop()
+
+    def sweep(
+        self, batch: list[tuple[Written, int]], window: int | None = None, layers: int = LAYERS, look: bool = True
+    ) -> None:
+        """One sweep, so many tokens to each; a sweep of fewer `layers` is one that was given up."""
+        self.disk.begin_sweep([(one.cache, count) for one, count in batch])
+        self.ram.begin_sweep([(one.other, count) for one, count in batch])
+        for layer in range(layers):
+            rule = AttentionRule(0.3, window if layer % 2 else None)
+            for one, count in batch:
+                dtype = self.disk._frames.dtype
+                query = torch.randn(HEADS, count, DIM).to(dtype)
+                keys, values = (torch.randn(KV_HEADS, count, DIM).to(dtype) for _ in range(2))
+                got = one.cache.attend(layer, query, keys, values, rule)
+                assert torch.equal(got, one.other.attend(layer, query, keys, values, rule))
+                if layers == LAYERS:
+                    one.keys[layer] = torch.cat([one.keys.get(layer, keys[:, :0]), keys], dim=1)
+                    one.values[layer] = torch.cat([one.values.get(layer, values[:, :0]), values], dim=1)
+                if look and layers == LAYERS and rule.sliding_window is None:
+                    self.check(one, layer)
+        if layers == LAYERS:
+            for one, count in batch:
+                one.cache.advance(count)
+                one.other.advance(count)
+            self.disk.end_sweep()
+
+    def check(self, one: Written, layer: int) -> None:
+        """Everything is where it should be, bit for bit."""
+        total = one.keys[layer].shape[1]
+        parts = [(k.clone(), v.clone()) for k, v in _Pages(self.disk, one.cache.layers[layer], total).chunks()]
+        assert torch.equal(torch.cat([part[0] for part in parts], dim=1), one.keys[layer])
+        assert torch.equal(torch.cat([part[1] for part in parts], dim=1), one.values[layer])
+
+
+@contextmanager
+def stage(ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32) -> Iterator[Stage]:
+    nbytes = PAGE_TOKENS * KV_HEADS * 2 * DIM * dtype.itemsize
+    assert nbytes % 4096 == 0
+    with tempfile.TemporaryDirectory() as folder:
+        file = KVFile(folder, disk_pages * nbytes)
+        pages = Pages.create(Path(folder), file, ram_pages, disk_pages, nbytes)
+        stop, table, frames = pages.open()
+        server = pages.serve(table, frames)
+        placement = KVDiskPlacement(LAYERS, nbytes, ram_pages, STAGING, disk_pages, folder)
+        plenty = KVDiskPlacement(LAYERS, nbytes, 400, STAGING, 1, folder)
+        (Path(folder) / "other").mkdir()
+        others = Pages.create(Path(folder) / "other", file, 400, 1, nbytes).open()
+        others[1]._words64[2] = 1  # nobody serves this one, and nobody needs to
+        try:
+            yield Stage(KVDisk(placement, frames, table, dtype), KVDisk(plenty, others[2], others[1], dtype), pages)
+        finally:
+            stop[0] = 1
+            table._post(_NO_FRAME)  # whoever sleeps looks up
+            server.stop()
+            file.close()
+
+
+def check_books(one: Stage) -> None:
+    """With nobody there all frames and all of the file are free, once everything has ended."""
+    disk = one.disk
+    while disk._saving or disk._leaving:
+        disk._wait_for_one()
+    assert sorted(disk._free) == list(range(disk.placement.ram_pages))
+    assert sorted(disk._free_stored) == list(range(disk.placement.disk_pages))
+    assert not disk._ahead.claimed
+    assert disk._kept == [0] * LAYERS
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[dict[str, object]]:
+    """Per sweep: who joins (capacity), how many tokens each takes, whether a sweep is given up first, who leaves."""
+    return draw(
+        st.lists(
+            st.fixed_dictionaries(
+                {
+                    "join": st.lists(st.integers(2, 1500), max_size=2),
+                    "tokens": st.lists(st.sampled_from([0, 1, 1, 1, 200, 256, 700]), min_size=5, max_size=5),
+                    "given_up": st.sampled_from([0, 0, 0, 1, 2]),
+                    "leave": st.lists(st.integers(0, 4), max_size=1),
+                }
+            ),
+            min_size=2,
+            max_size=10,
+        )
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(histories(), st.integers(STAGING + 2 * LAYERS, 30), st.sampled_from([None, 100, 600]), st.integers(0, 100))
+def test_pages_are_bit_identical_wherever_they_are(
+    history: list[dict[str, list[int]]], ram_pages: int, window: int | None, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    disk_pages = 40
+    dtype = torch.bfloat16 if seed % 2 else torch.float32
+    with stage(ram_pages, disk_pages, dtype) as one:
+        most_tokens, most = one.disk.placement.kv_tokens, one.disk.placement.max_sequences
+        live: list[Written] = []
+        for step in history:
+            for capacity in step["join"]:
+                reserved = sum(pages_of(other.cache.capacity) for other in live) + pages_of(capacity)
+                if len(live) < most and reserved * PAGE_TOKENS <= most_tokens:
+                    live.append(one.join(capacity))
+            batch = []
+            for written, wanted in zip(live, step["tokens"], strict=False):
+                count = min(wanted, written.cache.capacity - written.cache.length)
+                if count:
+                    batch.append((written, count))
+            if batch and step["given_up"]:
+                one.sweep(batch, window, layers=step["given_up"])
+            if batch:
+                one.sweep(batch, window)
+            for index in step["leave"]:
+                if index < len(live):
+                    one.leave(live.pop(index))
+        assert not any(written.cache.lost for written in live)
+        for written in live:
+            one.leave(written)
+        check_books(one)
+
+
+def test_a_fixed_part_stays_in_every_layer_and_nothing_is_written_twice() -> None:
+    with stage(STAGING + 3 * LAYERS, 60) as one:
+        written = one.join(10 * PAGE_TOKENS)
+        for _ in range(10):
+            one.sweep([(written, PAGE_TOKENS - 1)], look=False)
+        assert one.disk.saved_pages == LAYERS * (9 - 2)
+        before = one.disk.loaded_pages
+        for _ in range(4):
+            one.sweep([(written, 1)], look=False)
+        ahead = one.disk.placement.ahead_pages
+        assert abs(one.disk.loaded_pages - before - 4 * LAYERS * 7) <= ahead
+        assert one.disk.saved_pages == LAYERS * 7
+        assert one.disk._kept == [2] * LAYERS
+
+
+def test_pages_come_back_to_ram_when_there_is_room() -> None:
+    with stage(STAGING + 5 * LAYERS, 60) as one:
+        first, second = one.join(4 * PAGE_TOKENS), one.join(4 * PAGE_TOKENS)
+        one.sweep([(first, 900), (second, 900)])
+        assert one.disk._kept == [3] * LAYERS
+        one.leave(first)
+        one.sweep([(second, 1)])
+        one.sweep([(second, 1)])
+        loaded = one.disk.loaded_pages
+        one.sweep([(second, 1)])
+        assert one.disk.loaded_pages == loaded
+
+
+def test_what_no_window_reaches_is_given_back() -> None:
+    with stage(STAGING + 2 * LAYERS, 60) as one:
+        written = one.join(8 * PAGE_TOKENS)
+        for _ in range(7):
+            one.sweep([(written, PAGE_TOKENS)], window=PAGE_TOKENS)
+        assert sum(page.at is _At.GONE for page in written.cache.layers[1]) == 5
+        assert not any(page.at is _At.GONE for page in written.cache.layers[0])
+
+
+def sweep_until_it_fails(one: Stage, written: Written, first: int) -> None:
+    for _ in range(20):
+        one.sweep([(written, 1 if written.cache.length else first)], look=False)
+
+
+@pytest.mark.parametrize("verb", ["reading", "writing"])
+def test_a_page_that_fails_costs_its_sequence_alone(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stage(STAGING + 2 * LAYERS, 60) as one:
+        broken, sound = one.join(4 * PAGE_TOKENS), one.join(2 * PAGE_TOKENS)
+        one.sweep([(sound, 300)])
+        real = getattr(PageFile, "load" if verb == "reading" else "save")
+        fails = [True]
+
+        def fail(self: PageFile, memory: memoryview, page: int, *seal: object) -> object:
+            if fails[0]:
+                raise OSError(5, "Input/output error")
+            return real(self, memory, page, *seal)
+
+        if verb == "reading":
+            one.sweep([(broken, 900)], look=False)
+        monkeypatch.setattr(PageFile, "load" if verb == "reading" else "save", fail)
+        with pytest.raises(KVPagesLostError):
+            sweep_until_it_fails(one, broken, 900)
+        assert isinstance(broken.cache.lost, DriveError)
+        assert f"{verb} failed: Input/output error; check that the drive" in str(broken.cache.lost)
+        assert sound.cache.lost is None
+        fails[0] = False
+        one.leave(broken)
+        for _ in range(3):
+            one.sweep([(sound, 1)])
+        again = one.join(4 * PAGE_TOKENS)
+        one.sweep([(again, 900), (sound, 1)])
+
+
+def test_a_full_file_costs_one_sequence() -> None:
+    with stage(STAGING + LAYERS, 2) as one:
+        written = one.join(4 * PAGE_TOKENS)
+        with pytest.raises(KVPagesLostError):
+            sweep_until_it_fails(one, written, 900)
+        assert "the file has no room for more than 2" in str(written.cache.lost)
+
+
+def test_more_sequences_than_pages_in_ram_are_refused() -> None:
+    with stage(STAGING + LAYERS, 60) as one:
+        one.join(10)
+        with pytest.raises(ResourceError, match="2 sequences at the same time, but RAM has KV pages for 1"):
+            one.join(10)
+
+
+def test_a_token_that_is_larger_than_the_facts_say_is_refused() -> None:
+    with stage(STAGING + LAYERS, 60) as one:
+        cache = one.join(10).cache
+        wide = torch.zeros(KV_HEADS, 1, DIM + 1)
+        with pytest.raises(UnsupportedModelError, match="layer 0 caches 17 elements per token, its model's facts say"):
+            cache.attend(0, torch.zeros(HEADS, 1, DIM), wide, torch.zeros(KV_HEADS, 1, DIM), AttentionRule(1.0))
