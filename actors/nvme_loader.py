@@ -6,14 +6,17 @@ import os
 
 from pipo_ray.actors.calls import obtain_lease
 
-from pipo_ray.messages import StageTimes
+from pipo_ray.messages import KVDiskSetup, StageTimes
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.page_file import PageFile
+from pipo_ray.pipeline.page_server import PageServer
 from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.roll import ActorRoll, loader_name
-from pipo_ray.pipeline.stage_memory import StageMemory
+from pipo_ray.pipeline.stage_memory import KVMemory, StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
+from pipo_ray.session.kv_file import read_key
 from pipo_ray.store.manifest import Manifest
 
 
@@ -34,15 +37,27 @@ class NvmeLoader:
             else None
         )
         trace_file = f"{setup.trace_folder}/{self._name}-{os.getpid()}.jsonl" if setup.trace_folder else None
+        trace = TraceWriter(trace_file, self._name)
         self._loader = Loader(
             drive, setup.plan.pieces, self._memory.load_order(setup), self._memory.table, self._memory.slots,
             self._memory.residents, checksums=checksums, threads=setup.read_threads,
             transfer_bytes=setup.transfer_bytes,
-            preloads=self._memory.preload_order(setup), trace=TraceWriter(trace_file, self._name),
+            preloads=self._memory.preload_order(setup), trace=trace,
             number=number,
         )  # fmt: skip
         self._drive = drive
         self._loader.start()
+        self._pages: PageServer | None = None
+        if setup.kv_disk is not None and number == 0:  # KV pages are not striped: one loader serves them
+            self._pages = self._serve_pages(setup.kv_disk, trace)
+
+    def _serve_pages(self, setup: KVDiskSetup, trace: TraceWriter) -> PageServer:
+        memory = KVMemory.attach(setup, self._memory.table)
+        key = read_key(setup.key_path)
+        file = PageFile(setup.path, setup.placement.page_bytes, key, memory.table.next_nonce)
+        server = PageServer(file, memory.table, list(memory.pages), trace=trace)
+        server.start()
+        return server
 
     def ready(self) -> int:
         """The pid, once it reads."""
@@ -55,8 +70,12 @@ class NvmeLoader:
     def times(self) -> StageTimes:
         """Busy: at least one read in flight. Waiting: every slot is full."""
         now = self._loader.snapshot()
-        return StageTimes(
-            self._name, now.reading_s, now.waiting_for_slots_s, now.running_s,
-            {"bytes_read": now.bytes_read, "pieces_read": now.pieces_read, "direct": now.direct, "retries": now.retries,
-             "why_buffered": self._drive.why_buffered},
-        )  # fmt: skip
+        details = {
+            "bytes_read": now.bytes_read, "pieces_read": now.pieces_read, "direct": now.direct, "retries": now.retries,
+            "why_buffered": self._drive.why_buffered,
+        }  # fmt: skip
+        if self._pages is not None:
+            pages = self._pages.snapshot()
+            details |= {"kv_loaded_bytes": pages.loaded_bytes, "kv_saved_bytes": pages.saved_bytes}
+            details |= {"kv_moving_s": pages.busy_s, "kv_direct": pages.direct, "kv_retries": pages.retries}
+        return StageTimes(self._name, now.reading_s, now.waiting_for_slots_s, now.running_s, details)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeAlias
 
 from pipo_ray.device import Device
 from pipo_ray.errors import InputError
+from pipo_ray.plan.kv_disk import KVOnDisk
+from pipo_ray.session.kv_file import check_folder, check_room
 from pipo_ray.session.memory import (
     available_memory,
     default_budget,
@@ -68,3 +74,20 @@ def gpu_budget(gpu_memory: Size, device: Device) -> int | None:
             "lower it"
         )
     return budget
+
+
+def kv_on_disk_wish(wish: Size | KVOnDisk, default_folder: Callable[[], Path]) -> KVOnDisk | None:
+    """What `--kv-on-disk` says: None, "auto", a size, or all of it. The default folder is made. Raises InputError for a
+    folder that is not on a drive, ResourceError for one with less room.
+    """
+    if wish is None:
+        return None
+    if not isinstance(wish, KVOnDisk):
+        wish = KVOnDisk(None if wish == "auto" else parse_size(wish, "--kv-on-disk"))
+    if wish.folder is None:
+        folder = default_folder()
+        os.makedirs(folder, exist_ok=True)
+        wish = replace(wish, folder=str(folder))
+    check_folder(str(wish.folder))
+    check_room(str(wish.folder), wish.size_bytes or 0)
+    return wish

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo_ray.assembly import RequestAssembly
-from pipo_ray.budgets import Size, gpu_budget, memory_budget
+from pipo_ray.budgets import Size, gpu_budget, kv_on_disk_wish, memory_budget
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.device import choose_device
 from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
@@ -28,7 +28,7 @@ from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.plan.drive_probe import describe_drive, drive_profiles
-from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer, slowest
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
@@ -67,7 +67,8 @@ class LLM:
     `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
     tokens that all requests at the same time will have, so that more memory is left to weights; `transfer` takes the
     place of what would be chosen from a short measurement of the drive (made once, and kept in the cache). `kv_in_ram`
-    keeps in RAM what the GPU has no room for of the KV cache.
+    keeps in RAM what the GPU has no room for of the KV cache; `kv_on_disk` ("8GiB", "auto") on the drive what RAM has
+    none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk` for another folder, or without).
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -96,6 +97,7 @@ class LLM:
         max_kv_tokens: int | None = None,
         transfer: Transfer | None = None,
         kv_in_ram: bool = False,
+        kv_on_disk: Size | KVOnDisk = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -120,13 +122,14 @@ class LLM:
         weights = None if weight_memory is None else parse_size(weight_memory, "--weight-memory")
         self._gpu_memory = gpu_budget(gpu_memory, chosen)
         check_address(ray_address)  # now, and not after an hour of packing
+        on_disk = kv_on_disk_wish(kv_on_disk, cache_folder)
         prepared = prepare_store(os.fspath(model), dtype=dtype, precision=precision, on_progress=on_progress)
         self._facts = prepared.facts
         plan = partial(
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
             gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
-            kv_in_ram=kv_in_ram,
+            kv_in_ram=kv_in_ram, kv_on_disk=on_disk,
         )  # fmt: skip
         folders = prepared.manifest.folders(prepared.folder)
         self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode, num_drives=len(folders)))
@@ -174,7 +177,7 @@ class LLM:
                 Limits(
                     self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,
                     self._plan.max_sequences, self._plan.max_scored_tokens, self._plan.state_tokens,
-                    PAGE_TOKENS if self._plan.kv is not None else 1,
+                    self._plan.kv_page_tokens,
                 ),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
                 background=background,
@@ -308,6 +311,7 @@ class LLM:
             "weight_memory_bytes": self._plan.weight_bytes,
             "huge_page_bytes": self._stage.huge_page_bytes,
             "kv_ram_bytes": 0 if self._plan.kv is None else self._plan.kv.ram_pages * self._plan.kv.page_bytes,
+            "kv_disk_bytes": 0 if self._plan.kv_disk is None else self._plan.kv_disk.disk_bytes,
             "gpu_memory_bytes": self._gpu_memory,
             "model_bytes": self._plan.model_bytes,
             "resident_bytes": self._plan.resident_bytes,

@@ -15,6 +15,7 @@ from pipo_ray.model.batch import WantedLogits
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.outputs import FinishReason, Logprob
 from pipo_ray.params import SamplingParams
+from pipo_ray.plan.kv_disk import KVDiskPlacement
 from pipo_ray.plan.kv_pages import KVPlacement
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.session.processes import ProcessId
@@ -36,10 +37,24 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class KVDiskSetup:
+    """KV pages on the drive: object references to the page table and to the pages in RAM, which the driver made and
+    holds, and where the loader opens the driver's file and its key (None: not encrypted).
+    """
+
+    placement: KVDiskPlacement
+    table_ref: list[Any]
+    ram_ref: list[Any]
+    path: str
+    key_path: str | None
+
+
+@dataclass(frozen=True)
 class StageSetup:
     """What loader, staging pool and compute worker must know of the run; the same for all three.
 
-    `table_ref`, `slot_refs` and `arena_refs` are object references to memory that the driver made and holds.
+    `table_ref`, `slot_refs` and `arena_refs` are object references to memory that the driver made and holds. `kv_disk`:
+    None without KV pages on the drive.
     """
 
     store: str
@@ -53,6 +68,7 @@ class StageSetup:
     read_threads: int = 4
     transfer_bytes: int = 8 << 20
     background: bool = False
+    kv_disk: KVDiskSetup | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,8 @@ class SweepRequest:
 @dataclass(frozen=True)
 class StepResult:
     """What a sweep made of one sequence: a token and the text it adds, or logits [tokens, vocabulary] float32, or
-    neither. `left_out`: a step that `follows` had nothing to follow.
+    neither. `left_out`: a step that `follows` had nothing to follow. `lost`: its KV cache is gone, and it is to be sent
+    again from its first token; `error`: that has happened before, and the request ends.
     """
 
     sequence: str
@@ -139,6 +156,8 @@ class StepResult:
     stop_reason: int | str | None = None
     logits: npt.NDArray[np.float32] | None = None
     left_out: bool = False
+    lost: bool = False
+    error: PipoError | None = None
 
 
 @dataclass(frozen=True)

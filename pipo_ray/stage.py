@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pipo_ray.errors import ActorFailedError, PipoError
-from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes
+from pipo_ray.messages import ComputeSetup, KVDiskSetup, StageSetup, StageTimes
 from pipo_ray.pipeline.drive_watch import DriveWatch
+from pipo_ray.pipeline.page_table import PageTable
 from pipo_ray.pipeline.roll import WINDOW_S, ActorRoll, loader_name
 from pipo_ray.pipeline.slots import SlotTable
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.plan.budget import RunPlan
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.huge_pages import use_huge_pages
+from pipo_ray.session.kv_file import KVFile
 from pipo_ray.session.memory import format_size, proportional_size
 from pipo_ray.session.oom import oom_kills
 from pipo_ray.session.session import Session
@@ -35,11 +37,18 @@ def store_bytes(plan: RunPlan) -> int:
     """Bytes of object store that the stage's buffers need."""
     placement = plan.placement
     table = _table_bytes(plan)
-    return object_store_bytes([table, *[placement.slot_bytes] * placement.num_slots, *placement.arena_bytes])
+    slots = [placement.slot_bytes] * placement.num_slots
+    return object_store_bytes([table, *slots, *placement.arena_bytes, *_kv_bytes(plan)])
 
 
 def _table_bytes(plan: RunPlan) -> int:
     return SlotTable.nbytes(plan.placement.num_slots, len(plan.placement.residents), plan.sweep.num_drives)
+
+
+def _kv_bytes(plan: RunPlan) -> list[int]:
+    """Of the table of KV pages, and of those in RAM, if there are pages on the drive."""
+    kv = plan.kv_disk
+    return [] if kv is None else [PageTable.nbytes(kv.ram_pages, kv.disk_pages), kv.ram_bytes]
 
 
 class Stage:
@@ -72,7 +81,9 @@ class Stage:
         self._session, self._plan = session, plan
         self._oom_kills = oom_kills()
         self._refusal: str | None = None  # of the staging pool
-        placement = plan.placement
+        placement, kv = plan.placement, plan.kv_disk
+        # First of all: here it shows whether the drive has room.
+        self._kv_file = None if kv is None else KVFile(kv.folder, kv.disk_bytes, encrypted=kv.encrypted)
         self.trace_folder = Path(session.path) / "trace" if trace else None
         if self.trace_folder is not None:
             self.trace_folder.mkdir(exist_ok=True)
@@ -102,11 +113,18 @@ class Stage:
         self._buffers: list[SharedBuffer] = [session.allocate(placement.slot_bytes) for _ in range(placement.num_slots)]
         self.huge_page_bytes = use_huge_pages([buffer.view for buffer in self._buffers])
         self._arenas: list[SharedBuffer] = [session.allocate(nbytes) for nbytes in placement.arena_bytes]
+        self._kv_buffers = [session.allocate(nbytes) for nbytes in _kv_bytes(plan)]
+        use_huge_pages([buffer.view for buffer in self._kv_buffers[1:]])
+        kv_setup = None
+        if kv is not None and self._kv_file is not None:
+            table_ref, ram_ref = ([buffer.ref] for buffer in self._kv_buffers)
+            kv_setup = KVDiskSetup(kv, table_ref, ram_ref, self._kv_file.path, self._kv_file.key_path)
         setup = StageSetup(
             store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
             slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
             trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
             background=background, read_threads=plan.transfer.read_threads, transfer_bytes=plan.transfer.transfer_bytes,
+            kv_disk=kv_setup,
         )  # fmt: skip
         self._setup = setup
         self.memory = StageMemory.attach(setup)
@@ -189,8 +207,10 @@ class Stage:
         for actor in (self.scheduler, self.compute_worker, *self.nvme_loaders, self.staging_pool):
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        for buffer in [*self._buffers, *self._arenas, self._table_buffer]:
+        for buffer in [*self._buffers, *self._arenas, *self._kv_buffers, self._table_buffer]:
             buffer.release()
+        if self._kv_file is not None:
+            self._kv_file.close()
         # Any view keeps the whole object store's memory taken, as long as somebody keeps this object, or a frame:
         # Ray's errors refer to themselves, and their tracebacks keep it. So no local variable holds a view.
         del self.memory, self._setup, self._drive

@@ -13,6 +13,7 @@ from pipo_ray.cli.prompts import parse_ids
 from pipo_ray.cli.terminal import progress_bar, say
 from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
+from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.transfer import Mode
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
@@ -42,6 +43,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        "memory for weights on their way, somewhat slower; default: %(default)s")  # fmt: skip
     group.add_argument("--kv-in-ram", action="store_true", help="keep in RAM what the GPU has no room for of the KV "
                        "cache (new: tested against a simulated GPU only)")  # fmt: skip
+    group.add_argument("--kv-on-disk", metavar="SIZE", help="keep on the drive what RAM has no room for of the KV "
+                       "cache: so much, or auto: what the prompts can need (on the CPU)")  # fmt: skip
+    group.add_argument("--kv-folder", metavar="FOLDER", help="where that is, in a file without a name; default: the "
+                       "cache folder")  # fmt: skip
+    group.add_argument("--no-kv-encryption", action="store_true", help="write it as it is; default: encrypted with a "
+                       "key that only memory has")  # fmt: skip
     group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
     group.add_argument("--no-verify", action="store_true", help="skip the checksum of each block's first read")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
@@ -113,6 +120,12 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["mode"] = options.mode
     if options.kv_in_ram:
         arguments["kv_in_ram"] = True
+    if options.kv_on_disk is not None:
+        arguments["kv_on_disk"] = _kv_on_disk(options)
+    elif options.kv_folder is not None or options.no_kv_encryption:
+        raise InputError(
+            "--kv-folder and --no-kv-encryption mean nothing without --kv-on-disk; add it, or leave them out"
+        )
     if options.no_verify:
         arguments["verify_checksums"] = False
     if options.ray_address is not None:
@@ -120,6 +133,11 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     if options.trace is not None:
         arguments["trace"] = _writable(Path(options.trace))
     return arguments
+
+
+def _kv_on_disk(options: argparse.Namespace) -> KVOnDisk:
+    size = None if options.kv_on_disk == "auto" else parse_size(options.kv_on_disk, "--kv-on-disk")
+    return KVOnDisk(size, options.kv_folder, not options.no_kv_encryption)
 
 
 def _writable(path: Path) -> Path:

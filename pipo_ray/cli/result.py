@@ -37,6 +37,7 @@ keys of the --json document
   weight_memory_bytes     --weight-memory, or what was derived from --memory
   huge_page_bytes         of the slots, what lies in huge pages; 0 where the system has none
   kv_ram_bytes            with --kv-in-ram, KV cache in RAM
+  kv_disk_bytes           with --kv-on-disk, KV cache on the drive
   gpu_memory_bytes        --gpu-memory; null without one
   model_bytes             all weights of the model
   resident_bytes          those that stayed in memory and were not streamed

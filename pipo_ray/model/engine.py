@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
     ComputeSetup,
     SequenceSpec,
@@ -27,6 +29,7 @@ from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.kv_cache import KVStore
+from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
@@ -37,11 +40,14 @@ from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.drive import Drive
-from pipo_ray.pipeline.stage_memory import StageMemory
+from pipo_ray.pipeline.stage_memory import KVMemory, StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
 from pipo_ray.store.manifest import Manifest
 from pipo_ray.store.rows import RowReader
+
+_RECOMPUTED = 1
+"""So often a sequence that has lost its KV pages is computed again; after that its request ends."""
 
 
 class _Running:
@@ -76,6 +82,7 @@ class ComputeEngine:
         self._stream: WeightStream
         self._ops: CudaOps | None = None
         self._kv_tiers: KVTiers | None = None
+        self._kv_disk: KVDisk | None = None
         kv_store: KVStore | None = None
         if self._device.type == "cuda":
             self._ops = CudaOps(self._device)
@@ -91,6 +98,9 @@ class ComputeEngine:
                 [torch.from_numpy(piece) for piece in memory.residents],
                 trace=self._trace,
             )  # fmt: skip
+            if setup.kv_disk is not None:
+                kv_memory = KVMemory.attach(setup.kv_disk, memory.table)
+                kv_store = self._kv_disk = KVDisk(setup.kv_disk.placement, kv_memory.pages, kv_memory.table, dtype)
         self._readers: dict[str, tuple[RowReader, torch.dtype, tuple[int, ...]]] = {}
         for unit in self._facts.units:
             if unit.kind == "lookup":
@@ -114,6 +124,7 @@ class ComputeEngine:
         )
         self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store)
         self._sequences: dict[str, _Running] = {}
+        self._losses: Counter[str] = Counter()
         self._computing_s = self._waited_s = self._copying_s = 0.0
         self._started = time.perf_counter()
 
@@ -124,7 +135,7 @@ class ComputeEngine:
         steps, entries = [], []
         for step in request.steps:
             token_ids = self._following(step) if step.follows else step.token_ids
-            if token_ids is None:
+            if token_ids is None or (step.start and step.sequence not in self._sequences):
                 continue
             if step.spec is not None:
                 text = SequenceText(
@@ -139,17 +150,18 @@ class ComputeEngine:
             entries.append(SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits))
         if not steps:
             return SweepResult(request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0)
-        waited, streamed = self._stream.times.waited_s, self._stream.times.streamed_bytes
+        waited, streamed = self._waited(), self._stream.times.streamed_bytes
+        made: dict[str, StepResult] = {}
         try:
-            logits = self._runner.run(entries)
+            logits = self._run(steps, entries, made)
         except BaseException:
             for step in steps:
                 self._sequences.pop(step.sequence, None)
             raise
-        made = {result.sequence: result for result in self._finish(steps, logits)}
+        made |= {result.sequence: result for result in self._finish(steps, logits)}
         results = [made.get(step.sequence) or _left_out(step) for step in request.steps]
         end = time.perf_counter()
-        waited = self._stream.times.waited_s - waited
+        waited = self._waited() - waited
         if self._ops is not None:
             waited += self._ops.stalled_s()
             self._copying_s += self._ops.weight_copies_s()
@@ -165,11 +177,39 @@ class ComputeEngine:
             request.number, tuple(results), end - begin, waited, self._stream.times.streamed_bytes - streamed
         )
 
+    def _run(
+        self, steps: list[SequenceStep], entries: list[SweepEntry], made: dict[str, StepResult]
+    ) -> list[torch.Tensor | None]:
+        """Logits of each of `steps`. Those whose KV pages are lost are taken out, and told in `made`; for the others
+        the sweep is done again.
+        """
+        while entries:
+            try:
+                return self._runner.run(entries)
+            except KVPagesLostError:
+                lost = self._runner.take_lost()
+                made |= {name: self._lose(name, error) for name, error in lost.items()}
+                steps[:] = [step for step in steps if step.sequence not in lost]
+                entries[:] = [entry for entry in entries if entry.sequence not in lost]
+        return []
+
+    def _lose(self, sequence: str, error: DriveError) -> StepResult:
+        """Once it is computed again: the drive may have recovered, and another place in the file is taken."""
+        self._sequences.pop(sequence, None)
+        self._losses[sequence] += 1
+        again = self._losses[sequence] <= _RECOMPUTED
+        return StepResult(sequence, lost=True) if again else StepResult(sequence, error=error)
+
+    def _waited(self) -> float:
+        """Seconds without a piece, or a KV page."""
+        return self._stream.times.waited_s + (self._kv_disk.waited_s if self._kv_disk is not None else 0.0)
+
     def forget(self, sequences: tuple[str, ...]) -> None:
         """These sequences' caches and texts are no longer needed."""
         self._runner.drop(sequences)
         for name in sequences:
             self._sequences.pop(name, None)
+            self._losses.pop(name, None)
 
     def leave_out(self, sequences: Sequence[str]) -> None:
         """Steps of these sequences that follow are left out. Any thread may ask for it."""

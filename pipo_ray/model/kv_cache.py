@@ -2,7 +2,7 @@
 
 With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
 heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
-neighbours. A GPU's pool is in `kv_pool.py`, two tiers in `kv_tiers.py`.
+neighbours. A GPU's pool is in `kv_pool.py`, its two tiers in `kv_tiers.py`; pages on the drive are in `kv_disk.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from transformers import Cache
 
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
+from pipo_ray.model.kv_disk import DiskCache, KVDisk
 from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
-KVStore = KVPool | KVTiers
+KVStore = KVPool | KVTiers | KVDisk
 
 
 @dataclass
@@ -77,7 +78,7 @@ class SequenceCache:
 class Segment:
     """Where one sequence's tokens lie in the ragged row: columns `start:stop`."""
 
-    cache: SequenceCache | PooledCache | TieredCache
+    cache: SequenceCache | PooledCache | TieredCache | DiskCache
     start: int
     stop: int
 
@@ -94,6 +95,7 @@ class RaggedCache(Cache):
         self.segments = segments
         self._pool = store if isinstance(store, KVPool) else None
         self._tiers = store if isinstance(store, KVTiers) else None
+        self._disk = store if isinstance(store, KVDisk) else None
         self.layer = -1
 
     def update(
@@ -117,6 +119,8 @@ class RaggedCache(Cache):
             self._pool.begin_sweep(
                 [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, PooledCache)]
             )
+        if self._disk is not None:
+            self._disk.begin_sweep([s.cache for s in self.segments if isinstance(s.cache, DiskCache)])
 
     @property
     def fused_row(self) -> RowLayout | None:
@@ -152,3 +156,5 @@ class RaggedCache(Cache):
         """The sweep is complete."""
         for segment in self.segments:
             segment.cache.advance(segment.stop - segment.start)
+        if self._disk is not None:
+            self._disk.end_sweep()

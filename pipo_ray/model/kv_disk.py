@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +140,7 @@ class KVDisk:
         self._live: list[DiskCache] = []
         self._room = (0,) * placement.num_layers  # pages that may stay, and those that do
         self._kept = [0] * placement.num_layers
-        self._batch: Sequence[tuple[DiskCache, int]] = ()
+        self._batch: Sequence[DiskCache] = ()
         self._ahead = _Ahead()
         self._shapes: dict[int, tuple[int, int, int]] = {}  # kv_heads, head_dim, value_head_dim
         self._windows: dict[int, int | None] = {}
@@ -172,15 +171,14 @@ class KVDisk:
     # -- a sweep
     # ---------------------------------------------------------------------------------------------------------
 
-    def begin_sweep(self, batch: Sequence[tuple[DiskCache, int]]) -> None:
-        """A sweep adds so many tokens to each of these caches. Raises KVPagesLostError if one of them is lost."""
+    def begin_sweep(self, batch: Sequence[DiskCache]) -> None:
+        """A sweep adds tokens to each of these caches. Raises KVPagesLostError if one of them is lost."""
         self._collect()
-        self._raise_if_lost([cache for cache, _ in batch])
+        self._raise_if_lost(batch)
         self._batch = batch
         self._make_room()
-        taking_part = {cache for cache, _ in batch}
         self._ahead.coming, self._ahead.next = iter(()), None
-        for page in [page for page in self._ahead.claimed if page.owner not in taking_part]:
+        for page in [page for page in self._ahead.claimed if page.owner not in batch]:
             self.release(page)
         self._look_ahead()
 
@@ -317,7 +315,7 @@ class KVDisk:
         """The settled pages of the batch as a sweep will read them."""
         for layer in range(self.placement.num_layers):
             window = self._windows.get(layer)
-            for cache, _ in self._batch:
+            for cache in self._batch:
                 first = 0 if window is None else max(0, cache.length - window + 1) // PAGE_TOKENS
                 yield from cache.layers.get(layer, ())[first : pages_of(cache.length)]
 
@@ -447,8 +445,3 @@ class KVDisk:
         frame, middle = self._frames[page.frame], heads * PAGE_TOKENS * dim
         stop = middle + heads * PAGE_TOKENS * value_dim
         return frame[:middle].view(heads, PAGE_TOKENS, dim), frame[middle:stop].view(heads, PAGE_TOKENS, value_dim)
-
-
-def frames_of(memory: U8, placement: KVDiskPlacement) -> U8:
-    """`memory` of `placement.ram_bytes` as pages."""
-    return np.asarray(memory[: placement.ram_bytes]).reshape(placement.ram_pages, placement.page_bytes)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from pipo_ray.errors import DriveError
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache
+from pipo_ray.model.kv_disk import DiskCache, KVPagesLostError
 from pipo_ray.model.kv_pool import PooledCache
 from pipo_ray.model.kv_tiers import TieredCache
 from pipo_ray.model.lanes import Lanes
@@ -39,7 +41,7 @@ class ModelRunner:
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
         self._kv_store = kv_store
-        self._caches: dict[str, SequenceCache | PooledCache | TieredCache] = {}
+        self._caches: dict[str, SequenceCache | PooledCache | TieredCache | DiskCache] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -48,7 +50,8 @@ class ModelRunner:
         """Compute `entries`; per entry its logits [tokens wanted, vocabulary] in the model's dtype on the device, None
         if none are wanted.
 
-        If it raises, the sweep counts as not run, and the caches of its sequences are dropped.
+        If it raises, the sweep counts as not run, and the caches of its sequences are dropped; of KVPagesLostError only
+        those that `take_lost` tells.
         """
         for entry in entries:
             self._check_step(entry)
@@ -56,11 +59,20 @@ class ModelRunner:
             with torch.inference_mode():
                 result = self._run_ragged(entries) if self._ragged else self._run_lanes(entries)
                 self._binder.end()
+        except KVPagesLostError:
+            self._binder.abandon()
+            raise
         except BaseException:
             self._binder.abandon()
             self.drop([entry.sequence for entry in entries])
             raise
         return result
+
+    def take_lost(self) -> dict[str, DriveError]:
+        """The sequences whose KV pages are lost, and why. They are dropped."""
+        lost = {name: c.lost for name, c in self._caches.items() if isinstance(c, DiskCache) and c.lost is not None}
+        self.drop(tuple(lost))
+        return lost
 
     def drop(self, sequences: Sequence[str]) -> None:
         """Forget these sequences' caches."""

@@ -24,11 +24,13 @@ PAGE_THREADS = 4
 
 @dataclass
 class PageCounters:
-    """Bytes moved since it started; `busy_s` is the threads' time together."""
+    """Bytes moved since it started; `busy_s` is the threads' time together. `direct`: not through the page cache."""
 
     loaded_bytes: int = 0
     saved_bytes: int = 0
     busy_s: float = 0.0
+    direct: bool = True
+    retries: int = 0
 
 
 class PageServer:
@@ -70,7 +72,7 @@ class PageServer:
     def snapshot(self) -> PageCounters:
         """The counters now."""
         with self._state:
-            return replace(self._counters)
+            return replace(self._counters, direct=self._file.direct, retries=self._file.retries)
 
     def _serve(self) -> None:
         while (request := self._take()) is not None:

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipo_ray.messages import StageSetup
+import numpy as np
+
+from pipo_ray.messages import KVDiskSetup, StageSetup
 from pipo_ray.pipeline.order import LoadOrder
+from pipo_ray.pipeline.page_table import PageTable
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.session.slots import assert_in_shm, attach
+
+
+@dataclass(frozen=True)
+class KVMemory:
+    """Of KV pages on the drive: what is asked for, and the pages in RAM, uint8 [ram_pages, page_bytes]."""
+
+    table: PageTable
+    pages: U8
+
+    @staticmethod
+    def attach(setup: KVDiskSetup, slots: SlotTable) -> KVMemory:
+        """Attach to it; `slots` tells when everybody is to stop."""
+        placement = setup.placement
+        table, memory = attach(setup.table_ref[0]), attach(setup.ram_ref[0])
+        for array in (table, memory):
+            assert_in_shm(array)
+        return KVMemory(
+            PageTable(table, placement.ram_pages, placement.disk_pages, lambda: slots.stopped),
+            np.asarray(memory[: placement.ram_bytes]).reshape(placement.ram_pages, placement.page_bytes),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipo_ray.errors import BudgetError
+from pipo_ray.errors import BudgetError, InputError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
-from pipo_ray.plan.kv_pages import KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
+from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
+from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, least_ram_bytes, place_kv, ram_bytes_for
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.plan.placement import (
     STAGING_SHARE,
@@ -51,7 +53,7 @@ class RunPlan:
     `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
     `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.policy.Limits`; `max_length` is the
     longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
-    pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two.
+    pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive.
     """
 
     sweep: SweepPlan
@@ -72,6 +74,12 @@ class RunPlan:
     transfer: Transfer
     explanation: tuple[str, ...]
     kv: KVPlacement | None = None
+    kv_disk: KVDiskPlacement | None = None
+
+    @property
+    def kv_page_tokens(self) -> int:
+        """A sequence takes KV cache in pages of so many tokens."""
+        return DISK_PAGE_TOKENS if self.kv_disk is not None else PAGE_TOKENS if self.kv is not None else 1
 
 
 def plan_run(
@@ -87,16 +95,19 @@ def plan_run(
     max_kv_tokens: int | None = None,
     transfer: Transfer = WITHOUT_PROFILE,
     kv_in_ram: bool = False,
+    kv_on_disk: KVOnDisk | None = None,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
     that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed: there
     is room for them if at all possible, and what the KV cache does not take is left to the weights. `kv_in_ram` gives
-    the KV cache of a GPU a second tier.
+    the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
     """
     if gpu_memory_bytes is not None:
+        if kv_on_disk is not None:
+            raise InputError("--kv-on-disk is for runs that compute on the CPU so far; with a GPU use --kv-in-ram")
         return _plan_gpu_run(
             manifest,
             facts,
@@ -120,6 +131,8 @@ def plan_run(
     whole = whole_bytes(manifest, facts)
     least_weights = min(whole, least_weight_bytes(manifest, facts))
     least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
+    if kv_on_disk is not None:
+        least_kv = least_ram_bytes(facts)
     fixed = processes + activations
     if weight_memory_bytes is not None:
         if weight_memory_bytes < least_weights:
@@ -141,6 +154,8 @@ def plan_run(
         )
     spare = memory_bytes - fixed - wanted_weights
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
+    if kv_on_disk is not None:
+        wanted_kv = ram_bytes_for(facts, max_kv_tokens or max(_WANTED_KV_TOKENS, context))
     kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
     weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
     sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes, transfer)
@@ -150,6 +165,10 @@ def plan_run(
         most = max(_WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token
         kv_bytes = min(memory_bytes - fixed - used, max(kv_bytes, most))
     kv_tokens, state_tokens = _tokens(facts, kv_bytes)
+    kv_disk = None
+    if kv_on_disk is not None:
+        kv_disk = place_kv(facts, kv_bytes, max_kv_tokens or max(_WANTED_KV_TOKENS, context), kv_on_disk)
+        kv_bytes, kv_tokens, rows = kv_disk.ram_bytes, kv_disk.kv_tokens, min(rows, kv_disk.max_sequences)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     return RunPlan(
         sweep=sweep,
@@ -175,7 +194,9 @@ def plan_run(
             f"model {format_size(manifest.total_bytes)}: "
             + (f"{format_size(streamed)} stream from the drive in every sweep" if streamed else "nothing has to stream")
             + _looked_up_line(manifest),
+            *(() if kv_disk is None else (kv_disk.describe(),)),
         ),
+        kv_disk=kv_disk,
     )
 
 

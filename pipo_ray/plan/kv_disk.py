@@ -29,12 +29,12 @@ _MOST_STAGING_SHARE = 0.25
 
 @dataclass(frozen=True)
 class KVOnDisk:
-    """What the user wants: `size_bytes` of the file in `folder` (None: as many as the run can need), `encrypted` or as
-    the pages are.
+    """What the user wants: `size_bytes` of the file (None: as many as the run can need) in `folder` (None: the cache
+    folder), `encrypted` or as the pages are.
     """
 
-    size_bytes: int | None
-    folder: str
+    size_bytes: int | None = None
+    folder: str | None = None
     encrypted: bool = True
 
 
@@ -77,6 +77,16 @@ class KVDiskPlacement:
         """Pages that are read before they are needed; the rest of the staging is for pages to be written."""
         return self.staging_pages - max(2, self.staging_pages // 4)
 
+    def describe(self) -> str:
+        """A line for the user."""
+        in_ram = (self.ram_pages - self.staging_pages) // self.num_layers * PAGE_TOKENS
+        cipher = "encrypted" if self.encrypted else "not encrypted"
+        return (
+            f"KV pages of up to {self.kv_tokens} tokens: {in_ram} of them in RAM, the others in a file of "
+            f"{format_size(self.disk_bytes)} without a name in {self.folder} ({cipher}), "
+            f"{format_size(self.staging_pages * self.page_bytes)} of RAM for those on their way"
+        )
+
 
 def pages_of(num_tokens: int) -> int:
     """Pages that `num_tokens` tokens of one layer take."""
@@ -95,6 +105,12 @@ def least_ram_bytes(facts: ModelFacts) -> int:
     """
     check_model(facts)
     return (_LEAST_STAGING + facts.num_layers) * disk_page_bytes(facts)
+
+
+def ram_bytes_for(facts: ModelFacts, num_tokens: int) -> int:
+    """The RAM with which nothing of a sequence of `num_tokens` tokens is on the drive."""
+    nbytes, pages = disk_page_bytes(facts), facts.num_layers * pages_of(num_tokens)
+    return (pages + _wanted_staging(nbytes)) * nbytes
 
 
 def check_model(facts: ModelFacts) -> None:
@@ -121,7 +137,7 @@ def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDi
         )
     ram_pages = ram_bytes // nbytes
     most_staging = max(_LEAST_STAGING, int((ram_pages - layers) * _MOST_STAGING_SHARE))
-    staging = min(max(_LEAST_STAGING, _STAGING_BYTES // nbytes), most_staging)
+    staging = min(_wanted_staging(nbytes), most_staging)
     if wish.size_bytes is None:
         disk_pages = max(layers, layers * pages_of(wanted_tokens) - (ram_pages - staging))
     else:
@@ -131,7 +147,11 @@ def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDi
             f"--kv-on-disk {format_size(wish.size_bytes or 0)} is too low: at least {format_least(layers * nbytes)} "
             f"would do: {PAGE_TOKENS} tokens in each of {layers} layers"
         )
-    return KVDiskPlacement(layers, nbytes, ram_pages, staging, disk_pages, wish.folder, wish.encrypted)
+    return KVDiskPlacement(layers, nbytes, ram_pages, staging, disk_pages, wish.folder or "", wish.encrypted)
+
+
+def _wanted_staging(page_bytes: int) -> int:
+    return max(_LEAST_STAGING, _STAGING_BYTES // page_bytes)
 
 
 def kept_pages(placement: KVDiskPlacement, num_sequences: int) -> tuple[int, ...]:

@@ -258,8 +258,13 @@ class SchedulingLoop:
                 if step.sequence not in self._drop:
                     self._drop.append(step.sequence)
                 continue
-            if outcome.left_out:  # the worker does not know it any more
+            if outcome.left_out or outcome.lost:  # the worker does not know it any more
                 sequence.cached = 0
+                continue
+            if outcome.error is not None:
+                self._event(sequence, StepResult(sequence.name), outcome.error)
+                self._running.remove(sequence)
+                self._drop.append(sequence.name)
                 continue
             self.tokens_computed += step.num_tokens
             sequence.cached = step.start + step.num_tokens

@@ -1,9 +1,7 @@
-"""The file for KV pages and its key, as the driver holds them: neither has a name, and neither outlives the processes.
-"""
+"""The file for KV pages and its key, as the driver holds them: without a name, and gone with the processes."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -67,6 +65,12 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
+def check_room(folder: str | Path, nbytes: int) -> None:
+    """Raise ResourceError if `folder` has less than `nbytes` free."""
+    if nbytes > _free(folder):
+        raise _no_room(folder, nbytes, os.strerror(errno.ENOSPC))
+
+
 def _file_system(folder: str | Path) -> int:
     """f_type, the number of its kind."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -97,18 +101,24 @@ def _open_nameless(folder: str | Path) -> int:
 
 
 def _reserve(descriptor: int, nbytes: int, folder: str | Path) -> None:
+    check_room(folder, nbytes)  # trying would fill the drive for a moment, for everybody
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
-        free = os.statvfs(folder)
-        # What was reserved before it failed is given back with the descriptor; the rest of the system need not wait.
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-        raise ResourceError(
-            f"--kv-on-disk: {format_size(nbytes)} of KV pages do not fit into {folder}, which has "
-            f"{format_size(free.f_bavail * free.f_frsize)} free ({error.strerror}); lower --kv-on-disk, or name a "
-            "folder on another drive with --kv-folder"
-        ) from error
+        raise _no_room(folder, nbytes, str(error.strerror)) from error
+
+
+def _no_room(folder: str | Path, nbytes: int, cause: str) -> ResourceError:
+    return ResourceError(
+        f"--kv-on-disk: {format_size(nbytes)} of KV pages do not fit into {folder}, which has "
+        f"{format_size(_free(folder))} free ({cause}); lower --kv-on-disk, or name a folder on another drive with "
+        "--kv-folder"
+    )
+
+
+def _free(folder: str | Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def _memory_with(content: bytes) -> int:

@@ -1,5 +1,6 @@
 /* A drive that fails on demand, below preadv: preloaded (LD_PRELOAD) into a process, it looks at every read of a
- * *.safetensors file opened with O_DIRECT and leaves all others alone. What it does stands in the file named by
+ * *.safetensors file opened with O_DIRECT, and at every read and write of a file without a name that was opened so, in
+ * which KV pages are; it leaves all others alone. What it does stands in the file named by
  * PIPO_FAILING_DRIVE, read anew at every such read, so that it can be changed while the process runs:
  *
  *     SERIAL KIND AFTER TIMES SECONDS OFFSET
@@ -7,7 +8,8 @@
  * Of the reads since SERIAL changed, the first AFTER are sound and the next TIMES (-1: all) are of KIND: "eio",
  * "eagain", "enodev" fail; "short" reads one sector more than half; "stall" waits SECONDS before it reads; "flip"
  * inverts a bit of the byte at OFFSET of the file. With OFFSET above -1 only reads that cover it count. "einval-open"
- * refuses O_DIRECT when a file is opened, as some file systems do. Anything else, or no such file: sound.
+ * refuses O_DIRECT when a file is opened, as some file systems do. KV pages: "kv-read-eio", "kv-read-flip" (the first
+ * byte) and "kv-write-enospc". Anything else, or no such file: sound.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -52,6 +54,7 @@ static int is_store(const char *path) {
     return length > 12 && strcmp(path + length - 12, ".safetensors") == 0;
 }
 
+/* The kind of file: 's'tore, 'k'V pages, or 0. */
 static int is_watched(int descriptor) {
     char link[64], path[4096];
     int flags = fcntl(descriptor, F_GETFL);
@@ -62,7 +65,17 @@ static int is_watched(int descriptor) {
     if (length < 0)
         return 0;
     path[length] = 0;
-    return is_store(path);
+    if (is_store(path))
+        return 's';
+    return length > 10 && !strcmp(path + length - 10, " (deleted)") && strstr(path, "/#") ? 'k' : 0;
+}
+
+/* Whether this request, a "read" or a "write" of a file of this kind, is one of those that fail. */
+static int is_meant(const struct fault *fault, int file, const char *request) {
+    int of_pages = !strncmp(fault->kind, "kv-", 3);
+    if (of_pages != (file == 'k'))
+        return 0;
+    return of_pages ? !strncmp(fault->kind + 3, request, strlen(request)) : !strcmp(request, "read");
 }
 
 /* Whether this read is one of those that fail. */
@@ -82,8 +95,13 @@ static int strikes(const struct fault *fault, size_t size, off_t offset) {
 ssize_t preadv2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
     preadv2_function real = (preadv2_function)dlsym(RTLD_NEXT, "preadv2");
     struct fault fault;
-    if (count != 1 || !is_watched(descriptor) || !load(&fault) || !strikes(&fault, vectors->iov_len, offset))
+    int file = count == 1 ? is_watched(descriptor) : 0;
+    if (!file || !load(&fault) || !is_meant(&fault, file, "read") || !strikes(&fault, vectors->iov_len, offset))
         return real(descriptor, vectors, count, offset, flags);
+    if (!strcmp(fault.kind, "kv-read-eio")) {
+        errno = EIO;
+        return -1;
+    }
     if (!strcmp(fault.kind, "eio") || !strcmp(fault.kind, "eagain") || !strcmp(fault.kind, "enodev")) {
         errno = fault.kind[1] == 'i' ? EIO : fault.kind[1] == 'a' ? EAGAIN : ENODEV;
         return -1;
@@ -98,7 +116,31 @@ ssize_t preadv2(int descriptor, const struct iovec *vectors, int count, off_t of
     ssize_t result = real(descriptor, &vector, 1, offset, flags);
     if (!strcmp(fault.kind, "flip") && result > 0 && fault.offset >= offset && fault.offset < offset + result)
         ((char *)vector.iov_base)[fault.offset - offset] ^= 0x10;
+    if (!strcmp(fault.kind, "kv-read-flip") && result > 0)
+        ((char *)vector.iov_base)[0] ^= 0x10;
     return result;
+}
+
+ssize_t pwritev2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
+    preadv2_function real = (preadv2_function)dlsym(RTLD_NEXT, "pwritev2");
+    struct fault fault;
+    int file = count == 1 ? is_watched(descriptor) : 0;
+    if (!file || !load(&fault) || !is_meant(&fault, file, "write") || !strikes(&fault, vectors->iov_len, offset))
+        return real(descriptor, vectors, count, offset, flags);
+    errno = ENOSPC;
+    return -1;
+}
+
+ssize_t pwritev64v2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
+    return pwritev2(descriptor, vectors, count, offset, flags);
+}
+
+ssize_t pwritev(int descriptor, const struct iovec *vectors, int count, off_t offset) {
+    return pwritev2(descriptor, vectors, count, offset, 0);
+}
+
+ssize_t pwritev64(int descriptor, const struct iovec *vectors, int count, off_t offset) {
+    return pwritev2(descriptor, vectors, count, offset, 0);
 }
 
 ssize_t preadv64v2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {

@@ -14,7 +14,10 @@ import pytest
 
 SOURCE = Path(__file__).with_name("failing_drive.c")
 
-Kind = Literal["none", "eio", "eagain", "enodev", "short", "stall", "flip", "einval-open"]
+Kind = Literal[
+    "none", "eio", "eagain", "enodev", "short", "stall", "flip", "einval-open", "kv-read-eio", "kv-read-flip",
+    "kv-write-enospc",
+]  # fmt: skip
 
 
 @dataclass

@@ -144,7 +144,7 @@ class Mover:
 
     def step(self) -> None:
         """Post something, or wait for something to end."""
-        if len(self._open) == NUM_FRAMES or self._open and self._random.random() < 0.2:
+        if len(self._open) == NUM_FRAMES or (self._open and self._random.random() < 0.2):
             self.end(self._random.choice(list(self._open)))
         else:
             self.post_one()

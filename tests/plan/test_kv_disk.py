@@ -1,0 +1,107 @@
+"""How many KV pages stay in RAM, and how many are on the drive."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
+from pipo_ray.plan.kv_disk import (
+    PAGE_TOKENS,
+    KVDiskPlacement,
+    KVOnDisk,
+    check_model,
+    disk_page_bytes,
+    kept_pages,
+    least_ram_bytes,
+    pages_of,
+    place_kv,
+    ram_bytes_for,
+)
+from pipo_ray.session.memory import parse_size
+
+from .test_budget import GIB, model
+
+_, FACTS = model(3, 64, 100)
+MODELS = st.builds(
+    lambda layers, per_layer: replace(FACTS, num_layers=layers, kv_bytes_per_token=layers * per_layer),
+    st.integers(1, 80),
+    st.integers(4, 8192),
+)
+
+
+@given(MODELS, st.integers(0, 1 << 32), st.integers(1, 100_000), st.none() | st.integers(0, 1 << 34))
+def test_everything_that_is_admitted_has_a_place(
+    facts: ModelFacts, ram_bytes: int, wanted: int, size: int | None
+) -> None:
+    try:
+        placement = place_kv(facts, ram_bytes, wanted, KVOnDisk(size, "folder"))
+    except BudgetError as error:
+        least = parse_size(re.search(r"at least (\S+ \S+) would do", str(error))[1])  # type: ignore[index]
+        given_bytes = ram_bytes if "in RAM is too low" in str(error) else size
+        assert given_bytes is not None
+        assert given_bytes < least
+        return
+    layers = facts.num_layers
+    assert placement.ram_bytes <= ram_bytes
+    assert size is None or placement.disk_bytes <= size
+    assert placement.page_bytes % 4096 == 0
+    assert placement.page_bytes * layers >= PAGE_TOKENS * facts.kv_bytes_per_token
+    assert 1 <= placement.ahead_pages <= placement.staging_pages - 2
+    assert placement.max_sequences >= 1
+    if size is None:
+        assert placement.kv_tokens >= wanted
+    for sequences in (1, placement.max_sequences):
+        kept = sum(kept_pages(placement, sequences))
+        in_ram = kept + layers * sequences + placement.staging_pages
+        assert in_ram <= placement.ram_pages
+        # The newest page of each layer of each sequence is in RAM, and what is full and not kept on the drive.
+        full = placement.kv_tokens // PAGE_TOKENS * layers - layers * sequences
+        assert full - kept <= placement.disk_pages
+
+
+@given(st.integers(1, 80), st.integers(0, 3000), st.integers(1, 5))
+def test_as_many_stay_in_every_layer(layers: int, pages: int, sequences: int) -> None:
+    placement = KVDiskPlacement(layers, 4096, pages, 6, 100, "")
+    kept = kept_pages(placement, sequences)
+    assert len(kept) == layers
+    assert max(kept) - min(kept) <= 1
+    assert sum(kept) == max(0, pages - 6 - layers * sequences)
+
+
+@given(MODELS, st.integers(1, 100_000))
+def test_what_a_sequence_wants_is_enough_for_it(facts: ModelFacts, num_tokens: int) -> None:
+    placement = place_kv(facts, ram_bytes_for(facts, num_tokens), num_tokens, KVOnDisk(GIB << 10, ""))
+    assert sum(kept_pages(placement, 1)) >= facts.num_layers * (pages_of(num_tokens) - 1)
+
+
+def test_a_run_keeps_its_budget_and_says_where_the_pages_are() -> None:
+    manifest, facts = model(3, 64, 100)
+    without = plan_run(manifest, facts, memory_bytes=2 * GIB, max_kv_tokens=10_000, max_batch_tokens=64)
+    fixed = PROCESS_BYTES + without.activation_bytes + without.weight_bytes
+    plan = plan_run(manifest, facts, memory_bytes=fixed + least_ram_bytes(facts), max_kv_tokens=10_000,
+                    max_batch_tokens=64, weight_memory_bytes=without.weight_bytes,
+                    kv_on_disk=KVOnDisk(None, "/somewhere"))  # fmt: skip
+    assert plan.kv_disk is not None
+    assert plan.kv_tokens == plan.kv_disk.kv_tokens >= 10_000
+    assert plan.max_sequences <= plan.kv_disk.max_sequences
+    assert plan.kv_page_tokens == PAGE_TOKENS
+    assert PROCESS_BYTES + plan.kv_bytes + plan.weight_bytes + plan.activation_bytes <= plan.memory_bytes
+    assert "without a name in /somewhere (encrypted)" in plan.explanation[-1]
+
+
+def test_models_and_machines_that_have_no_such_pages_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="--kv-on-disk: falcon keeps its model's own cache"):
+        check_model(replace(FACTS, ragged=False, model_type="falcon"))
+    with pytest.raises(InputError, match="--kv-on-disk is for runs that compute on the CPU so far; with a GPU"):
+        plan_run(*model(3, 64, 100), memory_bytes=8 * GIB, gpu_memory_bytes=GIB, kv_on_disk=KVOnDisk(None, ""))
+
+
+def test_pages_are_whole_blocks_of_the_drive() -> None:
+    assert disk_page_bytes(replace(FACTS, num_layers=32, kv_bytes_per_token=32 * 4096)) == 1 << 20
