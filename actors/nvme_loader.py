@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from pipo_ray.actors.calls import obtain_lease
 
@@ -10,14 +11,15 @@ from pipo_ray.messages import KVDiskSetup, StageTimes
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.loader import Loader
-from pipo_ray.pipeline.page_file import PageFile
-from pipo_ray.pipeline.page_server import PageServer
 from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.stage_memory import KVMemory, StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.session.kv_file import read_key
 from pipo_ray.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from pipo_ray.pipeline.page_server import PageServer
 
 
 class NvmeLoader:
@@ -52,6 +54,9 @@ class NvmeLoader:
             self._pages = self._serve_pages(setup.kv_disk, trace)
 
     def _serve_pages(self, setup: KVDiskSetup, trace: TraceWriter) -> PageServer:
+        from pipo_ray.pipeline.page_file import PageFile  # the cipher's library only where it is needed
+        from pipo_ray.pipeline.page_server import PageServer
+
         memory = KVMemory.attach(setup, self._memory.table)
         key = read_key(setup.key_path)
         file = PageFile(setup.path, setup.placement.page_bytes, key, memory.table.next_nonce)

@@ -278,7 +278,11 @@ class SchedulingLoop:
         elif outcome.logits is not None:
             finished = sequence.cached == sequence.length
             reason: FinishReason | None = "length" if finished else None
-            self._event(sequence, StepResult(outcome.sequence, logits=outcome.logits, finish_reason=reason))
+            # Of a sequence that is computed again, the client has the first ones.
+            new = outcome.logits[max(0, sequence.scored - (sequence.cached - len(outcome.logits))) :]
+            if len(new):
+                sequence.scored = sequence.cached
+                self._event(sequence, StepResult(outcome.sequence, logits=new, finish_reason=reason))
         if finished:
             self._running.remove(sequence)
             self._drop.append(sequence.name)

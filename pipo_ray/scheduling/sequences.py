@@ -13,7 +13,8 @@ class Sequence:
     """One sample of a request on its way through the sweeps.
 
     `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the KV tokens reserved
-    for it. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that runs.
+    for it. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that runs. `scored`: positions
+    whose logits the client has.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     cached: int = 0
     chosen_ahead: int = 0
+    scored: int = 0
 
     @property
     def length(self) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+
+import numpy as np
 
 from pipo_ray.errors import ActorFailedError, DriveError, PipoError
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
@@ -97,3 +100,68 @@ def test_a_sweep_that_has_to_be_done_again_is_no_error() -> None:
     assert [event.error for event in events] == [None] * 4
     assert worker.set_ups == 2
     assert worker.starts[:3] == [[0], [3], [0]]
+
+
+def play(worker: Worker, limits: Limits, requests: list[RequestSpec], count: int) -> list[TokenEvent]:
+    """The first `count` events of these requests."""
+
+    async def run() -> list[TokenEvent]:
+        loop = SchedulingLoop(worker.run_sweep, worker.set_up, limits)
+        task = asyncio.get_running_loop().create_task(loop.run())
+        loop.submit("a", requests)
+        events = await events_of(loop, "a", 0, count)
+        task.cancel()
+        return events
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+class LossyWorker(Worker):
+    """In sweeps of these numbers the first sequence's result is another one."""
+
+    def __init__(self, instead: dict[int, dict[str, object]]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    async def run_sweep(self, request: SweepRequest) -> SweepResult:
+        result = await super().run_sweep(request)
+        if (fields := self._instead.get(len(self.starts))) is None:
+            return result
+        first, *others = result.results
+        return replace(result, results=(StepResult(first.sequence, **fields), *others))  # type: ignore[arg-type]
+
+
+def test_a_sequence_that_has_lost_its_cache_is_computed_again_and_no_other() -> None:
+    worker = LossyWorker({3: {"lost": True}})
+    events = play(worker, LIMITS, [request("0"), request("1")], 8)
+    assert worker.starts == [[0, 0], [3, 3], [4, 4], [5, 0], [5]]
+    assert worker.set_ups == 1
+    assert [event.request_id for event in events].count("0") == 4
+    assert not any(event.error for event in events)
+
+
+def test_one_request_ends_with_an_error_and_no_other() -> None:
+    error = DriveError("its pages are gone")
+    worker = LossyWorker({2: {"error": error}})
+    events = play(worker, LIMITS, [request("0"), request("1")], 6)
+    assert [(event.request_id, event.error) for event in events if event.error] == [("0", error)]
+    assert worker.starts == [[0, 0], [3, 3], [4], [5]]
+
+
+class ScoringWorker(Worker):
+    """Each position's logits are its number."""
+
+    async def run_sweep(self, request: SweepRequest) -> SweepResult:
+        result = await super().run_sweep(request)
+        (step,) = request.steps
+        logits = np.arange(step.start, step.start + step.num_tokens, dtype=np.float32)[:, None]
+        return replace(result, results=(StepResult(step.sequence, logits=logits),))
+
+
+def test_logits_come_once_though_they_are_computed_again() -> None:
+    worker = ScoringWorker(None, None, WorkerLostError())
+    scored = replace(request("0"), prompt_token_ids=tuple(range(3, 10)), max_tokens=1, score=True)
+    events = play(worker, replace(LIMITS, max_batch_tokens=3), [scored], 3)
+    assert worker.starts == [[0], [3], [6], [0], [3], [6]]
+    assert np.concatenate([event.result.logits for event in events]).ravel().tolist() == list(range(7))
+    assert events[-1].result.finish_reason == "length"
