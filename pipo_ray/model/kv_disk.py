@@ -218,8 +218,8 @@ class KVDisk:
 
     def read(self, page: _Page) -> tuple[Tensor, Tensor]:
         """Keys [kv_heads, PAGE_TOKENS, head_dim] and values of a page, in its frame; waits for it."""
+        self._raise_if_lost([page.owner])
         if page.at is _At.STORED:
-            self._raise_if_lost([page.owner])
             self._load(page, self._take_frame())
         if page.at is _At.LOADING:
             self.waited_s += self._table.wait(page.frame)
@@ -351,7 +351,6 @@ class KVDisk:
             self._wait_for_one()
         if not self._free_stored:
             self._lose(page, f"the file has no room for more than {self.placement.disk_pages}; raise --kv-on-disk")
-            page.at = _At.STAGED
             return
         page.at, page.stored = _At.SAVING, self._free_stored.pop()
         self._saving.append(page)
@@ -371,10 +370,11 @@ class KVDisk:
 
     def _wait_for_one(self) -> None:
         """Until a page that leaves RAM has left it."""
-        frame = next((page.frame for page in self._saving if page not in self._ahead.claimed), None)
-        if frame is None:
-            frame = self._leaving[0][0]
-        self.waited_s += self._table.wait(frame)
+        leaving = [page.frame for page in self._saving if page not in self._ahead.claimed]
+        leaving += [frame for frame, _ in self._leaving]
+        if not leaving:
+            raise ResourceError(f"{self.placement.ram_pages} KV pages in RAM are too few; raise --memory")
+        self.waited_s += self._table.wait(leaving[0])
         self._collect()
 
     def _collect(self) -> None:
@@ -398,8 +398,10 @@ class KVDisk:
                 page.at, page.frame = _At.STORED, -1
 
     def _lose(self, page: _Page, why: str) -> None:
-        """Its sequence has lost its cache; its place in the file is not used again."""
-        page.stored = -1
+        """Its sequence has lost its cache. Its frame is free, its place in the file is not used again."""
+        self._ahead.claimed.pop(page, None)
+        self._free.append(page.frame)
+        page.at, page.frame, page.stored = _At.GONE, -1, -1
         if page.owner.lost is None:
             page.owner.lost = DriveError(f"KV pages of this request, in a file in {self.placement.folder}: {why}")
 

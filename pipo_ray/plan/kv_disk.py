@@ -160,5 +160,5 @@ def kept_pages(placement: KVDiskPlacement, num_sequences: int) -> tuple[int, ...
     """
     layers = placement.num_layers
     room = max(0, placement.ram_pages - placement.staging_pages - layers * num_sequences)
-    order = spread_order(layers)
-    return tuple(room // layers + (order.index(layer) < room % layers) for layer in range(layers))
+    one_more = set(spread_order(layers)[: room % layers])
+    return tuple(room // layers + (layer in one_more) for layer in range(layers))

@@ -215,7 +215,7 @@ def sweep_until_it_fails(one: Stage, written: Written, first: int) -> None:
 
 @pytest.mark.parametrize("verb", ["reading", "writing"])
 def test_a_page_that_fails_costs_its_sequence_alone(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with stage(STAGING + 2 * LAYERS, 60) as one:
+    with stage(STAGING + 3 * LAYERS, 60) as one:
         broken, sound = one.join(4 * PAGE_TOKENS), one.join(2 * PAGE_TOKENS)
         one.sweep([(sound, 300)])
         real = getattr(PageFile, "load" if verb == "reading" else "save")
@@ -240,6 +240,24 @@ def test_a_page_that_fails_costs_its_sequence_alone(verb: str, monkeypatch: pyte
             one.sweep([(sound, 1)])
         again = one.join(4 * PAGE_TOKENS)
         one.sweep([(again, 900), (sound, 1)])
+
+
+def test_a_drive_that_takes_nothing_at_all_does_not_take_the_pages_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PageFile, "save", fail)
+    with stage(STAGING + 2 * LAYERS, 60) as one:
+        for _ in range(5):
+            broken, sound = one.join(8 * PAGE_TOKENS), one.join(PAGE_TOKENS)
+            one.sweep([(sound, 200)])
+            with pytest.raises(KVPagesLostError):
+                sweep_until_it_fails(one, broken, 1900)
+            assert sound.cache.lost is None
+            one.leave(broken)
+            one.sweep([(sound, 1)])
+            one.leave(sound)
+        assert len(one.disk._free) + len(one.disk._saving) + len(one.disk._leaving) == one.disk.placement.ram_pages
 
 
 def test_a_full_file_costs_one_sequence() -> None:
