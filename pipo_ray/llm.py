@@ -32,8 +32,7 @@ from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer, slowest
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
-from pipo_ray.quant.panels import machine_layout
-from pipo_ray.quant.summary import describe_precision
+from pipo_ray.quant.target import Target
 from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
@@ -55,7 +54,8 @@ class LLM:
 
     `model` is a checkpoint folder, a block store or a hub id. `memory` is everything the program may take from RAM,
     `weight_memory` slots and resident pieces alone, `gpu_memory` what it may take on the GPU; each in bytes or like
-    "3GiB". `precision` is that of the weights: "int4", "int8", "16bit" or others (`quant/policy.py`). `device`
+    "3GiB". `precision` is that of the weights: "int4", "int8", "16bit" or others (`quant/policy.py`), or "auto" with
+    `max_loss`, of perplexity ("1%"), or `max_size`, of the weights, as its target (`quant/target.py`). `device`
     is "auto", "cpu" or "cuda"; `dtype` "auto", "bfloat16", "float16" or "float32". `ray_address`: None
     starts a private Ray (an error if another runs on this machine), "local" starts one in any case, "auto" or
     "host:port" joins. `trace` is a file for a Chrome/Perfetto trace, written on `close`. `max_model_len` bounds prompt
@@ -84,6 +84,8 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         precision: str | None = None,
+        max_loss: str | float | None = None,
+        max_size: Size = None,
         ray_address: str | None = None,
         trace: str | os.PathLike[str] | None = None,
         max_model_len: int | None = None,
@@ -108,12 +110,10 @@ class LLM:
         self._news, self._polling = threading.Condition(), False
         self._sweeps_before = self._bytes_before = self._sweeps = self._bytes = 0
         self._started_s = time.perf_counter()
-        if max_batch_tokens is not None and max_batch_tokens < 1:
-            raise InputError(f"max_batch_tokens {max_batch_tokens} is below 1")
-        if max_model_len is not None and max_model_len < 1:
-            raise InputError(f"max_model_len {max_model_len} is below 1")
-        if max_kv_tokens is not None and max_kv_tokens < 1:
-            raise InputError(f"max_kv_tokens {max_kv_tokens} is below 1")
+        counts = {"max_batch_tokens": max_batch_tokens, "max_model_len": max_model_len, "max_kv_tokens": max_kv_tokens}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise InputError(f"{name} {count} is below 1")
         chosen_mode = check_mode(mode)
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
@@ -123,7 +123,8 @@ class LLM:
         self._gpu_memory = gpu_budget(gpu_memory, chosen)
         check_address(ray_address)  # now, and not after an hour of packing
         on_disk = kv_on_disk_wish(kv_on_disk, cache_folder)
-        prepared = prepare_store(os.fspath(model), dtype=dtype, precision=precision, on_progress=on_progress)
+        target = Target.parse(precision, max_loss, max_size)
+        prepared = prepare_store(model, dtype=dtype, precision=precision, target=target, on_progress=on_progress)
         self._facts = prepared.facts
         plan = partial(
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
@@ -140,8 +141,7 @@ class LLM:
             sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
             self._plan = plan(transfer=choose_transfer(profile, chosen_mode, num_drives=len(folders), **sizes))
         missing = obstacle() if chosen.kind == "cpu" else None
-        precision_lines = describe_precision(prepared.manifest, machine_layout(), missing)
-        self._lines = [budget_line, *precision_lines, *self._plan.explanation]
+        self._lines = [budget_line, *prepared.describe(missing), *self._plan.explanation]
         if profile:
             self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
         if self._facts.probe_reason:

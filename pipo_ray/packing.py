@@ -30,6 +30,7 @@ from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
 from pipo_ray.quant.formats import AS_SOURCE
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
+from pipo_ray.quant.target import Target
 
 if TYPE_CHECKING:
     from pipo_ray.store.manifest import Manifest
@@ -335,6 +336,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
     packing.add_argument("--wait", action="store_true")
     packing.add_argument("--stripe", action="append", default=[])
+    choosing = jobs.add_parser("choose")
+    choosing.add_argument("source")
+    choosing.add_argument("cache", type=Path)
+    choosing.add_argument("--target", type=lambda text: Target(**json.loads(text)))
+    choosing.add_argument("--text")
     jobs.add_parser("facts").add_argument("store")
     jobs.add_parser("download").add_argument("model_id")
     return parser.parse_args(arguments)
@@ -353,6 +359,15 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             stripes=options.stripe,
         )
         return {"total_bytes": manifest.total_bytes}
+    if options.job == "choose":
+        from pipo_ray.quant.auto import choose_policy
+        from pipo_ray.quant.calibration_text import CalibrationText
+
+        text = CalibrationText.load(options.text)
+        chosen = choose_policy(
+            options.source, options.target, cache=options.cache, text=text, progress=channel.progress
+        )
+        return {"chosen": chosen.to_json()}
     if options.job == "facts":
         channel.progress("inspect", 0, 0)
         from pipo_ray.model.inspect import facts_of_store

@@ -6,6 +6,7 @@ the cache folder:
     $PIPO_CACHE, else $XDG_CACHE_HOME/pipo, else ~/.cache/pipo
         stores/<name>-<dtype>-<key>/    the block store; the key changes with checkpoint, dtype and format; with low-bit
                                         weights <precision> for <dtype>, and the key changes with policy and processor
+        policies/<key>.json             what --precision auto chose for a target, and measured of a checkpoint
         facts/<key>.json                facts of a store found anew for the installed transformers
 """
 
@@ -38,8 +39,13 @@ from pipo_ray.packing import (
     generation_config_checksum,
     packed_dtype,
 )
+from pipo_ray.quant.calibration_text import CalibrationText
+from pipo_ray.quant.foreign.detect import source_format
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
+from pipo_ray.quant.sensitivity import choice_key
+from pipo_ray.quant.summary import describe_precision
+from pipo_ray.quant.target import Chosen, Target
 from pipo_ray.store.checkpoint import Checkpoint
 from pipo_ray.store.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAIN_VERSION, Manifest, is_store, require_free_place
 from pipo_ray.store.stripe_folder import refuse_stripe, stripe_folders
@@ -59,12 +65,18 @@ _CHILD = "import os, sys; sys.path[:] = os.environ.pop('PIPO_PYTHONPATH').split(
 
 @dataclass(frozen=True)
 class PreparedStore:
-    """A block store that is ready to run. `packed_now`: it was packed by this call."""
+    """A block store that is ready to run. `packed_now`: it was packed by this call. `chosen`: by --precision auto."""
 
     folder: Path
     manifest: Manifest
     facts: ModelFacts
     packed_now: bool
+    chosen: Chosen | None = None
+
+    def describe(self, missing: str | None = None) -> list[str]:
+        """Lines for the user: its precision, where that is not plain; `missing` as for `describe_precision`."""
+        chosen = [] if self.chosen is None else [str(self.chosen)]
+        return [*chosen, *describe_precision(self.manifest, machine_layout(), missing)]
 
 
 def prepare_store(
@@ -72,13 +84,14 @@ def prepare_store(
     *,
     dtype: str = "auto",
     precision: str | None = None,
+    target: Target | None = None,
     on_progress: Progress | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> PreparedStore:
     """The block store of `model`: a checkpoint folder, a block store, or a hub id such as "org/name".
 
     `dtype` is one of DTYPES, `precision` what `Precision.parse` takes, or None for what the store or a
-    quantized checkpoint has, else 16 bits.
+    quantized checkpoint has, else 16 bits. With a `target` it is chosen (`choose_precision`).
     `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
     "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`.
 
@@ -86,10 +99,14 @@ def prepare_store(
     raised there.
     """
     check_dtype(dtype)
+    root = Path(cache) if cache is not None else cache_folder()
+    if target is not None:
+        chosen = choose_precision(model, target, dtype=dtype, on_progress=on_progress, cache=root)
+        folder = find_model(model, on_progress)
+        return replace(_prepare_checkpoint(folder, dtype, chosen.policy, root, on_progress), chosen=chosen)
     policy = None if precision is None else Precision.parse(precision)
     folder = find_model(model, on_progress)
     refuse_stripe(folder)
-    root = Path(cache) if cache is not None else cache_folder()
     if (folder / MANIFEST_NAME).exists() or (folder / JOURNAL_NAME).exists():
         manifest = Manifest.load(folder)
         if dtype not in ("auto", manifest.precision):
@@ -113,17 +130,18 @@ def pack_store(
     destination: str | os.PathLike[str],
     *,
     dtype: str = "auto",
-    precision: str | None = None,
+    precision: str | Precision | None = None,
     on_progress: Progress | None = None,
     stripes: Sequence[str | os.PathLike[str]] = (),
 ) -> Manifest:
     """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process. `precision` as for
-    `prepare_store`. `stripes` are further folders, on other drives, that share the weights with `destination`.
+    `prepare_store`, or a policy. `stripes` are further folders, on other drives, that share the weights with
+    `destination`.
 
     Raises as `prepare_store` does.
     """
     check_dtype(dtype)
-    asked = None if precision is None else Precision.parse(precision)
+    asked = Precision.parse(precision) if isinstance(precision, str) else precision
     folder = find_model(source, on_progress)
     refuse_stripe(folder)
     # What is wrong with it is known at once, and torch takes seconds to import.
@@ -136,6 +154,50 @@ def pack_store(
     others = [f"--stripe={stripe}" for stripe in stripe_folders(Path(destination).absolute(), stripes)]
     _run_child([*_pack_job(folder, Path(destination).absolute(), dtype, policy), *others], on_progress)
     return Manifest.load(destination)
+
+
+def choose_precision(
+    model: str | os.PathLike[str],
+    target: Target,
+    *,
+    dtype: str = "auto",
+    text: str | os.PathLike[str] | None = None,
+    on_progress: Progress | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Chosen:
+    """The policy for `model`, a checkpoint folder or a hub id, that reaches `target`, measured on the calibration text
+    in the file `text`, or on the bundled one; in a child process. The second time it is known. `on_progress` hears of
+    the phase "sensitivity" in bytes of the checkpoint, which is passed once per block.
+
+    Raises InputError: a target that is impossible, a text that is too short, a packed store; and as `prepare_store`.
+    """
+    if dtype not in ("auto", "bfloat16"):
+        raise InputError(
+            f"--dtype {dtype} with --precision auto: a model with low-bit weights is computed in bfloat16; leave "
+            "--dtype out"
+        )
+    folder = find_model(model, on_progress)
+    if is_store(folder):
+        raise InputError(
+            f"--precision auto: {folder} is packed already, and what its weights were is not known; give the checkpoint"
+        )
+    calibration = CalibrationText.load(text)
+    root = (Path(cache) if cache is not None else cache_folder()) / "policies"
+    with Checkpoint.open(folder) as checkpoint:
+        require_supported(checkpoint.config, folder / "config.json")
+        if (source := source_format(checkpoint.config, folder)) is not None:
+            raise InputError(
+                f"--precision auto: {folder} is quantized already ({source.label}) and would be rounded a second time; "
+                "leave --precision out, or give the checkpoint that it was made from"
+            )
+        file = root / f"{choice_key(checkpoint, calibration, target)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Chosen.from_json(json.loads(file.read_text(encoding="utf-8")))
+    job = ["choose", str(folder), str(root), f"--target={json.dumps(target.to_json())}"]
+    raw = _run_child(job if text is None else [*job, f"--text={os.fspath(text)}"], on_progress)["chosen"]
+    with contextlib.suppress(OSError):  # without a cache it is measured anew every time
+        write_json(file, raw)
+    return Chosen.from_json(raw)
 
 
 def check_dtype(dtype: str) -> None:

@@ -15,6 +15,7 @@ from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.transfer import Mode
+from pipo_ray.quant.target import Target
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
 
@@ -61,8 +62,13 @@ def add_precision_option(parser: argparse._ActionsContainer, default: str) -> No
     """--precision: bits of the weights."""
     parser.add_argument(
         "--precision", metavar="P", help="bits of the weights: int4 (groups of 64 columns), int4-g32, int4-g128, "
-        f"int4-g64-sym, int8, 16bit, source (what a quantized checkpoint has), or a policy file; {default}",
+        "int4-g64-sym, int8, 16bit, source (what a quantized checkpoint has), a policy file, or auto: chosen tensor by "
+        f"tensor from what is measured, for one of the two targets below; {default}",
     )  # fmt: skip
+    parser.add_argument("--max-loss", metavar="X%", help="for --precision auto: so much more perplexity at most, and "
+                        "the fewest bytes")  # fmt: skip
+    parser.add_argument("--max-size", metavar="SIZE", help="for --precision auto: the packed model without its "
+                        "embedding table, and the least loss")  # fmt: skip
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, max_tokens: int) -> None:
@@ -114,8 +120,10 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
             arguments[name] = number
     if "gpu_memory" in arguments and options.device == "cpu":
         raise InputError("--gpu-memory means nothing with --device cpu; leave one of them out")
-    if options.precision is not None:
-        arguments["precision"] = options.precision
+    Target.parse(options.precision, options.max_loss, options.max_size)
+    for name in ("precision", "max_loss", "max_size"):
+        if (value := getattr(options, name)) is not None:
+            arguments[name] = value
     if options.mode != "performance":
         arguments["mode"] = options.mode
     if options.kv_in_ram:
@@ -131,7 +139,7 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     if options.ray_address is not None:
         arguments["ray_address"] = options.ray_address
     if options.trace is not None:
-        arguments["trace"] = _writable(Path(options.trace))
+        arguments["trace"] = writable(Path(options.trace), "--trace")
     return arguments
 
 
@@ -140,20 +148,20 @@ def _kv_on_disk(options: argparse.Namespace) -> KVOnDisk:
     return KVOnDisk(size, options.kv_folder, not options.no_kv_encryption)
 
 
-def _writable(path: Path) -> Path:
-    """An hour later would be the wrong time to find out."""
+def writable(path: Path, option: str) -> Path:
+    """`path`, or InputError where no file can be written there: an hour later would be the wrong time to find out."""
     if path.is_dir():
-        raise InputError(f"--trace {path} is a folder; give the name of a file")
+        raise InputError(f"{option} {path} is a folder; give the name of a file")
     if not path.absolute().parent.is_dir():
         raise InputError(
-            f"--trace {path}: there is no folder {path.absolute().parent}; make it, or choose another file"
+            f"{option} {path}: there is no folder {path.absolute().parent}; make it, or choose another file"
         )
     existed = path.exists()
     try:
         with open(path, "ab"):
             pass
     except OSError as error:
-        raise InputError(f"--trace {path} cannot be written: {error.strerror}; choose another file") from error
+        raise InputError(f"{option} {path} cannot be written: {error.strerror}; choose another file") from error
     if not existed:
         path.unlink()
     return path

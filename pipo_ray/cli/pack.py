@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from pipo_ray.cli.options import DTYPES, add_precision_option
+from pipo_ray.cli.options import DTYPES, add_precision_option, writable
 from pipo_ray.cli.terminal import progress_bar, say
+from pipo_ray.quant.policy import POLICY_KEY, Precision
+from pipo_ray.quant.target import Target
 from pipo_ray.session.memory import format_size
 
 
@@ -27,6 +30,8 @@ def add_command(commands: Any) -> None:
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
     )
     add_precision_option(parser, "default: what a quantized checkpoint has, else 16bit")
+    parser.add_argument("--save-policy", metavar="FILE", help="write which tensor has how many bits, to read, to edit "
+                        "and to give to --precision again")  # fmt: skip
     parser.add_argument(
         "--stripe", metavar="FOLDER", action="append", default=[],
         help="a folder to make on another drive, which then reads its share of the weights at the same time as that of "
@@ -37,15 +42,25 @@ def add_command(commands: Any) -> None:
 
 def pack(options: argparse.Namespace) -> int:
     """Do it. Returns the exit status."""
-    from pipo_ray.prepare import pack_store
+    from pipo_ray.prepare import choose_precision, pack_store
     from pipo_ray.quant.summary import describe_precision
+    from pipo_ray.store.manifest import require_free_place
 
+    target = Target.parse(options.precision, options.max_loss, options.max_size)
+    policy_file = None if options.save_policy is None else writable(Path(options.save_policy), "--save-policy")
+    precision: str | Precision | None = options.precision
+    if target is not None:
+        require_free_place(Path(options.destination).absolute())
+        with progress_bar() as progress:
+            chosen = choose_precision(options.source, target, dtype=options.dtype, on_progress=progress)
+        say(str(chosen))
+        precision = chosen.policy
     with progress_bar() as progress:
         manifest = pack_store(
             options.source,
             options.destination,
             dtype=options.dtype,
-            precision=options.precision,
+            precision=precision,
             on_progress=progress,
             stripes=options.stripe,
         )
@@ -55,6 +70,8 @@ def pack(options: argparse.Namespace) -> int:
     )
     for line in describe_precision(manifest):
         say(line)
+    if policy_file is not None:
+        Precision.from_json(manifest.extra.get(POLICY_KEY, Precision().to_json())).save(policy_file)
     folders = manifest.folders(options.destination)
     if len(folders) > 1:
         for number, folder in enumerate(folders):

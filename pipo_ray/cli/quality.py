@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipo_ray.cli.options import add_model_options, engine_arguments, find_folder, open_llm
 from pipo_ray.cli.terminal import Output, counting_bar, say
 from pipo_ray.errors import InputError
+from pipo_ray.quant.target import AUTO, Target
 from pipo_ray.session.memory import format_size
 
 if TYPE_CHECKING:
@@ -75,14 +76,16 @@ def quality(options: argparse.Namespace) -> int:
     if not precisions:
         raise InputError("--precision names nothing to compare with; give for instance --precision int8,int4")
     text = _read(options.text)
-    options.precision = None
+    auto = {name: value for name in ("max_loss", "max_size") if (value := getattr(options, name)) is not None}
+    Target.parse(AUTO if AUTO in precisions else None, options.max_loss, options.max_size)
+    options.precision = options.max_loss = options.max_size = None
     arguments = engine_arguments(options)
     folder = find_folder(options.model)
     if not (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
         raise InputError(f"{options.model} is not a checkpoint: quality needs the weights as they were")
     output = Output()
     with output.reserved(), contextlib.ExitStack() as stack:
-        rows = _measure(stack, str(folder), arguments, text, precisions, options.tokens)
+        rows = _measure(stack, str(folder), arguments, text, precisions, auto, options.tokens)
     if options.json:
         output.write(json.dumps([row.figures(rows[0]) for row in rows], indent=1) + "\n")
     else:
@@ -98,6 +101,7 @@ def _measure(
     arguments: dict[str, Any],
     text: str,
     precisions: list[str],
+    auto: dict[str, str],
     most_tokens: int,
 ) -> list[Row]:
     from pipo_ray.prepare import cache_folder
@@ -115,7 +119,8 @@ def _measure(
             first.add(windows[number], logits, logits)
         rows = [Row(ORIGINAL, llm.report()["model_bytes"], first)]
     for precision in precisions:
-        with open_llm(model, {**arguments, "precision": precision}) as llm:
+        target = auto if precision == AUTO else {}
+        with open_llm(model, {**arguments, "precision": precision, **target}) as llm:
             rows.append(_compare(llm, windows, kept, precision))
     return rows
 

@@ -44,7 +44,7 @@ def assign(
             return tensor
         else:
             low_bit = own
-        if (reason := _refusal(tensor, low_bit, looked_up, linear_experts)) is not None:
+        if (reason := refusal(tensor, low_bit, looked_up, linear_experts)) is not None:
             # "*.mlp.*" means the matrices in there, and not their biases.
             named = rule.pattern == tensor.name or (rule.pattern != EVERYTHING and len(tensor.shape) == 2)
             if named and rule.format != AS_SOURCE:
@@ -63,7 +63,8 @@ def assign(
     return result
 
 
-def _refusal(tensor: TensorSpec, low_bit: LowBitFormat, looked_up: Collection[str], linear_experts: bool) -> str | None:
+def refusal(tensor: TensorSpec, low_bit: LowBitFormat, looked_up: Collection[str], linear_experts: bool) -> str | None:
+    """Why `tensor` cannot be held in `low_bit`, or None if it can; the other arguments are those of `assign`."""
     if tensor.expert is not None and not linear_experts:
         return "it is one of a layer's fused experts, which this architecture does not multiply one by one"
     if len(tensor.shape) != 2:

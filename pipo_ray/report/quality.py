@@ -97,8 +97,8 @@ class LogitsFile:
             os.posix_fallocate(self._file.fileno(), 0, max(1, nbytes))
         except OSError as error:
             raise ResourceError(
-                f"the original's logits take {format_size(nbytes)} in {folder}: {error.strerror}; lower --tokens, or "
-                "set PIPO_CACHE to a folder on a larger drive"
+                f"the original's logits take {format_size(nbytes)} in {folder}: {error.strerror}; take fewer tokens, "
+                "or set PIPO_CACHE to a folder on a larger drive"
             ) from error
 
     def write(self, window: int, logits: Logits) -> None:

@@ -18,8 +18,9 @@ import pipo_ray.prepare
 from pipo_ray.cli import main
 from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, StoreError, UnsupportedModelError
 from pipo_ray.packing import own_precision
-from pipo_ray.prepare import PreparedStore, cache_folder, find_model, pack_store, prepare_store
-from pipo_ray.quant.policy import Precision
+from pipo_ray.prepare import PreparedStore, cache_folder, choose_precision, find_model, pack_store, prepare_store
+from pipo_ray.quant.policy import POLICY_KEY, Precision
+from pipo_ray.quant.target import Target
 from pipo_ray.store.manifest import JOURNAL_NAME, Manifest
 
 Capture = pytest.CaptureFixture[str]
@@ -382,3 +383,35 @@ def test_pack_and_verify(tiny_checkpoint: Callable[..., Path], tmp_path: Path, c
     assert "is a checkpoint, not a block store" in capsys.readouterr().err
     with pytest.raises(StoreError, match="another checkpoint, version or precision"):
         pack_store(source, store, dtype="float32")
+
+
+# --- chosen by measurement -------------------------------------------------------------------------------------------
+
+
+def test_a_policy_is_chosen_once_and_given_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = tmp_path / "policy.json"
+    arguments = ["pack", str(checkpoint), str(tmp_path / "auto"), "--precision", "auto", "--max-loss", "5%"]
+    assert main([*arguments, "--save-policy", str(file)]) == 0
+    said = capsys.readouterr().err
+    assert "measuring which weights need their bits" in said
+    assert "precision auto: " in said
+    manifest = Manifest.load(tmp_path / "auto")
+    policy = Precision.load(file)
+    assert policy == Precision.from_json(manifest.extra[POLICY_KEY])
+    assert policy.model is not None
+    assert prepare_store(tmp_path / "auto", precision=str(file)).folder == tmp_path / "auto"
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a child process was started"))
+    assert choose_precision(checkpoint, Target(max_loss=0.05)).policy == policy
+
+
+@pytest.mark.usefixtures("no_child")
+def test_what_a_policy_cannot_be_chosen_for(prepared: PreparedStore, checkpoint: Path, tmp_path: Path) -> None:
+    target = Target(max_loss=0.01)
+    with pytest.raises(InputError, match="is packed already, and what its weights were is not known"):
+        prepare_store(prepared.folder, precision="auto", target=target)
+    with pytest.raises(InputError, match="--dtype float32 with --precision auto"):
+        prepare_store(checkpoint, dtype="float32", precision="auto", target=target)
+    with pytest.raises(InputError, match=r"calibration text .*nowhere cannot be read"):
+        choose_precision(checkpoint, target, text=tmp_path / "nowhere")

@@ -18,6 +18,8 @@ from pipo_ray.cli.main import main
         (["--tokens", "0"], "--tokens 0 is below 1"),
         (["--precision", "16bit"], "--precision names nothing to compare with"),
         (["--picture", "nowhere/p.png"], "--picture nowhere/p.png: there is no folder"),
+        (["--precision", "int8,auto"], "--precision auto wants one target"),
+        (["--max-loss", "1%"], "--max-loss is a target of --precision auto"),
         (["--gpu-memory", "1G", "--device", "cpu"], "--gpu-memory means nothing with --device cpu"),
     ],
 )

@@ -91,6 +91,16 @@ def test_json_of_several_prompts_keeps_their_order(fake_llm: type[FakeLLM], caps
     assert [sample["index"] for sample in document["results"][1]["samples"]] == [0, 1]
 
 
+def test_a_target_of_auto_arrives_or_is_refused(fake_llm: type[FakeLLM], capsys: Capture) -> None:
+    assert main(["run", ".", "-p", "x", "--precision", "auto", "--max-loss", "1%"]) == 0
+    (llm,) = fake_llm.made
+    assert (llm.arguments["precision"], llm.arguments["max_loss"]) == ("auto", "1%")
+    capsys.readouterr()
+    assert main(["run", ".", "-p", "x", "--precision", "auto"]) == 2
+    assert "--precision auto wants one target" in capsys.readouterr().err
+    assert len(fake_llm.made) == 1
+
+
 def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
     arguments = [
         "--max-tokens", "7", "--weight-memory", "300MB", "--gpu-memory", "1.5G", "--device", "cuda",

@@ -70,3 +70,14 @@ def test_quality_is_measured_against_the_original(capfd: pytest.CaptureFixture[s
     assert original["bytes"] > 2 * four["bytes"]
     assert 5 < original["perplexity"] < 80
     assert {row["tokens"] for row in (original, four)} == {200}
+
+
+@pytest.mark.slow
+def test_a_mix_of_the_same_size_loses_less(capfd: pytest.CaptureFixture[str]) -> None:
+    uniform = prepare_store(BUNDLED, precision="int4-g32").manifest
+    size = sum(block.nbytes for block in uniform.blocks if block.kind != "embedding")
+    arguments = ["--precision", "int4-g32,auto", "--max-size", str(size), "--memory", "3GiB", "--json"]
+    assert main(["quality", str(BUNDLED), *arguments, "--ray-address", "local"]) == 0
+    _, uniform_row, mixed = json.loads(capfd.readouterr().out)
+    assert mixed["bytes"] <= uniform_row["bytes"] == size
+    assert mixed["kl_divergence"] < 0.9 * uniform_row["kl_divergence"]

@@ -70,5 +70,5 @@ def test_logits_come_back_and_leave_no_file(tmp_path: Path) -> None:
 
 
 def test_a_drive_without_room_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"logits take .* in .*; lower --tokens, or set PIPO_CACHE"):
+    with pytest.raises(ResourceError, match=r"logits take .* in .*; take fewer tokens, or set PIPO_CACHE"):
         LogitsFile(tmp_path, [[1] * 1000] * 1000, 1 << 30)
