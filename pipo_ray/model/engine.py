@@ -231,6 +231,8 @@ class ComputeEngine:
         if self._kv_tiers is not None:
             details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
             details["kv_saved_bytes"] = self._kv_tiers.saved_bytes
+        if self._kv_disk is not None:
+            details["kv_waited_s"] = self._kv_disk.waited_s
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]
