@@ -135,8 +135,8 @@ class ComputeEngine:
         steps, entries = [], []
         for step in request.steps:
             token_ids = self._following(step) if step.follows else step.token_ids
-            if token_ids is None or (step.start and step.sequence not in self._sequences):
-                continue
+            if token_ids is None or (step.spec is None and step.sequence not in self._sequences):
+                continue  # of a sequence that has ended, or that was lost
             if step.spec is not None:
                 text = SequenceText(
                     self._tokenizer,
