@@ -17,7 +17,8 @@ class Measured:
     """One run. Seconds and bytes are totals over its sweeps; `sweep_s` is the time from the first sweep to the end.
 
     `tokens_per_sweep` is what a sweep of decoding produced; `device` "cpu" or "cuda". Of several loaders `reading_s` is
-    that of the busiest, `bytes_read` what all have read.
+    that of the busiest, `bytes_read` what all have read. `waiting_s` includes what was waited for KV pages on the
+    drive, `waiting_for_pages_s`, of which `page_bytes` were read.
     """
 
     device: str
@@ -33,6 +34,8 @@ class Measured:
     resident_bytes: int
     memory_bytes: int
     tokens_per_sweep: float
+    waiting_for_pages_s: float = 0.0
+    page_bytes: int = 0
 
     @property
     def sweeping_s(self) -> float:
@@ -60,6 +63,8 @@ def measured(report: Mapping[str, Any], generated_tokens: int) -> Measured:
         resident_bytes=report["resident_bytes"],
         memory_bytes=report["memory_budget_bytes"],
         tokens_per_sweep=generated_tokens / max(1, report["sweeps"]),
+        waiting_for_pages_s=compute.get("kv_waited_s", 0.0),
+        page_bytes=sum(loader.get("kv_loaded_bytes", 0) for loader in loaders),
     )
 
 
@@ -74,7 +79,8 @@ def explain(run: Measured) -> tuple[str, str]:
             "More tokens or more prompts in one run, or `pipo chat`, share the one start.",
         )
     shares = {
-        "weights": run.waiting_s / run.sweeping_s,
+        "weights": (run.waiting_s - run.waiting_for_pages_s) / run.sweeping_s,
+        "pages": run.waiting_for_pages_s / run.sweeping_s,
         "compute": run.computing_s / run.sweeping_s,
         "scheduler": run.scheduling_s / run.sweeping_s,
     }
@@ -91,6 +97,12 @@ def explain(run: Measured) -> tuple[str, str]:
             f"The {where} limits this run: the compute worker computed {_percent(shares[limit])} of the time and "
             f"waited for weights {_percent(shares['weights'])}.",
             _compute_helps(run),
+        )
+    if limit == "pages":
+        return (
+            f"KV pages on the drive limit this run: the compute worker waited for them {_percent(shares[limit])} of "
+            f"the time, {format_size(run.page_bytes // run.sweeps)} were read in a sweep.",
+            "More --memory keeps more of them in RAM.",
         )
     return _waiting(run, shares["weights"])
 

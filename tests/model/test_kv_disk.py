@@ -171,6 +171,21 @@ def test_pages_are_bit_identical_wherever_they_are(
         check_books(one)
 
 
+@pytest.mark.parametrize("ram_pages", [STAGING + LAYERS, STAGING + 3 * LAYERS, STAGING + 9 * LAYERS])
+@pytest.mark.parametrize("length", [100, PAGE_TOKENS, 700])
+def test_a_sweep_that_was_given_up_leaves_nothing_behind(ram_pages: int, length: int) -> None:
+    """Whether the page that it appended to stays, is being saved, or has left RAM by the time it is done again."""
+    with stage(ram_pages, 60) as one:
+        written = one.join(10 * PAGE_TOKENS)
+        one.sweep([(written, length)])
+        for tokens in (900, 1, 300):
+            one.sweep([(written, tokens)], layers=2)
+        one.sweep([(written, 500)])
+        one.sweep([(written, 1)])
+        one.leave(written)
+        check_books(one)
+
+
 def test_a_fixed_part_stays_in_every_layer_and_nothing_is_written_twice() -> None:
     with stage(STAGING + 3 * LAYERS, 60) as one:
         written = one.join(10 * PAGE_TOKENS)

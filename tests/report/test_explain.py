@@ -30,6 +30,17 @@ def test_the_drive_and_what_more_memory_would_save() -> None:
     )
 
 
+def test_kv_pages_on_the_drive() -> None:
+    limit, help_ = explain(replace(DRIVE, waiting_for_pages_s=25.0, page_bytes=20 * GIB))
+    assert limit == (
+        "KV pages on the drive limit this run: the compute worker waited for them 62 % of the time, 2.0 GiB were read "
+        "in a sweep."
+    )
+    assert "More --memory" in help_
+    limit, _ = explain(replace(DRIVE, waiting_for_pages_s=5.0, page_bytes=GIB))
+    assert "waited for weights 62 % of the time" in limit
+
+
 def test_no_more_memory_is_asked_for_than_is_missing() -> None:
     _, help_ = explain(replace(DRIVE, memory_bytes=60 * GIB))
     assert help_.startswith("3.1 GiB more --memory would keep all of the model resident")
