@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +33,10 @@ from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipo_ray.quant.foreign.checkpoint import ForeignCheckpoint
+    from pipo_ray.store.checkpoint import Checkpoint
     from pipo_ray.store.manifest import Manifest
 
 PRECISIONS = ("bfloat16", "float16", "float32")
@@ -111,7 +115,8 @@ def pack_checkpoint(
     wait: bool = False,
     stripes: Sequence[str] = (),
 ) -> Manifest:
-    """Pack the checkpoint folder `source` into a block store at `destination`, with the model's facts in its manifest.
+    """Pack the checkpoint folder or GGUF file `source` into a block store at `destination`, with the model's facts in
+    its manifest.
 
     `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS; with low-bit weights, as `quantization` chooses them,
     it must be "auto" or bfloat16. Without `quantization` weights have 16 bits, or what a quantized checkpoint has.
@@ -122,11 +127,9 @@ def pack_checkpoint(
     Raises what cannot be packed before anything is written: CheckpointError, UnsupportedModelError, BudgetError for the
     disk; see `pack` in `store/pack.py` for the rest.
     """
-    from pipo_ray.store.checkpoint import Checkpoint
-
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
-    with Checkpoint.open(source) as checkpoint:
+    with _opened(Path(source)) as checkpoint:
         policy = chosen_precision(quantization, checkpoint.config, checkpoint.folder)
         precision = packed_dtype(dtype, policy, checkpoint.config)
         from pipo_ray.model.graph import load_config, resolve_dtype
@@ -134,7 +137,6 @@ def pack_checkpoint(
         from pipo_ray.model.layout import block_layout
         from pipo_ray.model.linear_experts import experts_are_linear
         from pipo_ray.quant.assign import assign
-        from pipo_ray.quant.foreign.checkpoint import open_foreign
         from pipo_ray.quant.foreign.codes import ForeignCodes
         from pipo_ray.quant.source import QuantizedSource
         from pipo_ray.store.pack import pack
@@ -146,7 +148,7 @@ def pack_checkpoint(
             model, trace, facts = find_facts(config, torch_dtype, checkpoint.folder)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{checkpoint.folder} cannot be run: {error}; choose another model") from error
-        foreign = open_foreign(checkpoint)
+        foreign = _foreign_view(checkpoint, model)
         plain = foreign or checkpoint
         tensors = TensorSource(model, plain, torch_dtype)
         codes = None if foreign is None else ForeignCodes(tensors, foreign)
@@ -181,6 +183,35 @@ def pack_checkpoint(
                 wait=wait,
                 stripes=stripes,
             )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Checkpoint]:
+    """The checkpoint folder or GGUF file `path`, ready to be packed."""
+    if not path.is_file():
+        from pipo_ray.store.checkpoint import Checkpoint
+
+        with Checkpoint.open(path) as checkpoint:
+            yield checkpoint
+        return
+    from pipo_ray.store.gguf_file import GgufFile
+
+    file = GgufFile.open(path)
+    from pipo_ray.quant.foreign.gguf_model import opened_gguf
+
+    with opened_gguf(file) as checkpoint:
+        yield checkpoint
+
+
+def _foreign_view(checkpoint: Checkpoint, model: PreTrainedModel) -> ForeignCheckpoint | None:
+    if not checkpoint.origin.is_file():
+        from pipo_ray.quant.foreign.checkpoint import open_foreign
+
+        return open_foreign(checkpoint)
+    from pipo_ray.quant.foreign.gguf_model import GgufCheckpoint, view_gguf
+
+    assert isinstance(checkpoint, GgufCheckpoint)
+    return view_gguf(checkpoint, model)
 
 
 def download(model_id: str, progress: Progress | None = None) -> Path:

@@ -47,6 +47,7 @@ from pipo_ray.quant.sensitivity import choice_key
 from pipo_ray.quant.summary import describe_precision
 from pipo_ray.quant.target import Chosen, Target
 from pipo_ray.store.checkpoint import Checkpoint
+from pipo_ray.store.gguf_file import find_gguf, open_checkpoint
 from pipo_ray.store.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAIN_VERSION, Manifest, is_store, require_free_place
 from pipo_ray.store.stripe_folder import refuse_stripe, stripe_folders
 
@@ -54,7 +55,7 @@ DTYPES = ("auto", *PRECISIONS)
 Progress = Callable[[str, int, int], None]
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # the hub's oldest models have one part: gpt2
-_WANTED = "give a checkpoint folder, a block store, or a hub id such as org/name"
+_WANTED = "give a checkpoint folder, a GGUF file, a block store, or a hub id such as org/name"
 _SIXTEEN = Precision().to_json()
 _STOP_DEADLINE_S = 10.0
 # `-m` would put the current folder in front of the path, where any random.py would be taken for Python's own.
@@ -145,7 +146,7 @@ def pack_store(
     folder = find_model(source, on_progress)
     refuse_stripe(folder)
     # What is wrong with it is known at once, and torch takes seconds to import.
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
         policy = chosen_precision(asked, checkpoint.config, folder)
         policy.require_model(checkpoint)
@@ -183,7 +184,7 @@ def choose_precision(
         )
     calibration = CalibrationText.load(text)
     root = (Path(cache) if cache is not None else cache_folder()) / "policies"
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
         if (source := source_format(checkpoint.config, folder)) is not None:
             raise InputError(
@@ -219,7 +220,7 @@ def cache_folder() -> Path:
 
 
 def find_model(model: str | os.PathLike[str], on_progress: Progress | None = None) -> Path:
-    """The folder that `model` names, absolute; a hub id is downloaded.
+    """The folder or GGUF file that `model` names, absolute; a hub id is downloaded.
 
     Raises InputError if it is neither, ResourceError if the hub cannot be reached.
     """
@@ -228,6 +229,8 @@ def find_model(model: str | os.PathLike[str], on_progress: Progress | None = Non
         raise InputError(f"MODEL is {text!r}; {_WANTED}")
     path = Path(text).expanduser() if text.startswith("~") else Path(text)
     try:
+        if (file := find_gguf(path)) is not None:
+            return file.absolute()
         if path.is_dir():
             return path.absolute()
         exists = os.path.lexists(path)
@@ -256,7 +259,7 @@ def _pack_job(folder: Path, destination: Path, dtype: str, policy: Precision) ->
 def _prepare_checkpoint(
     folder: Path, dtype: str, asked: Precision | None, root: Path, on_progress: Progress | None
 ) -> PreparedStore:
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
         policy = chosen_precision(asked, checkpoint.config, folder)
         policy.require_model(checkpoint)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-MODEL_HELP = "checkpoint folder, packed block store, or hub id (org/name)"
+MODEL_HELP = "checkpoint folder, GGUF file, packed block store, or hub id (org/name)"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ def add_command(commands: Any) -> None:
         "`pipo run` does it by itself, into a cache. What was interrupted goes on where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder, or hub id (org/name)")
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, GGUF file, or hub id (org/name)")
     parser.add_argument("destination", metavar="DST", help="folder to make")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"

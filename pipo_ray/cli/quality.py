@@ -81,7 +81,7 @@ def quality(options: argparse.Namespace) -> int:
     options.precision = options.max_loss = options.max_size = None
     arguments = engine_arguments(options)
     folder = find_folder(options.model)
-    if not (folder / "config.json").is_file() or (folder / "manifest.json").is_file():
+    if not (folder.is_file() or (folder / "config.json").is_file()) or (folder / "manifest.json").is_file():
         raise InputError(f"{options.model} is not a checkpoint: quality needs the weights as they were")
     output = Output()
     with output.reserved(), contextlib.ExitStack() as stack:

@@ -111,7 +111,7 @@ def pack(
         stored = tuple(sorted(found, key=lambda block: order[block.name]))
         return Manifest(
             format_version=FORMAT_VERSION if _has_panels(blocks) else PLAIN_VERSION,
-            source=str(checkpoint.folder.absolute()),
+            source=str(checkpoint.origin.absolute()),
             architecture=architecture,
             model_type=model_type,
             precision=precision,

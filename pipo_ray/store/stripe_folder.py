@@ -35,7 +35,7 @@ def read_mark(folder: Path) -> StripeMark | None:
     try:
         raw = json.loads((folder / STRIPE_NAME).read_bytes())
         return StripeMark(str(raw["store"]), int(raw["number"]), str(raw["fingerprint"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a GGUF file is no folder
         return None
     except (ValueError, KeyError, TypeError):  # cut off by a kill
         return StripeMark("", 0, "")

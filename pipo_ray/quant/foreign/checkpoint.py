@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipo_ray.errors import CheckpointError
+from pipo_ray.errors import CheckpointError, UnsupportedModelError
 from pipo_ray.quant.foreign import awq, compressed_tensors, fp8, gptq, mxfp4
 from pipo_ray.quant.foreign.detect import SourceFormat, plain_config, source_format
 from pipo_ray.quant.foreign.reading import TensorFiles
@@ -39,12 +40,13 @@ class ForeignCheckpoint(Checkpoint):
     """A Checkpoint whose quantized tensors are replaced by plain ones, float32, dequantized when they are read.
 
     `weights` are the quantized ones by plain name; other tensors are as they are in the files. `survey` is what the
-    scales of all of them are like.
+    scales of all of them are like. `whole` is the checkpoint as it is.
     """
 
     source: SourceFormat = field(kw_only=True)
     weights: Mapping[str, ForeignWeight] = field(kw_only=True)
     survey: Survey = field(kw_only=True)
+    whole: Checkpoint = field(kw_only=True)
 
     @classmethod
     def view(cls, checkpoint: Checkpoint, source: SourceFormat) -> ForeignCheckpoint:
@@ -53,6 +55,8 @@ class ForeignCheckpoint(Checkpoint):
         Raises CheckpointError: parts of a weight that are missing or do not fit together, scales that are zero or not
         finite, no quantized weight at all.
         """
+        if source.method not in _FORMATS:
+            raise UnsupportedModelError(f"{checkpoint.folder}: {source.label} in safetensors cannot be read")
         find, parts = _FORMATS[source.method]
         weights = find(TensorFiles(checkpoint), source)
         if not weights:
@@ -72,9 +76,17 @@ class ForeignCheckpoint(Checkpoint):
         survey = sum((weight.survey() for weight in weights.values()), Survey(0, 0))
         return cls(
             checkpoint.folder, plain_config(checkpoint.config), checkpoint.shards, tensors, files,
-            checkpoint._descriptors, checkpoint._buffered, checkpoint._buffers, checkpoint._lock,
-            source=source, weights=weights, survey=survey,
+            checkpoint._descriptors, source=source, weights=weights, survey=survey, whole=checkpoint,
         )  # fmt: skip
+
+    @property
+    def origin(self) -> Path:
+        """As of the checkpoint as it is."""
+        return self.whole.origin
+
+    def fingerprint(self) -> str:
+        """As of the checkpoint as it is."""
+        return self.whole.fingerprint()
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """As a Checkpoint's; for a quantized weight bytes of float32 values."""

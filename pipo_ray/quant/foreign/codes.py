@@ -30,8 +30,10 @@ class ForeignCodes:
 
     def is_foreign(self, spec: TensorSpec) -> bool:
         """Whether any of it was quantized in the checkpoint."""
-        sources = self._tensors.checkpoint_keys(spec.name)
-        return any(key in self._weights for key in sources)
+        return any(self._is_quantized(key) for key in self._tensors.checkpoint_keys(spec.name))
+
+    def _is_quantized(self, key: str) -> bool:
+        return key in self._weights and self._weights[key].is_quantized
 
     def low_bit(self, spec: TensorSpec) -> LowBitFormat | None:
         """The coarsest format of ours that holds all its codes; None if there is none, or no codes."""
@@ -83,7 +85,7 @@ class ForeignCodes:
         return [self._weights[found.keys[which]] for which in found.places[0].unique().tolist()]
 
     def _find_sources(self, name: str, expert: int | None) -> RowSources | None:
-        if not any(key in self._weights for key in self._tensors.checkpoint_keys(name)):
+        if not any(self._is_quantized(key) for key in self._tensors.checkpoint_keys(name)):
             return None
         found = self._tensors.row_sources(name, expert)
         if found is None or any(key not in self._weights for key in found.keys):

@@ -45,6 +45,7 @@ def source_format(config: Mapping[str, Any], where: object) -> SourceFormat | No
         "compressed-tensors": _compressed_tensors,
         "fp8": _fp8,
         "mxfp4": _mxfp4,
+        "gguf": lambda settings: SourceFormat("gguf", "GGUF", True, settings),
     }
     if not isinstance(method, str) or method not in known:
         raise UnsupportedModelError(

@@ -60,6 +60,11 @@ class ForeignWeight(ABC):
     file: Path
     low_bit: LowBitFormat | None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is more than plain numbers under another name."""
+        return True
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> EncodedRows:
         """Read rows `start` to `stop`."""
