@@ -129,7 +129,11 @@ class Stage:
         self._setup = setup
         self.memory = StageMemory.attach(setup)
         folders = Manifest.load(store).folders(store)[:num_loaders]
-        self._drive = DriveWatch(self.memory.table, *map(str, folders))
+        pages = None
+        if kv is not None:
+            pages = PageTable(self._kv_buffers[0].view, kv.ram_pages, kv.disk_pages, lambda: False)
+        pages_folder = "" if kv is None else kv.folder
+        self._drive = DriveWatch(self.memory.table, *map(str, folders), pages=pages, pages_folder=pages_folder)
         self._closing = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()

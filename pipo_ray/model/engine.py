@@ -135,8 +135,8 @@ class ComputeEngine:
         steps, entries = [], []
         for step in request.steps:
             token_ids = self._following(step) if step.follows else step.token_ids
-            if token_ids is None or (step.start and step.sequence not in self._sequences):
-                continue
+            if token_ids is None or (step.spec is None and step.sequence not in self._sequences):
+                continue  # of a sequence that has ended, or that was lost
             if step.spec is not None:
                 text = SequenceText(
                     self._tokenizer,
@@ -231,6 +231,8 @@ class ComputeEngine:
         if self._kv_tiers is not None:
             details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
             details["kv_saved_bytes"] = self._kv_tiers.saved_bytes
+        if self._kv_disk is not None:
+            details["kv_waited_s"] = self._kv_disk.waited_s
         return StageTimes("ComputeWorker", self._computing_s, self._waited_s, total, details)
 
     def _build(self, config, dtype: torch.dtype):  # type: ignore[no-untyped-def]

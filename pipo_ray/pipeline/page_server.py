@@ -54,6 +54,7 @@ class PageServer:
         self._taken = table.posted
         # A predecessor who was killed has left these; what it had half done is done again.
         self._inherited = table.open_requests(table.first, self._taken)
+        table.drive_asked(0)
         table.acknowledge(self._epoch)
         self._counters = PageCounters()
         self._threads = [threading.Thread(target=self._serve, name=f"kv-{i}", daemon=True) for i in range(threads)]
@@ -84,6 +85,9 @@ class PageServer:
             self._trace.add(name, begin, end, {"piece": f"page {request.page}", "bytes": self._file.page_bytes})
             with self._state:
                 self._moving -= 1
+                self._table.drive_asked(end if self._moving else 0)
+                if not self._file.direct:
+                    self._table.note_buffered()
                 self._counters.busy_s += end - begin
                 if request.kind == FrameState.SAVE:
                     self._counters.saved_bytes += self._file.page_bytes
@@ -101,6 +105,8 @@ class PageServer:
                 if request is not None:
                     with self._state:
                         self._moving += 1
+                        if self._moving == 1:
+                            self._table.drive_asked(time.perf_counter())
                     return request
                 if self._table.epoch == self._epoch:
                     self._table.wait_posted(self._taken)

@@ -31,7 +31,7 @@ _WORDS = ROW_BYTES // 8
 _SEAL_WORDS = 4
 _NO_FRAME = (1 << 64) - 1
 # Header words (uint64). Compute writes the first two, the loader the others.
-_EPOCH, _FIRST, _EPOCH_SEEN, _NONCE = range(4)
+_EPOCH, _FIRST, _EPOCH_SEEN, _NONCE, _ASKED, _BUFFERED = range(6)
 _POSTED = _WORDS  # the low half is the futex that the loader sleeps on
 # Words of a frame's row: uint32 word 0 is the state (the futex); uint64 words from 1 on.
 _NUMBER, _PAGE, _ERROR = 1, 2, 3
@@ -202,6 +202,30 @@ class PageTable:
         """Loader: this is what was written to `page`."""
         self._seals[page, 0] = seal.nonce
         self._seals[page, 1:3] = np.frombuffer(seal.tag, np.uint64)
+
+    def drive_asked(self, since_s: float) -> None:
+        """Loader: since `since_s` (`time.perf_counter`) the drive has been asked and has given nothing; 0: it is asked
+        nothing.
+        """
+        self._words64[_ASKED] = int(since_s * 1e6)
+
+    def note_buffered(self) -> None:
+        """Loader: pages go through the page cache."""
+        self._words64[_BUFFERED] = 1
+
+    # -- the driver's
+    # ---------------------------------------------------------------------------------------------------
+
+    @property
+    def drive_silent_s(self) -> float:
+        """Seconds for which the drive has been asked and has given nothing."""
+        since = int(self._words64[_ASKED])
+        return max(0.0, time.perf_counter() - since / 1e6) if since else 0.0
+
+    @property
+    def drive_buffered(self) -> bool:
+        """Whether pages go through the page cache."""
+        return bool(self._words64[_BUFFERED])
 
     # -- inside
     # ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ _ALIGNMENT = 4096
 _LEAST_STAGING = 6
 _STAGING_BYTES = 32 * MIB
 _MOST_STAGING_SHARE = 0.25
+_PARTLY_FILLED = 16
+"""Pages per layer beyond the tokens that are wanted, where nobody says how many: half a page for each of 32 requests.
+"""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def check_model(facts: ModelFacts) -> None:
 
 def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDisk) -> KVDiskPlacement:
     """Spend `ram_bytes` on pages in RAM, and `wish.size_bytes` of disk on others: without a size, as many as
-    `wanted_tokens` in a single sequence need beyond RAM.
+    `wanted_tokens` need beyond RAM.
 
     Raises BudgetError for less RAM than `least_ram_bytes`, or a file of less than a page in every layer.
     """
@@ -139,7 +142,8 @@ def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDi
     most_staging = max(_LEAST_STAGING, int((ram_pages - layers) * _MOST_STAGING_SHARE))
     staging = min(_wanted_staging(nbytes), most_staging)
     if wish.size_bytes is None:
-        disk_pages = max(layers, layers * pages_of(wanted_tokens) - (ram_pages - staging))
+        wanted = pages_of(wanted_tokens) + _PARTLY_FILLED
+        disk_pages = max(layers, layers * wanted - (ram_pages - staging))
     else:
         disk_pages = wish.size_bytes // nbytes
     if disk_pages < layers:

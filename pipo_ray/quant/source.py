@@ -23,11 +23,14 @@ _CHUNK_ELEMENTS = 1 << 18
 """What a thread quantizes at once, if 64 rows are not more: 1 MiB in float32, and several times that on the way."""
 
 _MOST_THREADS = 16
-"""More would wait for the one that reads, and each takes memory."""
+"""Each takes memory."""
+
+_WAITING = 4
+"""Threads beyond one for each core: they wait for the drive, which wants several reads at a time."""
 
 
 class TensorReader(Protocol):
-    """What gives the unquantized tensors: see TensorSource."""
+    """What gives the unquantized tensors, to several threads at a time: see TensorSource."""
 
     def require(self, blocks: Sequence[BlockSpec]) -> None: ...
 
@@ -48,7 +51,7 @@ class QuantizedSource:
     def __init__(self, source: TensorReader, num_threads: int | None = None, codes: CodeReader | None = None) -> None:
         self._source = source
         self._codes = codes
-        self._num_threads = num_threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._num_threads = num_threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)) + _WAITING)
         # Each computes alone: threads of torch's own in each of them would only take turns.
         self._threads = ThreadPoolExecutor(
             self._num_threads, "quantize", initializer=torch.set_num_threads, initargs=(1,)
@@ -75,19 +78,28 @@ class QuantizedSource:
                 views = views_of(result[panel - row_start], panels)
                 first, last = panels.rows_of(panel, panel + 1)
                 for start in range(first, last, step):
+                    while len(pending) > self._num_threads:
+                        pending.popleft().result()
                     stop = min(start + step, last)
                     job = None if self._codes is None else self._codes.read(spec, start, stop)
                     if job is None:
-                        job = partial(_quantize, self._source.read(plain, start, stop), panels, spec.name)
-                    while len(pending) > self._num_threads:
-                        pending.popleft().result()
+                        job = partial(self._rounded, plain, start, stop, panels)
                     pending.append(self._threads.submit(_write, job, views, panels, start - first))
             while pending:
                 pending.popleft().result()
         finally:
             for future in pending:
-                future.exception()  # nobody may still be writing when the caller cleans up
+                if not future.cancel():
+                    future.exception()  # nobody may still be writing when the caller cleans up
         return result
+
+    def _rounded(self, spec: TensorSpec, start: int, stop: int, panels: Panels) -> Rounded:
+        rounded = round_to_nearest(self._source.read(spec, start, stop), panels.low_bit)
+        if not bool(rounded.scales.isfinite().all()):
+            raise CheckpointError(
+                f"tensor {spec.name!r} holds an infinite value and cannot be {panels.format}; use --precision 16bit"
+            )
+        return rounded
 
     def __enter__(self) -> QuantizedSource:
         return self
@@ -96,15 +108,6 @@ class QuantizedSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(wait=True)
-
-
-def _quantize(weight: torch.Tensor, panels: Panels, name: str) -> Rounded:
-    rounded = round_to_nearest(weight, panels.low_bit)
-    if not bool(rounded.scales.isfinite().all()):
-        raise CheckpointError(
-            f"tensor {name!r} holds an infinite value and cannot be {panels.format}; use --precision 16bit"
-        )
-    return rounded
 
 
 def _write(job: Callable[[], Rounded], views: PanelViews, panels: Panels, start: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class TensorSource:
     """The tensors of `model`'s state dict, read out of `checkpoint`.
 
     `model` is a PreTrainedModel on the meta device whose parameters have the dtypes they shall be stored in; `dtype`
-    is the one that was asked for. The sources are resolved and checked at once, without reading weights.
+    is the one that was asked for. The sources are resolved and checked at once, without reading weights. Any number of
+    threads may read; conversions are made one at a time.
 
     Raises CheckpointError: a tensor of a dtype other than bf16, fp16 and fp32, a tensor
     whose shape is not the model's, sources that a conversion cannot combine.
@@ -104,6 +106,7 @@ class TensorSource:
         self._targets: dict[str, torch.Tensor] = dict(model.state_dict())
         self._recipes: dict[str, _Recipe] = {}
         self._last: tuple[_Recipe, int | None, dict[str, torch.Tensor]] | None = None
+        self._converting = threading.Lock()
         unexpected = self._resolve()
         self._ties = _tie_groups(model, self._targets)
         self.unexpected: tuple[str, ...] = _without(unexpected, model._keys_to_ignore_on_load_unexpected)
@@ -169,6 +172,12 @@ class TensorSource:
             start = (spec.expert or 0) * math.prod(spec.shape)
             data = self._load(recipe.sources[0][0], start + row_start * row, start + row_stop * row, dtype)
             return data.view(*(row_stop - row_start, *spec.shape[1:])) if spec.shape else data.view(())
+        with self._converting:
+            return self._read_converted(spec, name, recipe, row_start, row_stop, dtype)
+
+    def _read_converted(
+        self, spec: TensorSpec, name: str, recipe: _Recipe, row_start: int, row_stop: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         if _merges(recipe.converter) and recipe.experts and spec.expert is None:
             experts = [self._convert(recipe, expert, dtype)[name] for expert in range(row_start, row_stop)]
             return torch.cat(experts) if experts else torch.empty((0, *spec.shape[1:]), dtype=dtype)

@@ -16,6 +16,7 @@ from cli.fake_llm import FakeLLM
 from pipo_ray.cli import main
 from pipo_ray.cli.result import JSON_KEYS
 from pipo_ray.errors import ActorFailedError, InputError
+from pipo_ray.plan.kv_disk import KVOnDisk
 
 Capture = pytest.CaptureFixture[str]
 
@@ -109,6 +110,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "3", "--stop", "a", "--stop", "b", "--logprobs", "2", "--n", "2", "--ignore-eos", "--ray-address",
         "local", "--dashboard", "--max-model-len", "64", "--max-batch-tokens", "32", "--stop-token-ids", "7,8",
         "--stop-token-ids", "9", "--no-verify", "--mode", "memory-saver", "--precision", "int8",
+        "--kv-on-disk", "2GiB", "--kv-folder", "/data", "--no-kv-encryption",
     ]  # fmt: skip
     assert main(["run", ".", "-p", "x", "--trace", str(tmp_path / "t.json"), *arguments]) == 0
     (llm,) = fake_llm.made
@@ -116,6 +118,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "weight_memory": 300 * 10**6, "gpu_memory": 3 << 29, "device": "cuda", "dtype": "float16", "dashboard": True,
         "ray_address": "local", "trace": tmp_path / "t.json", "max_model_len": 64, "max_batch_tokens": 32,
         "verify_checksums": False, "mode": "memory-saver", "precision": "int8", "max_kv_tokens": 2 * (8 + 4 + 7),
+        "kv_on_disk": KVOnDisk(2 << 30, "/data", encrypted=False),
     }  # fmt: skip
     wanted: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,
@@ -139,6 +142,8 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         (["-p", "x", "--stop-token-ids", "7,a"], "--stop-token-ids: 'a' is no token id"),
         (["-p", "x", "--memory", "lots"], "--memory: 'lots'"),
         (["-p", "x", "--gpu-memory", "1GiB", "--device", "cpu"], "--gpu-memory means nothing"),
+        (["-p", "x", "--kv-on-disk", "much"], "--kv-on-disk: 'much'"),
+        (["-p", "x", "--kv-folder", "/data"], "mean nothing without --kv-on-disk"),
         (["-p", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["-p", "x", "--dtype", "int3"], "invalid choice: 'int3'"),
         (["-p", "x", "--max-model-len", "0"], "--max-model-len 0"),

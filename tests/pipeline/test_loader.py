@@ -342,7 +342,7 @@ def test_that_reads_are_buffered_is_told_once(store: FakeStore, monkeypatch: pyt
         check_sweep(pipeline.stream, store)
         watch = DriveWatch(pipeline.table, "the/store")
         (line,) = watch.news()
-        assert line.startswith("the/store: its file system refuses direct reads (O_DIRECT)")
+        assert line.startswith("the/store: its file system refuses direct access (O_DIRECT)")
         assert watch.news() == []
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pipeline.page_loader import PAGE, Pages
 
+from pipo_ray.pipeline import drive_watch
+from pipo_ray.pipeline.drive_watch import DriveWatch
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_table import FrameState, PageTable, Seal
-from pipo_ray.pipeline.slots import U8
+from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.session.kv_file import KVFile, read_key
 
 NUM_FRAMES, NUM_PAGES, PAGE_BYTES = 7, 40, 4 * PAGE
@@ -230,5 +235,40 @@ def test_a_page_that_fails_is_told_with_its_cause(tmp_path: Path, file: KVFile) 
     table.post(FrameState.LOAD, 2, 7)  # nothing was written there
     table.wait(2)
     assert (table.state(2), table.error(2)) == (FrameState.FAILED, errno.EBADMSG)
+    stop[0] = 1
+    server.stop()
+
+
+def test_a_drive_that_hangs_is_told_once_with_its_folder(
+    tmp_path: Path, file: KVFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = Pages.create(tmp_path, file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
+    stop, table, frames = pages.open()
+    server = pages.serve(table, frames)
+    table.restart()
+    slots = SlotTable(np.zeros(SlotTable.nbytes(1, 0), np.uint8), 1, 0)
+    watch = DriveWatch(slots, "the/store", pages=table, pages_folder="the/folder")
+    monkeypatch.setattr(drive_watch, "SILENT_S", 0.05)
+    answer, real = threading.Event(), os.pwritev
+
+    def hang(*arguments: Any) -> int:
+        answer.wait()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", hang)
+    assert watch.news() == []
+    table.post(FrameState.SAVE, 0, 0)
+    deadline = time.monotonic() + PATIENCE_S
+    while not (news := watch.news()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert news == [
+        "the/folder: the drive has not answered for 0 s; the run goes on as soon as it does (Ctrl-C ends it)"
+    ]
+    assert watch.news() == []
+    answer.set()
+    table.wait(0)
+    while table.drive_silent_s and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watch.news() == []
     stop[0] = 1
     server.stop()

@@ -76,7 +76,8 @@ class ForeignCheckpoint(Checkpoint):
         survey = sum((weight.survey() for weight in weights.values()), Survey(0, 0))
         return cls(
             checkpoint.folder, plain_config(checkpoint.config), checkpoint.shards, tensors, files,
-            checkpoint._descriptors, source=source, weights=weights, survey=survey, whole=checkpoint,
+            checkpoint._descriptors, checkpoint._buffered, checkpoint._buffers, checkpoint._lock,
+            source=source, weights=weights, survey=survey, whole=checkpoint,
         )  # fmt: skip
 
     @property

@@ -114,7 +114,9 @@ def opened_gguf(file: GgufFile) -> Iterator[GgufCheckpoint]:
         _write_tokenizer(reader, path, folder)
         raw = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         raw["quantization_config"] = {"quant_method": "gguf"}
-        yield GgufCheckpoint(Path(folder), raw, (), {}, {}, file=file, reader=reader)
+        checkpoint = GgufCheckpoint(Path(folder), raw, (), {}, {}, file=file, reader=reader)
+        with checkpoint:
+            yield checkpoint
 
 
 def view_gguf(checkpoint: GgufCheckpoint, model: PreTrainedModel) -> ForeignCheckpoint:
@@ -128,14 +130,15 @@ def view_gguf(checkpoint: GgufCheckpoint, model: PreTrainedModel) -> ForeignChec
         rows = math.prod(tensor.shape.tolist()[1:])
         shape = (rows, int(tensor.n_bytes) // rows)
         headers[tensor.name] = TensorHeader(tensor.name, "U8", shape, int(tensor.data_offset), int(tensor.n_bytes))
-    raw = Checkpoint(path, {}, (), headers, dict.fromkeys(headers, path))
+    inner = (checkpoint._descriptors, checkpoint._buffered, checkpoint._buffers, checkpoint._lock)
+    raw = Checkpoint(path, {}, (), headers, dict.fromkeys(headers, path), *inner)
     weights = _Names(checkpoint, model, TensorFiles(raw)).weights()
     tensors = {
         name: TensorHeader(name, "F32", weight.shape, 0, 4 * math.prod(weight.shape))
         for name, weight in weights.items()
     }
     return ForeignCheckpoint(
-        checkpoint.folder, plain_config(checkpoint.config), (), tensors, dict.fromkeys(tensors, path), raw._descriptors,
+        checkpoint.folder, plain_config(checkpoint.config), (), tensors, dict.fromkeys(tensors, path), *inner,
         source=SourceFormat("gguf", checkpoint.label, True, {}), weights=weights, survey=Survey(0, 0), whole=checkpoint,
     )  # fmt: skip
 

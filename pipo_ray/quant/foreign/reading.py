@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 
@@ -21,11 +22,12 @@ _STRIP_BYTES = 64 << 20
 
 
 class TensorFiles:
-    """The tensors of a checkpoint, by name, with a memory of the last columns read."""
+    """The tensors of a checkpoint, by name, with a memory of the last columns and rows read. Thread-safe."""
 
     def __init__(self, checkpoint: Checkpoint, strip_bytes: int = _STRIP_BYTES) -> None:
         self.checkpoint = checkpoint
         self._strip_bytes = strip_bytes
+        self._lock = threading.Lock()
         self._kept_rows: dict[str, tuple[int, torch.Tensor]] = {}
         self._strips: dict[str, tuple[int, torch.Tensor]] = {}
 
@@ -66,23 +68,27 @@ class TensorFiles:
 
     def kept_row(self, name: str, row: int) -> torch.Tensor:
         """Row `row` (dim 0) of a tensor, which is kept until another one is asked for."""
-        kept = self._kept_rows.get(name)
-        if kept is None or kept[0] != row:
-            # Those of a weight's other tensors are kept, and those of the weight before let go.
-            owner = name.rpartition("_")[0]
-            self._kept_rows = {other: one for other, one in self._kept_rows.items() if other.startswith(f"{owner}_")}
-            self._kept_rows.pop(name, None)
-            kept = self._kept_rows[name] = (row, self.rows(name, row, row + 1)[0])
-        return kept[1]
+        with self._lock:
+            kept = self._kept_rows.get(name)
+            if kept is None or kept[0] != row:
+                # Those of a weight's other tensors are kept, and those of the weight before let go.
+                owner = name.rpartition("_")[0]
+                self._kept_rows = {
+                    other: one for other, one in self._kept_rows.items() if other.startswith(f"{owner}_")
+                }
+                self._kept_rows.pop(name, None)
+                kept = self._kept_rows[name] = (row, self.rows(name, row, row + 1)[0])
+            return kept[1]
 
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Columns of a matrix: a view of what is kept, [rows, stop - start].
 
         They lie apart in the file. So as many are read as may be kept, and the next ones come from there.
         """
-        first, strip = self._strips.get(name, (0, None))
-        if strip is None or start < first or stop > first + strip.shape[1]:
-            first, strip = self._read_strip(name, start, stop)
+        with self._lock:
+            first, strip = self._strips.get(name, (0, None))
+            if strip is None or start < first or stop > first + strip.shape[1]:
+                first, strip = self._read_strip(name, start, stop)
         return strip[:, start - first : stop - first]
 
     def _read_strip(self, name: str, start: int, stop: int) -> tuple[int, torch.Tensor]:
