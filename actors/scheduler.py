@@ -17,8 +17,8 @@ from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.slots import PieceUnreadableError
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
+from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.loop import AHEAD_S, SchedulingLoop, WorkerLostError
-from pipo_ray.scheduling.policy import Limits
 
 
 class Scheduler:

@@ -33,7 +33,7 @@ from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transf
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.target import Target
-from pipo_ray.scheduling.policy import Limits
+from pipo_ray.scheduling.limits import limits_of
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
 from pipo_ray.session.peak import PeakSampler
@@ -68,7 +68,8 @@ class LLM:
     tokens that all requests at the same time will have, so that more memory is left to weights; `transfer` takes the
     place of what would be chosen from a short measurement of the drive (made once, and kept in the cache). `kv_in_ram`
     keeps in RAM what the GPU has no room for of the KV cache; `kv_on_disk` ("8GiB", "auto") on the drive what RAM has
-    none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk` for another folder, or without).
+    none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk` for another folder, or without). `prefix_cache`
+    keeps the KV of what has ended, as long as there is room, for requests that begin with the same tokens.
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -100,6 +101,7 @@ class LLM:
         transfer: Transfer | None = None,
         kv_in_ram: bool = False,
         kv_on_disk: Size | KVOnDisk = None,
+        prefix_cache: bool = True,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -174,11 +176,7 @@ class LLM:
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                     str(cache_folder() / "machine-code"), self._plan.kv, self._plan.kv_tokens,
                 ),
-                Limits(
-                    self._plan.kv_tokens, self._plan.max_batch_tokens, self._facts.chunked, self._facts.rebuild_length,
-                    self._plan.max_sequences, self._plan.max_scored_tokens, self._plan.state_tokens,
-                    self._plan.kv_page_tokens,
-                ),
+                limits_of(self._plan, self._facts, chosen.kind, prefix_cache=prefix_cache),
                 trace=self._trace is not None, verify_checksums=verify_checksums,
                 background=background,
             )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo_ray.errors import PipoError
-from pipo_ray.model.batch import WantedLogits
+from pipo_ray.model.batch import PrefixPart, WantedLogits
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.outputs import FinishReason, Logprob
 from pipo_ray.params import SamplingParams
@@ -109,8 +109,9 @@ class SequenceSpec:
 @dataclass(frozen=True)
 class SequenceStep:
     """One sequence's share of a sweep; see `SweepEntry`. With `sample` a token is chosen from the last logits. `spec`
-    comes with `start` 0. With `follows` it was sent before the sweep in front had ended: `token_ids` are empty, and the
-    token that this one chooses takes their place; if it is the sequence's last, the step is left out.
+    and `prefix` come with its first step. With `follows` it was sent before the sweep in front had ended: `token_ids`
+    are empty, and the token that this one chooses takes their place; if it is the sequence's last, the step is left
+    out.
     """
 
     sequence: str
@@ -121,6 +122,7 @@ class SequenceStep:
     logits: WantedLogits
     spec: SequenceSpec | None = None
     follows: bool = False
+    prefix: tuple[PrefixPart, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -130,13 +132,16 @@ class SequenceStep:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """`drop` names sequences whose caches are no longer needed. `sent_ahead_by` is the process of the scheduler that
-    sent it before the sweep in front had ended: if that has died since, nobody waits for it.
+    """Before it begins, the caches of the sequences in `drop` go, and of those in `cut` all but so many of the tokens
+    that they keep themselves: they have ended, too, and others may begin with these tokens. `sent_ahead_by` is the
+    process of the scheduler that sent it before the sweep in front had ended: if that has died since, nobody waits for
+    it.
     """
 
     number: int
     steps: tuple[SequenceStep, ...]
     drop: tuple[str, ...] = ()
+    cut: tuple[tuple[str, int], ...] = ()
     sent_ahead_by: ProcessId | None = None
 
 

@@ -19,7 +19,7 @@ from pipo_ray.pipeline.roll import WINDOW_S, ActorRoll, loader_name
 from pipo_ray.pipeline.slots import SlotTable
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.plan.budget import RunPlan
-from pipo_ray.scheduling.policy import Limits
+from pipo_ray.scheduling.limits import Limits
 from pipo_ray.session.huge_pages import use_huge_pages
 from pipo_ray.session.kv_file import KVFile
 from pipo_ray.session.memory import format_size, proportional_size

@@ -50,6 +50,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        "cache folder")  # fmt: skip
     group.add_argument("--no-kv-encryption", action="store_true", help="write it as it is; default: encrypted with a "
                        "key that only memory has")  # fmt: skip
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token, also "
+                       "what an earlier one began with")  # fmt: skip
     group.add_argument("--trace", metavar="FILE", help="write a trace that ui.perfetto.dev and chrome://tracing open")
     group.add_argument("--no-verify", action="store_true", help="skip the checksum of each block's first read")
     group.add_argument("--ray-address", metavar="ADDRESS", help="local: a private Ray, even where another one runs; "
@@ -134,6 +136,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             "--kv-folder and --no-kv-encryption mean nothing without --kv-on-disk; add it, or leave them out"
         )
+    if options.no_prefix_cache:
+        arguments["prefix_cache"] = False
     if options.no_verify:
         arguments["verify_checksums"] = False
     if options.ray_address is not None:

@@ -33,6 +33,8 @@ def _token_rows(outputs: Sequence[RequestOutput], report: dict[str, Any]) -> lis
     generated = sum(one.num_generated_tokens for one in metrics)
     prompt = sum(one.num_prompt_tokens for one in metrics)
     rows = [("tokens", f"{generated} generated, {prompt} in {_count(len(metrics), 'prompt')}")]
+    if reused := sum(stage.get("tokens_reused", 0) for stage in report.get("stages", ())):
+        rows.append(("shared prefixes", f"{_count(reused, 'token')} not computed again"))
     first = [one.ttft_s for one in metrics if one.ttft_s is not None]
     if first:
         rows.append(("time to first token", _span(first, "s")))

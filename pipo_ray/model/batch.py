@@ -6,14 +6,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 WantedLogits = Literal["none", "last", "all"]
+PrefixUse = Literal["share", "copy", "take"]
+
+
+@dataclass(frozen=True)
+class PrefixPart:
+    """The first `num_tokens` of those tokens that `sequence` itself keeps, as part of another sequence's prefix: read
+    where they are ("share"), copied, or taken with the cache that they are in, of which nothing else is left.
+    """
+
+    sequence: str
+    num_tokens: int
+    use: PrefixUse = "share"
 
 
 @dataclass(frozen=True)
 class SweepEntry:
     """One sequence's share of a sweep: `token_ids` are its tokens at positions `start`, `start + 1`, ...
 
-    `capacity` is the most tokens the sequence can ever have; a sequence with `start` 0 begins with an empty cache.
-    `logits` says whether none, only the last token's, or every token's logits are wanted.
+    `capacity` is the most tokens the sequence can ever have. A sequence begins with an empty cache behind its `prefix`,
+    whose tokens come before `start`: shared parts first. `logits` says whether none, only the last token's, or every
+    token's logits are wanted.
     """
 
     sequence: str
@@ -21,3 +34,9 @@ class SweepEntry:
     start: int
     capacity: int
     logits: WantedLogits = "last"
+    prefix: tuple[PrefixPart, ...] = ()
+
+    @property
+    def begins(self) -> bool:
+        """Whether the sequence begins with it."""
+        return self.start == sum(part.num_tokens for part in self.prefix)

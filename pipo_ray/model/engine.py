@@ -132,6 +132,9 @@ class ComputeEngine:
         """Run one sweep. If it raises, the sequences in it are forgotten and must be sent from their first token."""
         begin = time.perf_counter()
         self.forget(request.drop)
+        self._runner.cut(request.cut)
+        for name, _ in request.cut:
+            self._sequences.pop(name, None)
         steps, entries = [], []
         for step in request.steps:
             token_ids = self._following(step) if step.follows else step.token_ids
@@ -147,7 +150,7 @@ class ComputeEngine:
                 )
                 self._sequences[step.sequence] = _Running(step.spec, text)
             steps.append(step)
-            entries.append(SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits))
+            entries.append(SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits, step.prefix))
         if not steps:
             return SweepResult(request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0)
         waited, streamed = self._waited(), self._stream.times.streamed_bytes
@@ -219,7 +222,8 @@ class ComputeEngine:
 
     def forget_all(self) -> None:
         """Forget every sequence: a new scheduler begins."""
-        self.forget(tuple(self._sequences))
+        self._runner.drop_all()
+        self._sequences.clear()
 
     def times(self) -> StageTimes:
         """Busy: computing. Waiting: for a piece."""

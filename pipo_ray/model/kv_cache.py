@@ -3,10 +3,12 @@
 With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
 heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
 neighbours. A GPU's pool is in `kv_pool.py`, its two tiers in `kv_tiers.py`; pages on the drive are in `kv_disk.py`.
+What a sequence has in common with others it reads in their caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.kv_disk import DiskCache, KVDisk
 from pipo_ray.model.kv_pool import KVPool, PooledCache
-from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
 KVStore = KVPool | KVTiers | KVDisk
@@ -26,16 +28,22 @@ KVStore = KVPool | KVTiers | KVDisk
 @dataclass
 class SequenceCache:
     """Keys and values of one sequence: per layer a pair of tensors [num_key_value_heads, capacity, head_dim], of which
-    `length` are filled.
+    `length` are filled. They come behind those of `prefix`: so many of the first of each of these caches.
     """
 
     capacity: int
     length: int = 0
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    prefix: tuple[tuple[SequenceCache, int], ...] = ()
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prefix."""
+        return sum(count for _, count in self.prefix)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `keys`, `values` [heads, tokens, head_dim] behind the `length` tokens there are; views over all of
-        them.
+        its own.
 
         `length` itself moves on only when the sweep is over (`advance`): each layer appends at the same place.
         """
@@ -58,7 +66,30 @@ class SequenceCache:
         """Append `keys`, `values` [kv_heads, n, head_dim] and let `query` [heads, n, head_dim], the same n tokens,
         attend to all there are; see `dense_attention.attend`.
         """
-        return attend(query, *self.append(layer, keys, values), rule)
+        own = self.append(layer, keys, values)
+        if not self.prefix:
+            return attend(query, *own, rule)
+        spans = [cache.span(layer, count) for cache, count in self.prefix]
+        return attend_spans(query, [*spans, DenseSpan(*own)], rule)
+
+    def span(self, layer: int, num_tokens: int) -> DenseSpan:
+        """Its own first tokens in `layer`, those included that a running sweep has appended."""
+        keys, values = self.layers[layer]
+        return DenseSpan(keys[:, :num_tokens], values[:, :num_tokens])
+
+    def resize(self, capacity: int, length: int) -> None:
+        """Keep its own first `length` tokens alone, in memory for `capacity`. Moves them, a layer at a time."""
+        if capacity != self.capacity:
+            for layer, pair in self.layers.items():
+                self.layers[layer] = (_moved(pair[0], capacity, length), _moved(pair[1], capacity, length))
+        self.capacity, self.length = capacity, length
+
+    def copy_from(self, parts: Sequence[tuple[SequenceCache, int]]) -> None:
+        """Begin with so many of the first own tokens of each of these caches."""
+        for cache, count in parts:
+            for layer in cache.layers:
+                self.append(layer, cache.layers[layer][0][:, :count], cache.layers[layer][1][:, :count])
+            self.advance(count)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
@@ -72,6 +103,12 @@ class SequenceCache:
     def nbytes(self) -> int:
         """Bytes reserved."""
         return sum(k.nbytes + v.nbytes for k, v in self.layers.values())
+
+
+def _moved(tensor: torch.Tensor, capacity: int, length: int) -> torch.Tensor:
+    result = tensor.new_empty(tensor.shape[0], capacity, tensor.shape[2])
+    result[:, :length] = tensor[:, :length]
+    return result
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,17 @@ class PooledCache:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
         self.length += num_tokens
 
+    def resize(self, capacity: int, length: int) -> None:
+        """Keep the first `length` tokens alone, with room for `capacity`; see `KVPool.resize`."""
+        self.length = length
+        self._pool.resize(self, capacity)
+
+    def copy_from(self, parts: Sequence[tuple[PooledCache, int]]) -> None:
+        """Begin with so many of the first tokens of each of these caches."""
+        for cache, count in parts:
+            self._pool.copy(cache.first, self.first + self.length, count)
+            self.length += count
+
     def drop(self) -> None:
         """Give the range back."""
         self._pool.drop(self)
@@ -70,12 +81,7 @@ class KVPool:
 
     def open(self, capacity: int) -> PooledCache:
         """A new sequence's cache. Raises ResourceError if fewer than `capacity` tokens are free."""
-        free = self.num_tokens - sum(cache.capacity for cache in self._live)
-        if capacity > free:
-            raise ResourceError(
-                f"a sequence needs {capacity} tokens of KV cache, {free} of {self.num_tokens} are free; lower the "
-                "number of requests or their length"
-            )
+        self._require(capacity)
         if (place := self._gap(capacity)) is None:
             self._close_up()
             place = self._gap(capacity)
@@ -83,6 +89,24 @@ class KVPool:
         cache = PooledCache(self, capacity, place[1])
         self._live.insert(place[0], cache)
         return cache
+
+    def resize(self, cache: PooledCache, capacity: int) -> None:
+        """Let the sequence's range be `capacity` tokens. Raises ResourceError if there is no room for more."""
+        more = capacity - cache.capacity
+        if more > 0:
+            self._require(more)
+            behind = self._live[self._live.index(cache) + 1 :]
+            if cache.first + capacity > (behind[0].first if behind else self.num_tokens):
+                self._close_up()
+                for other in reversed(behind):
+                    self._move(other, other.first + more)
+        cache.capacity = capacity
+
+    def copy(self, source: int, destination: int, num_tokens: int) -> None:
+        """Copy tokens from one place to another in every layer; the two may overlap."""
+        for pools in self._layers.values():
+            for pool in pools:
+                pool[destination : destination + num_tokens] = pool[source : source + num_tokens].clone()
 
     def drop(self, cache: PooledCache) -> None:
         """Give the sequence's range back."""
@@ -138,8 +162,17 @@ class KVPool:
         first = 0
         for cache in self._live:
             if cache.first != first:
-                for pools in self._layers.values():
-                    for pool in pools:  # old and new range may overlap
-                        pool[first : first + cache.length] = pool[cache.first : cache.first + cache.length].clone()
-                cache.first = first
+                self._move(cache, first)
             first += cache.capacity
+
+    def _move(self, cache: PooledCache, first: int) -> None:
+        self.copy(cache.first, first, cache.length)
+        cache.first = first
+
+    def _require(self, num_tokens: int) -> None:
+        free = self.num_tokens - sum(cache.capacity for cache in self._live)
+        if num_tokens > free:
+            raise ResourceError(
+                f"a sequence needs {num_tokens} tokens of KV cache, {free} of {self.num_tokens} are free; lower the "
+                "number of requests or their length"
+            )

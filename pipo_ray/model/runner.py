@@ -53,8 +53,9 @@ class ModelRunner:
         If it raises, the sweep counts as not run, and the caches of its sequences are dropped; of KVPagesLostError only
         those that `take_lost` tells.
         """
-        for entry in entries:
-            self._check_step(entry)
+        with torch.inference_mode():  # in which caches are written
+            for entry in entries:
+                self._check_step(entry)
         try:
             with torch.inference_mode():
                 result = self._run_ragged(entries) if self._ragged else self._run_lanes(entries)
@@ -81,6 +82,16 @@ class ModelRunner:
                 cache.drop()
             self._own_caches.pop(sequence, None)
 
+    def drop_all(self) -> None:
+        """Forget all caches."""
+        self.drop([*self._caches, *self._own_caches])
+
+    def cut(self, sequences: Sequence[tuple[str, int]]) -> None:
+        """Of these sequences' caches keep so many of the first tokens that are in them, and memory for no more."""
+        with torch.inference_mode():
+            for sequence, num_tokens in sequences:
+                self._kept(sequence).resize(num_tokens, num_tokens)
+
     @property
     def cache_bytes(self) -> int:
         """Bytes reserved for KV caches of ragged rows."""
@@ -89,21 +100,43 @@ class ModelRunner:
     def length(self, sequence: str) -> int:
         """Number of tokens of `sequence` that are in its cache."""
         if self._ragged:
-            return self._caches[sequence].length if sequence in self._caches else 0
+            cache = self._caches.get(sequence)
+            return 0 if cache is None else cache.length + (cache.start if isinstance(cache, SequenceCache) else 0)
         return self._own_caches[sequence][1] if sequence in self._own_caches else 0
 
     def _check_step(self, entry: SweepEntry) -> None:
-        if entry.start == 0:
+        if entry.begins:
             self.drop([entry.sequence])
             if self._ragged:
-                store = self._kv_store
-                self._caches[entry.sequence] = (
-                    SequenceCache(entry.capacity) if store is None else store.open(entry.capacity)
-                )
+                self._caches[entry.sequence] = self._open(entry)
         if self.length(entry.sequence) != entry.start:
             raise OutOfStepError(
                 f"{entry.sequence}: cache holds {self.length(entry.sequence)} tokens, not {entry.start}"
             )
+
+    def _open(self, entry: SweepEntry) -> Any:
+        """The cache of a sequence that begins."""
+        shared = [part for part in entry.prefix if part.use == "share"]
+        own = entry.prefix[len(shared) :]
+        capacity = entry.capacity - sum(part.num_tokens for part in shared)
+        if own and own[0].use == "take":
+            cache = self._kept(own[0].sequence)
+            del self._caches[own[0].sequence]
+            cache.resize(capacity, own[0].num_tokens)
+            return cache
+        if self._kv_store is None:
+            cache = SequenceCache(capacity, prefix=tuple((self._kept(p.sequence), p.num_tokens) for p in shared))
+        else:
+            cache = self._kv_store.open(capacity)
+        if own:
+            cache.copy_from([(self._kept(part.sequence), part.num_tokens) for part in own])
+        return cache
+
+    def _kept(self, sequence: str) -> Any:
+        """The cache, not in two tiers, of a sequence that another one is to begin with, or that is to be smaller."""
+        if sequence not in self._caches:
+            raise OutOfStepError(f"{sequence}: there is no cache with which another sequence could begin")
+        return self._caches[sequence]
 
     def _run_ragged(self, entries: Sequence[SweepEntry]) -> list[torch.Tensor | None]:
         ids: list[int] = []

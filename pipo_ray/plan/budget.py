@@ -51,7 +51,7 @@ class RunPlan:
 
     `weight_bytes` is slots plus resident pieces; `kv_tokens` how many tokens of KV cache `kv_bytes` hold;
     `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
-    `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.policy.Limits`; `max_length` is the
+    `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.limits.Limits`; `max_length` is the
     longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
     pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive.
     """

@@ -16,12 +16,22 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipo_ray.errors import ActorFailedError, PipoError
-from pipo_ray.messages import RequestSpec, StageTimes, StepResult, SweepRequest, SweepResult, TokenEvent
+from pipo_ray.messages import (
+    RequestSpec,
+    SequenceStep,
+    StageTimes,
+    StepResult,
+    SweepRequest,
+    SweepResult,
+    TokenEvent,
+)
 from pipo_ray.outputs import FinishReason
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
-from pipo_ray.scheduling.policy import Limits, admit, after, form_batch
+from pipo_ray.scheduling.limits import Limits
+from pipo_ray.scheduling.policy import admit, after, form_batch
+from pipo_ray.scheduling.prefixes import PrefixCache
 from pipo_ray.scheduling.sequences import Sequence as RunningSequence
-from pipo_ray.session.processes import identify
+from pipo_ray.session.processes import ProcessId, identify
 
 
 class WorkerLostError(Exception):
@@ -73,7 +83,7 @@ class SchedulingLoop:
         self._waiting: deque[RunningSequence] = deque()
         self._running: list[RunningSequence] = []
         self._clients: dict[str, _Client] = {}
-        self._drop: list[str] = []
+        self._prefixes = PrefixCache(limits.sharing, limits.page_tokens)
         self._wake = asyncio.Event()
         self._worker_ready = False
         # A cache that is rebuilt begins at the first token, which is no step that follows.
@@ -87,7 +97,7 @@ class SchedulingLoop:
         self._sweeping_s = self._compute_s = 0.0
         self.sweeps = 0
         self.bytes_streamed = 0
-        self.tokens_computed = 0
+        self.tokens_computed = self.tokens_reused = 0
 
     # -- clients
     # ----------------------------------------------------------------------------------------------------------
@@ -142,7 +152,7 @@ class SchedulingLoop:
             if sequence.client == client and sequence.request_id in wanted:
                 self._event(sequence, StepResult(sequence.name, finish_reason="abort"))
                 aborted.append(sequence.name)
-        self._drop += aborted
+                self._prefixes.end(sequence)
         if self._next is not None and aborted:
             self._leave_out(aborted)
         self._waiting = deque(s for s in self._waiting if s.client != client or s.request_id not in wanted)
@@ -175,11 +185,11 @@ class SchedulingLoop:
             await self._revive()
         sent, self._next = self._next, None
         if sent is None:
-            admit(self._waiting, self._running, self._limits)
-            steps = form_batch(self._running, self._limits)
+            admit(self._waiting, self._running, self._limits, self._prefixes)
+            steps = form_batch(self._running, self._limits, self._prefixes)
             if not steps:
                 return
-            sent = self._send(SweepRequest(self.sweeps + 1, tuple(steps), tuple(self._drop)))
+            sent = self._send(self.sweeps + 1, steps)
         try:
             await self._send_next_in_time(sent)
             await self._sweep(sent)
@@ -191,7 +201,8 @@ class SchedulingLoop:
             self._stale, self._next = self._next, None
             raise
 
-    def _send(self, request: SweepRequest) -> _Sent:
+    def _send(self, number: int, steps: list[SequenceStep], sent_ahead_by: ProcessId | None = None) -> _Sent:
+        request = SweepRequest(number, tuple(steps), *self._prefixes.changes(), sent_ahead_by)
         result = asyncio.ensure_future(self._run_sweep(request))
         return _Sent(request, result, time.perf_counter())
 
@@ -205,12 +216,10 @@ class SchedulingLoop:
         await asyncio.wait({sent.result}, timeout=max(0.0, expected - time.perf_counter()))
         if sent.result.done():
             return
-        admit(self._waiting, self._running, self._limits)
-        steps = form_batch(after(self._running, sent.request.steps), self._limits)
+        admit(self._waiting, self._running, self._limits, self._prefixes)
+        steps = form_batch(after(self._running, sent.request.steps), self._limits, self._prefixes)
         if steps:
-            drop = tuple(name for name in self._drop if name not in sent.request.drop)
-            number = sent.request.number + 1
-            self._next = self._send(SweepRequest(number, tuple(steps), drop, sent_ahead_by=self._process))
+            self._next = self._send(sent.request.number + 1, steps, self._process)
 
     async def _forget_stale(self) -> None:
         """Wait for a sweep that was sent behind one that failed; what comes of it is of no use."""
@@ -222,9 +231,9 @@ class SchedulingLoop:
     def _fail(self, error: PipoError) -> None:
         for sequence in [*self._running, *self._waiting]:
             self._event(sequence, StepResult(sequence.name), error)
-            self._drop.append(sequence.name)
         self._running.clear()
         self._waiting.clear()
+        self._worker_ready = False  # what is left of the sweep in its caches, nobody knows: it forgets them
 
     async def _revive(self) -> None:
         while not self._worker_ready:
@@ -233,16 +242,18 @@ class SchedulingLoop:
                 self._worker_ready = True
             except WorkerLostError:
                 await asyncio.sleep(0.2)
+        self._prefixes.clear()
         for sequence in self._running:
             sequence.cached = 0
-        self._drop.clear()
+        # What they shared is gone: each finds out again what it needs room for.
+        self._waiting.extendleft(reversed(self._running))
+        self._running.clear()
 
     async def _sweep(self, sent: _Sent) -> None:
         request, result = sent.request, await sent.result
         end = time.perf_counter()
         if self._next is not None:
             self._next.begin = end
-        self._drop = [name for name in self._drop if name not in request.drop]
         if all(outcome.left_out for outcome in result.results):
             return  # all that were to go on have ended
         self._last_sweep_s = end - sent.begin
@@ -254,19 +265,21 @@ class SchedulingLoop:
         by_name = {sequence.name: sequence for sequence in self._running}
         for step, outcome in zip(request.steps, result.results, strict=True):
             sequence = by_name.get(step.sequence)
-            if sequence is None:  # aborted meanwhile; its cache exists
-                if step.sequence not in self._drop:
-                    self._drop.append(step.sequence)
+            if sequence is None:  # aborted meanwhile
                 continue
             if outcome.left_out or outcome.lost:  # the worker does not know it any more
+                if self._limits.sharing != "none":  # nor, for all we know, those that it stands on
+                    raise WorkerLostError
                 sequence.cached = 0
                 continue
             if outcome.error is not None:
                 self._event(sequence, StepResult(sequence.name), outcome.error)
                 self._running.remove(sequence)
-                self._drop.append(sequence.name)
+                self._prefixes.end(sequence)
                 continue
             self.tokens_computed += step.num_tokens
+            self.tokens_reused += step.start if step.prefix else 0
+            self._prefixes.computes(step)
             sequence.cached = step.start + step.num_tokens
             self._take(sequence, outcome)
 
@@ -285,7 +298,7 @@ class SchedulingLoop:
                 self._event(sequence, StepResult(outcome.sequence, logits=new, finish_reason=reason))
         if finished:
             self._running.remove(sequence)
-            self._drop.append(sequence.name)
+            self._prefixes.end(sequence)
 
     def _event(self, sequence: RunningSequence, outcome: StepResult, error: PipoError | None = None) -> None:
         client = self._clients.get(sequence.client)
@@ -313,5 +326,6 @@ class SchedulingLoop:
         total = time.perf_counter() - self._started
         return StageTimes(
             "Scheduler", max(0.0, self._sweeping_s - self._compute_s), self._compute_s, total,
-            {"sweeps": self.sweeps, "bytes_streamed": self.bytes_streamed, "tokens_computed": self.tokens_computed},
+            {"sweeps": self.sweeps, "bytes_streamed": self.bytes_streamed, "tokens_computed": self.tokens_computed,
+             "tokens_reused": self.tokens_reused},
         )  # fmt: skip

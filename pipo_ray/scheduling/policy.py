@@ -3,58 +3,48 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pipo_ray.messages import SequenceStep
+from pipo_ray.model.batch import PrefixPart
+from pipo_ray.scheduling.limits import Limits
+from pipo_ray.scheduling.prefixes import PrefixCache
 from pipo_ray.scheduling.sequences import Sequence
 
 
-@dataclass(frozen=True)
-class Limits:
-    """`kv_tokens`: tokens of KV cache that the budget holds. `max_batch_tokens`: tokens per sweep. `chunked`: prompts
-    may be split.
-
-    `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
-    `max_sequences`: sequences that run at the same time, because each may want a row of logits in the same sweep.
-    `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
-    tokens (a recurrent state), in tokens of KV cache. `page_tokens`: a sequence takes KV cache in pages of so
-    many tokens.
-    """
-
-    kv_tokens: int
-    max_batch_tokens: int
-    chunked: bool = True
-    rebuild_length: int | None = None
-    max_sequences: int = 256
-    max_scored_tokens: int = 1 << 30
-    state_tokens: int = 0
-    page_tokens: int = 1
-
-    def reserved(self, sequence: Sequence) -> int:
-        """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, and its state."""
-        return -(-sequence.capacity // self.page_tokens) * self.page_tokens + self.state_tokens
-
-
-def admit(waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
+def admit(
+    waiting: deque[Sequence], running: list[Sequence], limits: Limits, prefixes: PrefixCache | None = None
+) -> None:
     """Move sequences from `waiting` to `running`, first come first served, as long as the KV budget holds all they can
     become, and a sweep's logits all that they may want. So nobody who runs is ever sent back, and a sequence's pages
-    can be neighbours.
+    can be neighbours. What has ended makes room: nobody waits for it.
     """
-    reserved = sum(limits.reserved(sequence) for sequence in running)
-    while waiting and len(running) < limits.max_sequences:
-        reserved += limits.reserved(waiting[0])
-        if reserved > limits.kv_tokens:
-            break
+    prefixes = prefixes or PrefixCache()
+    while waiting and len(running) < limits.max_sequences and _fits(waiting[0], running, limits, prefixes):
         running.append(waiting.popleft())
 
 
-def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
-    """The steps of the next sweep: first one token of every decoding sequence, then prompts, in chunks, as far as the
-    tokens reach.
+def _fits(sequence: Sequence, running: list[Sequence], limits: Limits, prefixes: PrefixCache) -> bool:
+    free = limits.kv_tokens - sum(limits.reserved(other) for other in running)
+    # A prefix that is copied is there twice at first, for which there may be no room, nor for others' behind them.
+    for alone, others_alone in ((False, False), (True, False), (True, True)):
+        if others_alone:
+            prefixes.forgo_copies()
+        prefixes.place(sequence, alone=alone)
+        if prefixes.make_room(limits.reserved(sequence) + prefixes.held - free):
+            return True
+        prefixes.end(sequence)
+    return False
+
+
+def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | None = None) -> list[SequenceStep]:
+    """The steps of the next sweep, which will be sent: first one token of every decoding sequence, then prompts, in
+    chunks, as far as the tokens reach.
 
     A prompt that may not be split comes whole, alone if it is larger than a sweep. There is always a step if anything
     is running.
     """
+    prefixes = prefixes or PrefixCache()
     for sequence in running:
         if limits.rebuild_length is not None and sequence.cached <= limits.rebuild_length < sequence.length:
             sequence.cached = 0
@@ -64,21 +54,29 @@ def form_batch(running: list[Sequence], limits: Limits) -> list[SequenceStep]:
         if sequence.decoding:
             steps.append(_step(sequence, 1))
             left -= 1
+            if not steps[-1].follows:
+                prefixes.computes(steps[-1])
     for sequence in running:
         if sequence.decoding:
             continue
-        wanted = sequence.length - sequence.cached
+        if sequence.cached == 0:  # since it was admitted, more of its prefix may have come to be there
+            prefixes.place(sequence)
+        wanted = sequence.length - (sequence.cached or sequence.begins)
         room = min(left, scored_left) if sequence.score else left
+        if wanted > room and sequence.cached == 0 and prefixes.worth_waiting(sequence):
+            continue
         if limits.chunked and wanted > room:
             if room < min(wanted, _least_chunk(limits, sequence)) and steps:
                 break
             wanted = max(1, min(wanted, room))
         elif wanted > room and steps:
             break
-        steps.append(_step(sequence, wanted))
+        steps.append(_step(sequence, wanted, () if sequence.cached else prefixes.begin(sequence)))
+        prefixes.computes(steps[-1])
         left -= wanted
         if sequence.score:
             scored_left -= wanted
+    prefixes.formed()
     return steps
 
 
@@ -107,16 +105,18 @@ def _least_chunk(limits: Limits, sequence: Sequence) -> int:
     return min(least, limits.max_scored_tokens) if sequence.score else least
 
 
-def _step(sequence: Sequence, num_tokens: int) -> SequenceStep:
-    stop = sequence.cached + num_tokens
+def _step(sequence: Sequence, num_tokens: int, prefix: tuple[PrefixPart, ...] = ()) -> SequenceStep:
+    start = sequence.cached or sequence.begins
+    stop = start + num_tokens
     last = stop == sequence.length
     return SequenceStep(
         sequence=sequence.name,
-        token_ids=sequence.tokens(sequence.cached, stop),
-        start=sequence.cached,
+        token_ids=sequence.tokens(start, stop),
+        start=start,
         capacity=sequence.capacity,
         sample=last and not sequence.score,
         logits="all" if sequence.score else "last" if last else "none",
         spec=sequence.spec() if sequence.cached == 0 else None,
         follows=bool(sequence.chosen_ahead),
+        prefix=prefix,
     )

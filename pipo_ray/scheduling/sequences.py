@@ -12,9 +12,10 @@ from pipo_ray.params import SamplingParams
 class Sequence:
     """One sample of a request on its way through the sweeps.
 
-    `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the KV tokens reserved
-    for it. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that runs. `scored`: positions
-    whose logits the client has.
+    `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the most tokens that it
+    can have. Its first step is at position `begins`: the KV of the tokens before is there already, that of `shared`
+    of them in other sequences' caches. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that
+    runs. `scored`: positions whose logits the client has.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Sequence:
     score: bool = False
     generated: list[int] = field(default_factory=list)
     cached: int = 0
+    begins: int = 0
+    shared: int = 0
     chosen_ahead: int = 0
     scored: int = 0
 

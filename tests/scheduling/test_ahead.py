@@ -11,8 +11,8 @@ from typing import Any
 from pipo_ray.errors import DriveError
 from pipo_ray.messages import RequestSpec, SequenceStep, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
+from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
-from pipo_ray.scheduling.policy import Limits
 from pipo_ray.session.processes import identify
 
 
@@ -189,7 +189,7 @@ def test_an_error_ends_all_and_what_was_sent_behind_it_is_forgotten() -> None:
 
     _, worker = play(body)
     assert sorted(worker.left_out) == ["c/a/0", "c/b/0"]
-    assert worker.set_ups == 1
+    assert worker.set_ups == 2, "it forgets what it has of a sweep that failed"
 
 
 def test_a_lost_worker_costs_no_token_and_none_comes_twice() -> None:

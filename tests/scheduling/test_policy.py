@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo_ray.params import SamplingParams
-from pipo_ray.scheduling.policy import Limits, admit, form_batch
+from pipo_ray.scheduling.limits import Limits
+from pipo_ray.scheduling.policy import admit, form_batch
 from pipo_ray.scheduling.sequences import Sequence
 
 

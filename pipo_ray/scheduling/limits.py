@@ -1,0 +1,66 @@
+"""What bounds the sweeps of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.budget import RunPlan
+from pipo_ray.scheduling.prefixes import Sharing
+from pipo_ray.scheduling.sequences import Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`kv_tokens`: tokens of KV cache that the budget holds. `max_batch_tokens`: tokens per sweep. `chunked`: prompts
+    may be split.
+
+    `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
+    `max_sequences`: sequences that run at the same time, because each may want a row of logits in the same sweep.
+    `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
+    tokens (a recurrent state), in tokens of KV cache. `page_tokens`: a sequence takes KV cache in pages of so
+    many tokens. `sharing`: how sequences use KV that is there already.
+    """
+
+    kv_tokens: int
+    max_batch_tokens: int
+    chunked: bool = True
+    rebuild_length: int | None = None
+    max_sequences: int = 256
+    max_scored_tokens: int = 1 << 30
+    state_tokens: int = 0
+    page_tokens: int = 1
+    sharing: Sharing = "none"
+
+    def reserved(self, sequence: Sequence) -> int:
+        """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, less what it shares, and
+        its state.
+        """
+        own = sequence.capacity - sequence.shared
+        return -(-own // self.page_tokens) * self.page_tokens + self.state_tokens
+
+
+def limits_of(plan: RunPlan, facts: ModelFacts, device: str, *, prefix_cache: bool) -> Limits:
+    """The limits of a run on `device`, "cpu" or "cuda"; with `prefix_cache` sequences share what they can."""
+    return Limits(
+        kv_tokens=plan.kv_tokens,
+        max_batch_tokens=plan.max_batch_tokens,
+        chunked=facts.chunked,
+        rebuild_length=facts.rebuild_length,
+        max_sequences=plan.max_sequences,
+        max_scored_tokens=plan.max_scored_tokens,
+        state_tokens=plan.state_tokens,
+        page_tokens=plan.kv_page_tokens,
+        sharing=_sharing(plan, facts, device) if prefix_cache else "none",
+    )
+
+
+def _sharing(plan: RunPlan, facts: ModelFacts, device: str) -> Sharing:
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. A pool on a GPU wants a
+    sequence's tokens in one place; pages in two tiers belong to one sequence each.
+    """
+    if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
+        return "none"
+    if plan.kv is not None or plan.kv_disk is not None:
+        return "none"
+    return "shared" if device == "cpu" else "copied"

@@ -1,0 +1,220 @@
+"""Sequences that begin on others' KV: logits as if each had been computed from its first token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_SLUG
+from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
+from pipo_ray.model.batch import PrefixPart, PrefixUse, SweepEntry
+from pipo_ray.model.kv_cache import SequenceCache
+from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.runner import OutOfStepError
+from pipo_ray.params import SamplingParams
+from pipo_ray.scheduling.limits import Limits
+from pipo_ray.scheduling.loop import SchedulingLoop
+from pipo_ray.scheduling.prefixes import Sharing
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PackedModel]:
+    @cache
+    def pack(slug: str) -> PackedModel:
+        folder = tmp_path_factory.mktemp(slug)
+        BY_SLUG[slug].save(folder / "checkpoint")
+        return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
+
+    return pack
+
+
+def step(
+    name: str, tokens: list[int], start: int, stop: int, prefix: tuple[tuple[str, int, PrefixUse], ...] = ()
+) -> SweepEntry:
+    parts = tuple(PrefixPart(*part) for part in prefix)
+    return SweepEntry(name, tuple(tokens[start:stop]), start, len(tokens), "all", parts)
+
+
+def close(got: torch.Tensor | None, wanted: torch.Tensor) -> None:
+    assert got is not None
+    assert max(relative_errors(got, wanted)) < TOLERANCE
+
+
+@pytest.mark.parametrize("pool", [None, 400])
+@pytest.mark.parametrize("slug", ["llama", "gemma2", "gpt-oss"])  # plain; windows and a soft cap; sinks
+def test_logits_behind_a_prefix(packed: Callable[[str], PackedModel], slug: str, pool: int | None) -> None:
+    """A line of three caches, in the sweep that computes a part of it and behind it; a copy; and a cache that is
+    taken. With a pool every prefix is copied or taken.
+    """
+    use: PrefixUse = "share" if pool is None else "copy"
+    model = packed(slug)
+    (tokens,) = random_prompts(model.facts.vocab_size, (90,))
+    other = tokens[:50] + random_prompts(model.facts.vocab_size, (40,), seed=6)[0]
+    with Pipeline(model, kv_pool=pool) as pipeline:
+        run = pipeline.runner.run
+        (wanted,), (wanted_other,) = (run([step("x", one, 0, 90)]) for one in (tokens, other))
+        assert wanted is not None
+        assert wanted_other is not None
+        pipeline.runner.drop(["x"])
+        run([step("a", tokens, 0, 30)])
+        if pool is None:  # b begins in the sweep that computes some of what it begins with
+            _, got = run([step("a", tokens, 30, 50), step("b", other, 41, 60, (("a", 41, use),))])
+        else:
+            run([step("a", tokens, 30, 50)])
+            (got,) = run([step("b", other, 41, 60, (("a", 41, use),))])
+        close(got, wanted_other[41:60])
+        line = (("a", 41, use), ("b", 15, use)) if pool is None else (("b", 56, use),)
+        got_a, got_c = run([step("a", tokens, 50, 51), step("c", other, 56, 70, line)])
+        close(got_a, wanted[50:51])
+        close(got_c, wanted_other[56:70])
+        (got_c,) = run([step("c", other, 70, 71)])
+        close(got_c, wanted_other[70:71])
+        copied = (("a", 41, "copy"), ("b", 15, "copy")) if pool is None else (("b", 56, "copy"),)
+        (got,) = run([step("d", other, 56, 90, copied)])  # type: ignore[arg-type]
+        close(got, wanted_other[56:])
+        pipeline.runner.cut([("a", 45), ("d", 80)])
+        assert pipeline.runner.length("a") == 45
+        (got,) = run([step("e", other, 70, 90, (("d", 70, "take"),))])
+        close(got, wanted_other[70:])
+        with pytest.raises(OutOfStepError, match="d: there is no cache"):
+            run([step("f", other, 70, 90, (("d", 70, "take"),))])
+        (got_c,) = run([step("c", other, 71, 90)])  # its line is still there
+        close(got_c, wanted_other[71:])
+        (got_a,) = run([step("e", tokens, 45, 90, (("a", 45, "take"),))])  # which stood before others, if in a pool
+        close(got_a, wanted[45:])
+        pipeline.runner.drop_all()
+        assert pipeline.runner.cache_bytes == 0
+
+
+class Stage:
+    """Sweeps of greedy sequences; with no more KV than the limits say."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._runner = pipeline.runner
+        self.computed = 0
+        self.uses: set[str] = set()
+
+    async def set_up(self) -> None:
+        self._runner.drop_all()
+
+    async def run_sweep(self, request: SweepRequest) -> SweepResult:
+        self._runner.drop(request.drop)
+        self._runner.cut(request.cut)
+        entries = [SweepEntry(s.sequence, s.token_ids, s.start, s.capacity, s.logits, s.prefix) for s in request.steps]
+        outputs = self._runner.run(entries)
+        self.computed += sum(s.num_tokens for s in request.steps)
+        self.uses |= {part.use for s in request.steps for part in s.prefix}
+        results = []
+        for one, logits in zip(request.steps, outputs, strict=True):
+            if logits is None or not one.sample:
+                results.append(StepResult(one.sequence))
+                continue
+            ends = one.start + one.num_tokens + 1 == one.capacity
+            results.append(StepResult(one.sequence, int(logits[-1].argmax()), finish_reason="length" if ends else None))
+        return SweepResult(request.number, tuple(results), 0.0, 0.0, 0)
+
+
+async def answers(stage: Stage, limits: Limits, turns: list[list[RequestSpec]]) -> dict[tuple[str, int], list[int]]:
+    """Each turn's requests together, when those of the turn before have ended."""
+    loop = SchedulingLoop(stage.run_sweep, stage.set_up, limits)
+    task = asyncio.get_running_loop().create_task(loop.run())
+    result: dict[tuple[str, int], list[int]] = {}
+    events: list[TokenEvent] = []
+    for requests in turns:
+        loop.submit("c", requests)
+        left = sum(request.params.n for request in requests)
+        while left:
+            events = await loop.poll("c", events[-1].number if events else 0, 20.0)
+            for event in events:
+                assert event.error is None, event.error
+                result.setdefault((event.request_id, event.index), []).append(event.result.token_id)  # type: ignore[arg-type]
+                left -= event.result.finish_reason is not None
+    task.cancel()
+    return result
+
+
+def conversations(vocab_size: int, seed: int) -> list[list[RequestSpec]]:
+    """Three turns of four conversations with one beginning, some of whose requests want several samples. What was
+    answered is told anew, and not always as it was.
+    """
+    chance = random.Random(seed)
+    system = random_prompts(vocab_size, (60,), seed)[0]
+    said = [system + [chance.randrange(3, vocab_size) for _ in range(chance.randrange(1, 9))] for _ in range(4)]
+    turns = []
+    for turn in range(3):
+        requests = []
+        for number, tokens in enumerate(said):
+            params = SamplingParams(max_tokens=6, n=chance.choice([1, 1, 3]))
+            requests.append(RequestSpec(f"{turn}/{number}", tuple(tokens), params, 0, 6))
+            tokens += [chance.randrange(3, vocab_size) for _ in range(chance.randrange(5, 40))]
+        turns.append(requests)
+    return turns
+
+
+@pytest.mark.parametrize(
+    ("slug", "sharing", "kv_tokens", "seed"),
+    [
+        ("llama", "shared", 600, 3),
+        ("llama", "copied", 600, 4),
+        ("gemma2", "shared", 240, 5),
+        *(
+            pytest.param(slug, sharing, kv_tokens, seed, marks=pytest.mark.slow)
+            for slug in ("llama", "gpt-oss")
+            for sharing in ("shared", "copied")
+            for kv_tokens in (240, 400, 2000)
+            for seed in range(10, 14)
+        ),
+    ],
+)
+def test_greedy_tokens_never_change(
+    packed: Callable[[str], PackedModel], slug: str, sharing: Sharing, kv_tokens: int, seed: int
+) -> None:
+    """With little KV, too, where what has ended is given up for those that wait."""
+    model = packed(slug)
+    turns = conversations(model.facts.vocab_size, seed)
+    bounds: dict[str, Any] = {"kv_tokens": kv_tokens, "max_batch_tokens": 64}
+    with Pipeline(model, kv_pool=kv_tokens if sharing == "copied" else None) as pipeline:
+        alone, together = Stage(pipeline), Stage(pipeline)
+        wanted = asyncio.run(answers(alone, Limits(**bounds), turns))
+        got = asyncio.run(answers(together, Limits(**bounds, sharing=sharing), turns))
+    assert got == wanted
+    assert together.computed < (0.8 if kv_tokens < 600 else 0.5) * alone.computed
+    assert "take" in together.uses
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 1000))
+def test_attention_over_a_line_of_caches(counts: list[int], new: int, seed: int) -> None:
+    """As over one cache that holds the same keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(counts) + new
+
+    def rand(heads: int) -> torch.Tensor:
+        return torch.randn(heads, total, 8, generator=generator)
+
+    query, keys, values = rand(4), rand(2), rand(2)
+    prefix: tuple[tuple[SequenceCache, int], ...] = ()
+    at = 0
+    for count in counts:  # each has one token more than the next one begins on
+        cache = SequenceCache(count + 1, prefix=prefix)
+        cache.append(0, keys[:, at : at + count + 1], values[:, at : at + count + 1])
+        prefix += ((cache, count),)
+        at += count
+    rule = AttentionRule(8**-0.5, sliding_window=7)
+    own = slice(at, total)
+    got = SequenceCache(new, prefix=prefix).attend(0, query[:, own], keys[:, own], values[:, own], rule)
+    whole = SequenceCache(total)
+    whole.append(0, keys[:, :at], values[:, :at])
+    whole.advance(at)
+    wanted = whole.attend(0, query[:, own], keys[:, own], values[:, own], rule)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
