@@ -1,7 +1,7 @@
 """Everything that needs torch before a run begins: download, look at the model, pack. Runs in a process of its own.
 
-`prepare.py` starts it (`main`), so that the memory that torch and transformers take is given back when the store is
-there. It writes one JSON object per line to stdout:
+`packing_process.py` starts it (`main`), so that the memory that torch and transformers take is given back when the
+store is there. It writes one JSON object per line to stdout:
 
     {"type": "progress", "phase": "pack", "done": BYTES, "total": BYTES}
     {"type": "result", ...}                                             the last line of a job that succeeded
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, UnsupportedModelError
+from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
 from pipo_ray.quant.formats import AS_SOURCE
 from pipo_ray.quant.panels import machine_layout
@@ -367,11 +368,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
     packing.add_argument("--wait", action="store_true")
     packing.add_argument("--stripe", action="append", default=[])
-    choosing = jobs.add_parser("choose")
-    choosing.add_argument("source")
-    choosing.add_argument("cache", type=Path)
-    choosing.add_argument("--target", type=lambda text: Target(**json.loads(text)))
-    choosing.add_argument("--text")
+    for name in ("choose", "measure"):
+        choosing = jobs.add_parser(name)
+        choosing.add_argument("source")
+        choosing.add_argument("cache", type=Path)
+        choosing.add_argument("--text", type=CalibrationText.load)
+        choosing.add_argument("--target", type=lambda text: Target(**json.loads(text)))
     jobs.add_parser("facts").add_argument("store")
     jobs.add_parser("download").add_argument("model_id")
     return parser.parse_args(arguments)
@@ -390,15 +392,13 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             stripes=options.stripe,
         )
         return {"total_bytes": manifest.total_bytes}
-    if options.job == "choose":
-        from pipo_ray.quant.auto import choose_policy
-        from pipo_ray.quant.calibration_text import CalibrationText
+    if options.job in ("choose", "measure"):
+        from pipo_ray.quant.auto import choose_policy, measure_model
 
-        text = CalibrationText.load(options.text)
-        chosen = choose_policy(
-            options.source, options.target, cache=options.cache, text=text, progress=channel.progress
-        )
-        return {"chosen": chosen.to_json()}
+        common = {"cache": options.cache, "text": options.text, "progress": channel.progress}
+        if options.job == "measure":
+            return {"measured": measure_model(options.source, **common).to_json()}
+        return {"chosen": choose_policy(options.source, options.target, **common).to_json()}
     if options.job == "facts":
         channel.progress("inspect", 0, 0)
         from pipo_ray.model.inspect import facts_of_store

@@ -18,17 +18,12 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
-from pipo_ray import errors
-from pipo_ray.errors import BudgetError, CheckpointError, InputError, PipoError, ResourceError, StoreError
+from pipo_ray.auto_precision import choose_precision
+from pipo_ray.errors import BudgetError, CheckpointError, InputError, ResourceError, StoreError
 from pipo_ray.json_file import write_json
 from pipo_ray.model.facts import FACTS_KEY, ModelFacts, installed_transformers
 from pipo_ray.model.registry import require_supported
@@ -39,11 +34,9 @@ from pipo_ray.packing import (
     generation_config_checksum,
     packed_dtype,
 )
-from pipo_ray.quant.calibration_text import CalibrationText
-from pipo_ray.quant.foreign.detect import source_format
+from pipo_ray.packing_process import run_job
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
-from pipo_ray.quant.sensitivity import choice_key
 from pipo_ray.quant.summary import describe_precision
 from pipo_ray.quant.target import Chosen, Target
 from pipo_ray.store.checkpoint import Checkpoint
@@ -57,11 +50,6 @@ Progress = Callable[[str, int, int], None]
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # the hub's oldest models have one part: gpt2
 _WANTED = "give a checkpoint folder, a GGUF file, a block store, or a hub id such as org/name"
 _SIXTEEN = Precision().to_json()
-_STOP_DEADLINE_S = 10.0
-# `-m` would put the current folder in front of the path, where any random.py would be taken for Python's own.
-_CHILD = "import os, sys; sys.path[:] = os.environ.pop('PIPO_PYTHONPATH').split(os.pathsep); " + (
-    "from pipo_ray.packing import main; sys.exit(main())"
-)
 
 
 @dataclass(frozen=True)
@@ -102,8 +90,8 @@ def prepare_store(
     check_dtype(dtype)
     root = Path(cache) if cache is not None else cache_folder()
     if target is not None:
-        chosen = choose_precision(model, target, dtype=dtype, on_progress=on_progress, cache=root)
         folder = find_model(model, on_progress)
+        chosen = choose_precision(folder, target, cache=root, dtype=dtype, on_progress=on_progress)
         return replace(_prepare_checkpoint(folder, dtype, chosen.policy, root, on_progress), chosen=chosen)
     policy = None if precision is None else Precision.parse(precision)
     folder = find_model(model, on_progress)
@@ -153,52 +141,8 @@ def pack_store(
         dtype = packed_dtype(dtype, policy, checkpoint.config)
     require_free_place(Path(destination).absolute())
     others = [f"--stripe={stripe}" for stripe in stripe_folders(Path(destination).absolute(), stripes)]
-    _run_child([*_pack_job(folder, Path(destination).absolute(), dtype, policy), *others], on_progress)
+    run_job([*_pack_job(folder, Path(destination).absolute(), dtype, policy), *others], on_progress)
     return Manifest.load(destination)
-
-
-def choose_precision(
-    model: str | os.PathLike[str],
-    target: Target,
-    *,
-    dtype: str = "auto",
-    text: str | os.PathLike[str] | None = None,
-    on_progress: Progress | None = None,
-    cache: str | os.PathLike[str] | None = None,
-) -> Chosen:
-    """The policy for `model`, a checkpoint folder or a hub id, that reaches `target`, measured on the calibration text
-    in the file `text`, or on the bundled one; in a child process. The second time it is known. `on_progress` hears of
-    the phase "sensitivity" in bytes of the checkpoint, which is passed once per block.
-
-    Raises InputError: a target that is impossible, a text that is too short, a packed store; and as `prepare_store`.
-    """
-    if dtype not in ("auto", "bfloat16"):
-        raise InputError(
-            f"--dtype {dtype} with --precision auto: a model with low-bit weights is computed in bfloat16; leave "
-            "--dtype out"
-        )
-    folder = find_model(model, on_progress)
-    if is_store(folder):
-        raise InputError(
-            f"--precision auto: {folder} is packed already, and what its weights were is not known; give the checkpoint"
-        )
-    calibration = CalibrationText.load(text)
-    root = (Path(cache) if cache is not None else cache_folder()) / "policies"
-    with open_checkpoint(folder) as checkpoint:
-        require_supported(checkpoint.config, folder / "config.json")
-        if (source := source_format(checkpoint.config, folder)) is not None:
-            raise InputError(
-                f"--precision auto: {folder} is quantized already ({source.label}) and would be rounded a second time; "
-                "leave --precision out, or give the checkpoint that it was made from"
-            )
-        file = root / f"{choice_key(checkpoint, calibration, target)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return Chosen.from_json(json.loads(file.read_text(encoding="utf-8")))
-    job = ["choose", str(folder), str(root), f"--target={json.dumps(target.to_json())}"]
-    raw = _run_child(job if text is None else [*job, f"--text={os.fspath(text)}"], on_progress)["chosen"]
-    with contextlib.suppress(OSError):  # without a cache it is measured anew every time
-        write_json(file, raw)
-    return Chosen.from_json(raw)
 
 
 def check_dtype(dtype: str) -> None:
@@ -240,7 +184,7 @@ def find_model(model: str | os.PathLike[str], on_progress: Progress | None = Non
         what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file, not a folder"
         raise CheckpointError(f"{text} is {what}; give the folder that has the model's config.json")
     if _is_hub_id(text):
-        return Path(_run_child(["download", text], on_progress)["folder"])
+        return Path(run_job(["download", text], on_progress)["folder"])
     raise CheckpointError(f"no such folder: {text}; {_WANTED}")
 
 
@@ -271,7 +215,7 @@ def _prepare_checkpoint(
                 return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=False)
         _remove(store)
     try:
-        _run_child([*_pack_job(folder, store, dtype, policy), "--wait"], on_progress)
+        run_job([*_pack_job(folder, store, dtype, policy), "--wait"], on_progress)
     except BudgetError as error:
         raise BudgetError(f"{error} (packed models go to {root}; PIPO_CACHE sets another folder)") from error
     manifest = Manifest.load(store)
@@ -342,7 +286,7 @@ def _facts(folder: Path, manifest: Manifest, root: Path, on_progress: Progress |
     with contextlib.suppress(OSError, ValueError):
         if (facts := _parse_facts(json.loads(path.read_text(encoding="utf-8")))) is not None:
             return facts
-    raw = _run_child(["facts", str(folder)], on_progress)["facts"]
+    raw = run_job(["facts", str(folder)], on_progress)["facts"]
     with contextlib.suppress(OSError):  # without a cache they are found anew every time
         write_json(path, raw)
     return ModelFacts.from_json(raw)
@@ -364,80 +308,3 @@ def _parse_facts(raw: object) -> ModelFacts | None:
         return ModelFacts.from_json(raw) if isinstance(raw, dict) else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-# --- the child process -----------------------------------------------------------------------------------------------
-
-
-def _run_child(arguments: list[str], on_progress: Progress | None) -> dict[str, Any]:
-    """Run a job of `packing.py`; its result. Raises the error that it reports; ends it when interrupted."""
-    debug = os.environ.get("PIPO_DEBUG", "") not in ("", "0")
-    with tempfile.TemporaryFile() as stderr:
-        try:
-            child = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=None if debug else stderr,
-                env=_child_environment(arguments[0]),
-                encoding="utf-8",
-            )
-        except OSError as error:
-            raise ResourceError(f"no process can be started: {error.strerror}; free some memory") from error
-        last: dict[str, Any] = {}
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                last = json.loads(line)
-                if last["type"] == "progress" and on_progress is not None:
-                    on_progress(last["phase"], last["done"], last["total"])
-            status = child.wait()
-        finally:
-            _end(child)
-        if last.get("type") == "result" and status == 0:
-            return last
-        if last.get("type") == "error":
-            raise _error_class(last["class"])(last["message"])
-        raise _death(arguments, status, stderr)
-
-
-def _child_environment(job: str) -> Mapping[str, str]:
-    # No GPU is needed, and a CUDA context would take half a GB of it. Only a download may use the network.
-    offline = {} if job == "download" else {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    own = {"PIPO_PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    # One thread reads and others quantize; those that torch starts for each of them would only spin beside them.
-    return os.environ | own | offline | {"OMP_NUM_THREADS": "1"}
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """The child sees its stdin close and stops; what it has finished stays for the next run."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.stdin.close()
-            child.wait(_STOP_DEADLINE_S)
-    finally:
-        child.kill()  # does nothing to one that has ended
-        child.wait()
-        child.stdout.close()
-
-
-def _error_class(name: str) -> type[PipoError]:
-    found = getattr(errors, name, PipoError)
-    return found if isinstance(found, type) and issubclass(found, PipoError) else PipoError
-
-
-def _death(arguments: list[str], status: int, stderr: IO[bytes]) -> PipoError:
-    what = f"{'downloading' if arguments[0] == 'download' else 'preparing'} {arguments[1]}"
-    if status < 0:
-        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-        memory = ", most likely because memory ran out; close other programs or raise the memory limit, and"
-        return ResourceError(
-            f"{what}: the process was ended by {name}{memory if -status == signal.SIGKILL else ';'} run it again: it "
-            "goes on where it stopped"
-        )
-    stderr.seek(0)
-    lines = stderr.read().decode(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return PipoError(f"{what}: the process ended with status {status}: {said[:300]}")

@@ -8,8 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pipo_ray.cli.options import DTYPES, add_precision_option, writable
+from pipo_ray.cli.options import DTYPES, add_precision_option, find_folder, writable
 from pipo_ray.cli.terminal import progress_bar, say
+from pipo_ray.errors import InputError
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 from pipo_ray.session.memory import format_size
@@ -30,6 +31,8 @@ def add_command(commands: Any) -> None:
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
     )
     add_precision_option(parser, "default: what a quantized checkpoint has, else 16bit")
+    parser.add_argument("--measure-on", metavar="FILE", help="for --precision auto: a text like those that the model "
+                        "will see; default: text that comes with pipo_ray")  # fmt: skip
     parser.add_argument("--save-policy", metavar="FILE", help="write which tensor has how many bits, to read, to edit "
                         "and to give to --precision again")  # fmt: skip
     parser.add_argument(
@@ -42,17 +45,23 @@ def add_command(commands: Any) -> None:
 
 def pack(options: argparse.Namespace) -> int:
     """Do it. Returns the exit status."""
-    from pipo_ray.prepare import choose_precision, pack_store
+    from pipo_ray.auto_precision import choose_precision
+    from pipo_ray.prepare import cache_folder, pack_store
     from pipo_ray.quant.summary import describe_precision
     from pipo_ray.store.manifest import require_free_place
 
     target = Target.parse(options.precision, options.max_loss, options.max_size)
+    if options.measure_on is not None and target is None:
+        raise InputError("--measure-on is the text for --precision auto; give that, too, or leave --measure-on out")
     policy_file = None if options.save_policy is None else writable(Path(options.save_policy), "--save-policy")
     precision: str | Precision | None = options.precision
     if target is not None:
         require_free_place(Path(options.destination).absolute())
+        folder = find_folder(options.source)
         with progress_bar() as progress:
-            chosen = choose_precision(options.source, target, dtype=options.dtype, on_progress=progress)
+            chosen = choose_precision(
+                folder, target, cache=cache_folder(), dtype=options.dtype, text=options.measure_on, on_progress=progress
+            )
         say(str(chosen))
         precision = chosen.policy
     with progress_bar() as progress:

@@ -26,12 +26,11 @@ from pipo_ray.model.linear_experts import experts_are_linear
 from pipo_ray.model.text import load_tokenizer
 from pipo_ray.quant.calibration import CalibrationModel
 from pipo_ray.quant.calibration_text import CalibrationText
-from pipo_ray.quant.knapsack import Choice, Item, choose
+from pipo_ray.quant.knapsack import Choice, choose
 from pipo_ray.quant.measure import Measurement, Progress, measure_sensitivity, passes_missing
 from pipo_ray.quant.panels import machine_layout
-from pipo_ray.quant.patterns import rules_for
-from pipo_ray.quant.policy import PolicyModel, Precision
-from pipo_ray.quant.sensitivity import Candidates, Sensitivity, find_candidates, measurement_key
+from pipo_ray.quant.policy import PolicyModel
+from pipo_ray.quant.sensitivity import Candidates, Measured, Sensitivity, find_candidates, measurement_key
 from pipo_ray.quant.target import Chosen, Target
 from pipo_ray.report.quality import Quality
 from pipo_ray.session.memory import format_least, format_size
@@ -92,33 +91,62 @@ def choose_policy(
     """
     progress("inspect", 0, 0)
     with Subject.open(source) as subject:
-        checkpoint, candidates = subject.checkpoint, subject.candidates
-        _require_possible(candidates, target)
-        windows = subject.windows(text, WINDOW_TOKENS, VERIFIED_TOKENS)
-        num_measured = windows_with(windows, MEASURED_TOKENS)
-        file = cache / f"{measurement_key(checkpoint, text)}.json"
-        known = Sensitivity.load(file, sum(map(len, windows[:num_measured])))
-        passes = 2 + passes_missing(candidates, known)
-        pass_bytes = sum(header.nbytes for header in checkpoint.tensors.values())
-        with (
-            CalibrationModel(checkpoint, subject.config, subject.facts) as model,
-            closing(
-                Measurement(
-                    model, windows, subject.facts.vocab_size, cache, progress, passes=passes, pass_bytes=pass_bytes
-                )
-            ) as measurement,
-        ):
-            measure_sensitivity(measurement, candidates, known, num_measured, lambda: _keep(known, file))
-            choice, quality = _reach(measurement, known.items(candidates), target, candidates.fixed_bytes)
+        _require_possible(subject.candidates, target)
+        windows = _windows(subject, text)
+        with _sensitivity_of(subject, windows, text, cache, progress, more_passes=1) as (measured, measurement):
+            choice, quality = _reach(measurement, measured, target)
             measurement.finish()
-        policy = Precision(rules_for(choice.formats, candidates.others), PolicyModel.of(checkpoint))
     increase = quality.perplexity / measurement.original.perplexity - 1
-    return Chosen(policy, choice.nbytes + candidates.fixed_bytes, quality.kl, increase, quality.count)
+    policy = measured.policy(choice.formats)
+    return Chosen(policy, choice.nbytes + measured.fixed_bytes, quality.kl, increase, quality.count)
+
+
+def measure_model(source: str | Path, *, cache: Path, text: CalibrationText, progress: Progress) -> Measured:
+    """What a choice for the checkpoint folder `source` rests on. Arguments and errors as of `choose_policy`."""
+    progress("inspect", 0, 0)
+    with Subject.open(source) as subject:
+        windows = _windows(subject, text)
+        windows = windows[: windows_with(windows, MEASURED_TOKENS)]
+        with _sensitivity_of(subject, windows, text, cache, progress, more_passes=0) as (measured, measurement):
+            measurement.finish()
+            return measured
+
+
+@contextmanager
+def _sensitivity_of(
+    subject: Subject,
+    windows: Sequence[Sequence[int]],
+    text: CalibrationText,
+    cache: Path,
+    progress: Progress,
+    *,
+    more_passes: int,
+) -> Iterator[tuple[Measured, Measurement]]:
+    """What is measured, or was, on the first of `windows`; and all of them ready for `more_passes`."""
+    checkpoint, candidates = subject.checkpoint, subject.candidates
+    num_measured = windows_with(windows, MEASURED_TOKENS)
+    file = cache / f"{measurement_key(checkpoint, text)}.json"
+    known = Sensitivity.load(file, sum(map(len, windows[:num_measured])))
+    passes = 1 + passes_missing(candidates, known) + more_passes
+    pass_bytes = sum(header.nbytes for header in checkpoint.tensors.values())
+    with (
+        CalibrationModel(checkpoint, subject.config, subject.facts) as model,
+        closing(
+            Measurement(model, windows, subject.facts.vocab_size, cache, progress, passes=passes, pass_bytes=pass_bytes)
+        ) as measurement,
+    ):
+        measure_sensitivity(measurement, candidates, known, num_measured, lambda: _keep(known, file))
+        items = tuple(known.items(candidates))
+        yield Measured(items, candidates.others, candidates.fixed_bytes, PolicyModel.of(checkpoint)), measurement
+
+
+def _windows(subject: Subject, text: CalibrationText) -> list[list[int]]:
+    if not subject.candidates.weights:
+        raise InputError("--precision auto: no tensor of this model can be quantized; use --precision 16bit")
+    return subject.windows(text, WINDOW_TOKENS, VERIFIED_TOKENS)
 
 
 def _require_possible(candidates: Candidates, target: Target) -> None:
-    if not candidates.weights:
-        raise InputError("--precision auto: no tensor of this model can be quantized; use --precision 16bit")
     least = candidates.fixed_bytes + sum(min(one.sizes.values()) for one in candidates.weights)
     if target.max_bytes is not None and target.max_bytes < least:
         most = candidates.fixed_bytes + sum(max(one.sizes.values()) for one in candidates.weights)
@@ -143,15 +171,15 @@ def _keep(known: Sensitivity, file: Path) -> None:
         known.save(file)
 
 
-def _reach(measurement: Measurement, items: Sequence[Item], target: Target, fixed_bytes: int) -> tuple[Choice, Quality]:
+def _reach(measurement: Measurement, measured: Measured, target: Target) -> tuple[Choice, Quality]:
     """The choice for `target`, and its quality."""
     if target.max_bytes is not None:
-        choice = choose(items, max_bytes=target.max_bytes - fixed_bytes)
+        choice = choose(measured.items, max_bytes=target.max_bytes - measured.fixed_bytes)
         return choice, measurement.compare(choice.formats)
     assert target.max_loss is not None
     allowed = limit = math.log1p(target.max_loss)
     for left in reversed(range(_MOST_TRIES)):
-        choice = choose(items, max_loss=allowed)
+        choice = choose(measured.items, max_loss=allowed)
         quality = measurement.compare(choice.formats)
         lost = max(quality.kl, math.log(quality.perplexity / measurement.original.perplexity))
         if lost <= limit:

@@ -24,6 +24,8 @@ from pipo_ray.quant.assign import refusal
 from pipo_ray.quant.formats import SIXTEEN_BITS, LowBitFormat
 from pipo_ray.quant.knapsack import Item, Option
 from pipo_ray.quant.panels import divide
+from pipo_ray.quant.patterns import rules_for
+from pipo_ray.quant.policy import PolicyModel, Precision
 from pipo_ray.store.dtypes import num_bytes
 from pipo_ray.store.layout import BLOCK_ALIGNMENT
 
@@ -141,6 +143,35 @@ class Sensitivity:
     def save(self, file: Path) -> None:
         """Raises OSError."""
         write_json(file, {"tokens": self.tokens, "errors": self.errors, "divergences": self.divergences})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a choice for `model` rests on: `items` for `choose`, the names of matrices that cannot be quantized, and the
+    bytes that are streamed beside the items.
+    """
+
+    items: tuple[Item, ...]
+    others: tuple[str, ...]
+    fixed_bytes: int
+    model: PolicyModel
+
+    def policy(self, formats: Mapping[str, str]) -> Precision:
+        """A policy that gives each item by its name the format in `formats`."""
+        return Precision(rules_for(formats, self.others), self.model)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the parent process."""
+        return {
+            "items": [[one.name, [[o.format, o.nbytes, o.loss] for o in one.options]] for one in self.items],
+            "others": self.others, "fixed_bytes": self.fixed_bytes, "model": self.model.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Measured:
+        """What `to_json` gave."""
+        items = tuple(Item(name, tuple(Option(*option) for option in options)) for name, options in raw["items"])
+        return cls(items, tuple(raw["others"]), int(raw["fixed_bytes"]), PolicyModel.from_json(raw["model"]))
 
 
 def measurement_key(checkpoint: Checkpoint, text: CalibrationText) -> str:

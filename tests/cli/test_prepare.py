@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import pipo_ray.packing_process
 import pipo_ray.prepare
+from pipo_ray.auto_precision import choose_precision
 from pipo_ray.cli import main
 from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, StoreError, UnsupportedModelError
 from pipo_ray.packing import own_precision
-from pipo_ray.prepare import PreparedStore, cache_folder, choose_precision, find_model, pack_store, prepare_store
+from pipo_ray.prepare import PreparedStore, cache_folder, find_model, pack_store, prepare_store
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 from pipo_ray.store.manifest import JOURNAL_NAME, Manifest
@@ -291,7 +293,7 @@ def test_refused_weights_leave_no_empty_folder(checkpoint: Path, tmp_path: Path)
 def test_a_child_that_dies_is_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, kind: type[PipoError], what: str
 ) -> None:
-    monkeypatch.setattr(pipo_ray.prepare, "_CHILD", code)
+    monkeypatch.setattr(pipo_ray.packing_process, "_CHILD", code)
     with pytest.raises(kind, match=what):
         prepare_store(checkpoint, cache=tmp_path)
 
@@ -392,8 +394,9 @@ def test_a_policy_is_chosen_once_and_given_again(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     file = tmp_path / "policy.json"
+    (tmp_path / "text").write_text("A text like those that the model will see. " * 25)
     arguments = ["pack", str(checkpoint), str(tmp_path / "auto"), "--precision", "auto", "--max-loss", "5%"]
-    assert main([*arguments, "--save-policy", str(file)]) == 0
+    assert main([*arguments, "--measure-on", str(tmp_path / "text"), "--save-policy", str(file)]) == 0
     said = capsys.readouterr().err
     assert "measuring which weights need their bits" in said
     assert "precision auto: " in said
@@ -403,15 +406,23 @@ def test_a_policy_is_chosen_once_and_given_again(
     assert policy.model is not None
     assert prepare_store(tmp_path / "auto", precision=str(file)).folder == tmp_path / "auto"
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a child process was started"))
-    assert choose_precision(checkpoint, Target(max_loss=0.05)).policy == policy
+    target = Target(max_loss=0.05)
+    assert choose_precision(checkpoint, target, cache=cache_folder(), text=tmp_path / "text").policy == policy
 
 
 @pytest.mark.usefixtures("no_child")
-def test_what_a_policy_cannot_be_chosen_for(prepared: PreparedStore, checkpoint: Path, tmp_path: Path) -> None:
+def test_what_a_policy_cannot_be_chosen_for(
+    prepared: PreparedStore, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
     target = Target(max_loss=0.01)
     with pytest.raises(InputError, match="is packed already, and what its weights were is not known"):
         prepare_store(prepared.folder, precision="auto", target=target)
     with pytest.raises(InputError, match="--dtype float32 with --precision auto"):
         prepare_store(checkpoint, dtype="float32", precision="auto", target=target)
     with pytest.raises(InputError, match=r"calibration text .*nowhere cannot be read"):
-        choose_precision(checkpoint, target, text=tmp_path / "nowhere")
+        choose_precision(checkpoint, target, cache=tmp_path, text=tmp_path / "nowhere")
+    arguments = ["pack", str(checkpoint), str(tmp_path / "store")]
+    assert main([*arguments, "--precision", "int8", "--measure-on", "text"]) == 2
+    assert "--measure-on is the text for --precision auto" in capsys.readouterr().err
+    assert main([*arguments, "--precision", "auto", "--max-loss", "1%", "--save-policy", str(tmp_path)]) == 2
+    assert f"--save-policy {tmp_path} is a folder" in capsys.readouterr().err

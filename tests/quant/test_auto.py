@@ -17,13 +17,14 @@ from pipo_ray.errors import InputError
 from pipo_ray.model.graph import load_config
 from pipo_ray.model.inspect import find_facts
 from pipo_ray.quant import auto
-from pipo_ray.quant.auto import choose_policy
+from pipo_ray.quant.auto import choose_policy, measure_model
 from pipo_ray.quant.calibration import CalibrationModel
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.knapsack import Item, Option, choose
 from pipo_ray.quant.measure import Measurement
 from pipo_ray.quant.rounding import round_to_nearest, values_of
-from pipo_ray.quant.sensitivity import Sensitivity
+from pipo_ray.quant.sensitivity import Measured, Sensitivity
 from pipo_ray.quant.target import Target
 
 TEXT = "The quick brown fox jumps over the lazy dog; nobody asked the dog. " * 20
@@ -167,6 +168,22 @@ def test_it_goes_on_where_it_stopped(checkpoint: Path, tmp_path: Path, text: Cal
     run(checkpoint, Target(max_loss=0.02), tmp_path, text)
     whole = json.loads(file.read_text())["divergences"]
     assert [name for name, value in whole.items() if value == 7.0] == list(begun["divergences"])
+
+
+def test_a_planner_chooses_for_itself(checkpoint: Path, tmp_path: Path, text: CalibrationText) -> None:
+    measured = measure_model(checkpoint, cache=tmp_path, text=text, progress=lambda *_: None)
+    assert Measured.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+
+    def seconds(item: Item, option: Option) -> float:
+        """A machine on which int8 is slower than 16 bits."""
+        return option.nbytes * (3.0 if option.format == "int8" else 1.0)
+
+    most = sum(item.options[0].loss for item in measured.items) / 2
+    choice = choose(measured.items, max_loss=most, cost=seconds)
+    policy = measured.policy(choice.formats)
+    assert 0 < choice.loss <= most
+    assert "int8" not in {rule.format for rule in policy.rules}
+    assert policy.model is not None
 
 
 def test_a_text_that_is_too_short(checkpoint: Path, tmp_path: Path) -> None:
