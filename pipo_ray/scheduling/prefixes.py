@@ -51,9 +51,12 @@ class _Node:
     children: list[_Node] = field(default_factory=list)
     last_used: int = 0
 
-    def tokens(self) -> tuple[int, ...]:
-        """Token ids at positions `first` to `computed`."""
-        return self.token_ids if self.sequence is None else self.sequence.tokens(self.first, self.computed)
+    def tokens(self, count: int) -> tuple[int, ...]:
+        """The ids of its own first `count` tokens, or of those that there are."""
+        stop = min(self.computed, self.first + count)
+        if self.sequence is None:
+            return self.token_ids[: stop - self.first]
+        return self.sequence.tokens(self.first, stop)
 
     @property
     def needed(self) -> int:
@@ -247,9 +250,11 @@ class PrefixCache:
             node, matched = candidates.pop()
             if node is other_than:
                 continue
-            own = node.tokens()
-            if stored and node.sequence is not None:
-                own = own[: max(0, node.stored - node.first)]
+            there = node.stored if stored and node.sequence is not None else node.computed
+            head = node.tokens(LEAST_SHARED)
+            if matched == 0 and head != tokens[: len(head)]:  # as most are; the rest need not be looked at
+                continue
+            own = node.tokens(max(0, there - node.first))
             common = _common(tokens[matched:], own) // self._page_tokens * self._page_tokens
             matched += common
             if common and (best is None or (matched, node.last_used) > (most, best.last_used)):

@@ -21,7 +21,10 @@ REPORT = {
     "streamed_bytes_per_sweep": 9 << 29,
     "kv_tokens": 16384,
     "elapsed_s": 12.5,
-    "stages": [{"stage": "NvmeLoader", "busy": 0.75, "waiting": 0.25, "starved": 0.0}],
+    "stages": [
+        {"stage": "NvmeLoader", "busy": 0.75, "waiting": 0.25, "starved": 0.0},
+        {"stage": "Scheduler", "busy": 0.0, "waiting": 1.0, "starved": 0.0, "tokens_reused": 96},
+    ],
 }
 
 

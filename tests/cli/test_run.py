@@ -34,7 +34,7 @@ def test_one_prompt_is_plain_text_on_stdout_and_a_table_on_stderr(fake_llm: type
     assert err.startswith("memory budget 2.0 GiB as asked for\n")
     for wanted in (
         "11 generated, 11 in 1 prompt ", "0.50 s", "2.00", "4.0 GiB in 4 sweeps, 1.0 GiB each",
-        "2.0 GiB, peak 1.5 GiB (75 %)",
+        "96 tokens not computed again", "2.0 GiB, peak 1.5 GiB (75 %)",
         "1.0 GiB, 512.0 MiB of 5.0 GiB resident", "busy 75 %, waiting 25 %, starved 0 %",
     ):  # fmt: skip
         assert wanted in err
@@ -109,7 +109,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "--repetition-penalty", "1.2", "--presence-penalty", "0.3", "--frequency-penalty", "-0.4", "--seed",
         "3", "--stop", "a", "--stop", "b", "--logprobs", "2", "--n", "2", "--ignore-eos", "--ray-address",
         "local", "--dashboard", "--max-model-len", "64", "--max-batch-tokens", "32", "--stop-token-ids", "7,8",
-        "--stop-token-ids", "9", "--no-verify", "--mode", "memory-saver", "--precision", "int8",
+        "--stop-token-ids", "9", "--no-verify", "--no-prefix-cache", "--mode", "memory-saver", "--precision", "int8",
         "--kv-on-disk", "2GiB", "--kv-folder", "/data", "--no-kv-encryption",
     ]  # fmt: skip
     assert main(["run", ".", "-p", "x", "--trace", str(tmp_path / "t.json"), *arguments]) == 0
@@ -117,8 +117,8 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
     assert {k: v for k, v in llm.arguments.items() if k not in ("on_progress", "before_start")} == {
         "weight_memory": 300 * 10**6, "gpu_memory": 3 << 29, "device": "cuda", "dtype": "float16", "dashboard": True,
         "ray_address": "local", "trace": tmp_path / "t.json", "max_model_len": 64, "max_batch_tokens": 32,
-        "verify_checksums": False, "mode": "memory-saver", "precision": "int8", "max_kv_tokens": 2 * (8 + 4 + 7),
-        "kv_on_disk": KVOnDisk(2 << 30, "/data", encrypted=False),
+        "verify_checksums": False, "prefix_cache": False, "mode": "memory-saver", "precision": "int8",
+        "max_kv_tokens": 2 * (8 + 4 + 7), "kv_on_disk": KVOnDisk(2 << 30, "/data", encrypted=False),
     }  # fmt: skip
     wanted: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,

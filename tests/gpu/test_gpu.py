@@ -9,9 +9,9 @@ import torch
 from architectures import ARCHITECTURES, Architecture
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from kv_sweeps import Written, append_random
-from pipeline.page_loader import pages_on_disk
 from transformers import AutoModelForCausalLM
 
+from pipo_ray.model.batch import PrefixPart, SweepEntry
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_pool import KVPool
@@ -73,6 +73,30 @@ def test_a_failed_sweep_is_begun_anew(tmp_path: Path) -> None:
         assert pipeline.greedy(prompts, 6) == undisturbed
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_sequences_begin_on_what_others_have_in_the_pool(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    """A copy, and a cache that is taken and has to grow, for which the copy must move."""
+    _CHOSEN[0].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", dtype)
+    tokens, more = random_prompts(packed.facts.vocab_size, (60, 40))
+    other = tokens[:40] + more
+    with Pipeline(packed, device=torch.device("cuda", 0), kv_pool=200) as pipeline:
+        run = pipeline.runner.run
+
+        def step(name: str, tokens: list[int], start: int, stop: int, *prefix: PrefixPart) -> SweepEntry:
+            return SweepEntry(name, tuple(tokens[start:stop]), start, len(tokens), "all", prefix)
+
+        wanted, wanted_other = run([step("a", tokens, 0, 60), step("x", other, 0, 80)])
+        pipeline.runner.drop(["x"])
+        pipeline.runner.cut([("a", 50)])
+        (copied,) = run([step("b", other, 40, 80, PrefixPart("a", 40, "copy"))])
+        (taken,) = run([step("c", tokens, 50, 60, PrefixPart("a", 50, "take"))])
+    for got, expected, start in ((copied, wanted_other, 40), (taken, wanted, 50)):
+        assert got is not None
+        assert expected is not None
+        assert max(relative_errors(got.cpu(), expected[start:].cpu())) <= tolerance
+
+
 def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
     """Three layers of five pages need 15: of 12 none can stay."""
     _CHOSEN[0].save(tmp_path / "checkpoint")
@@ -85,21 +109,6 @@ def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
         assert pipeline.greedy(prompts, 40) == wanted
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
-
-
-def test_text_with_kv_pages_on_the_drive(tmp_path: Path) -> None:
-    _CHOSEN[0].save(tmp_path / "checkpoint")
-    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
-    prompts = random_prompts(packed.facts.vocab_size, (900, 300))
-    device = torch.device("cuda", 0)
-    with Pipeline(packed, slot_bytes=1 << 20, chunk=200, device=device) as pipeline:
-        wanted = pipeline.greedy(prompts, 40)
-    with (
-        pages_on_disk(packed.facts, tmp_path, 15) as kv_store,
-        Pipeline(packed, slot_bytes=1 << 20, chunk=200, device=device, kv_store=kv_store) as pipeline,
-    ):
-        assert pipeline.greedy(prompts, 40) == wanted
-        assert pipeline.runner._kv_store.loaded_pages > 10
 
 
 def test_kv_pages_are_bit_identical_through_the_tiers() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +16,20 @@ from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts, rela
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipo_ray
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.model.batch import PrefixPart, PrefixUse, SweepEntry
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.runner import OutOfStepError
+from pipo_ray.model.text import encode_prompt, load_tokenizer, render_chat
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.loop import SchedulingLoop
 from pipo_ray.scheduling.prefixes import Sharing
 
 TOLERANCE = 1e-5
+BUNDLED = Path(pipo_ray.__file__).with_name("bundled")
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +195,21 @@ def test_greedy_tokens_never_change(
     assert got == wanted
     assert together.computed < (0.8 if kv_tokens < 600 else 0.5) * alone.computed
     assert "take" in together.uses
+
+
+def test_a_chat_tells_what_was_said_as_it_was() -> None:
+    """Tokens of the bundled model's template: what was sent before, the answer, and what comes behind it."""
+    tokenizer = load_tokenizer(BUNDLED)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a whale?"}]
+
+    def told() -> list[int]:
+        return encode_prompt(tokenizer, render_chat(tokenizer, messages), 1 << 20, None, add_special_tokens=False)
+
+    before = told()
+    answer = "A whale is a large animal that lives in the sea."
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And a shark?"}]
+    generated = encode_prompt(tokenizer, answer, 1 << 20, None, add_special_tokens=False)
+    assert told()[: len(before) + len(generated)] == before + generated
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 1000))
