@@ -69,7 +69,8 @@ class LLM:
     place of what would be chosen from a short measurement of the drive (made once, and kept in the cache). `kv_in_ram`
     keeps in RAM what the GPU has no room for of the KV cache; `kv_on_disk` ("8GiB", "auto") on the drive what RAM has
     none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk` for another folder, or without). `prefix_cache`
-    keeps the KV of what has ended, as long as there is room, for requests that begin with the same tokens.
+    keeps the KV of what has ended, as long as there is room, for requests that begin with the same tokens. `calibrate`
+    rounds int4 weights for the inputs that a text gives them: True for the bundled text, or a text file.
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -102,6 +103,7 @@ class LLM:
         kv_in_ram: bool = False,
         kv_on_disk: Size | KVOnDisk = None,
         prefix_cache: bool = True,
+        calibrate: bool | str | os.PathLike[str] = False,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -125,8 +127,10 @@ class LLM:
         self._gpu_memory = gpu_budget(gpu_memory, chosen)
         check_address(ray_address)  # now, and not after an hour of packing
         on_disk = kv_on_disk_wish(kv_on_disk, cache_folder)
-        target = Target.parse(precision, max_loss, max_size)
-        prepared = prepare_store(model, dtype=dtype, precision=precision, target=target, on_progress=on_progress)
+        prepared = prepare_store(
+            model, dtype=dtype, precision=precision, target=Target.parse(precision, max_loss, max_size),
+            on_progress=on_progress, calibrate=calibrate, memory=budget,
+        )  # fmt: skip
         self._facts = prepared.facts
         plan = partial(
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
@@ -148,11 +152,8 @@ class LLM:
             self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
-        self._max_model_len = min(
-            self._facts.context_length,
-            max_model_len or self._facts.context_length,
-            self._plan.max_length or self._facts.context_length,
-        )
+        context = self._facts.context_length
+        self._max_model_len = min(context, max_model_len or context, self._plan.max_length or context)
         if before_start is not None:
             before_start(self)
         if on_progress is not None:

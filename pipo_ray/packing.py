@@ -115,6 +115,8 @@ def pack_checkpoint(
     progress: Progress | None = None,
     wait: bool = False,
     stripes: Sequence[str] = (),
+    calibration: CalibrationText | None = None,
+    memory: int | None = None,
 ) -> Manifest:
     """Pack the checkpoint folder or GGUF file `source` into a block store at `destination`, with the model's facts in
     its manifest.
@@ -122,11 +124,12 @@ def pack_checkpoint(
     `dtype` is "auto" (the checkpoint's own) or one of PRECISIONS; with low-bit weights, as `quantization` chooses them,
     it must be "auto" or bfloat16. Without `quantization` weights have 16 bits, or what a quantized checkpoint has.
     `progress` gets (phase, done, total): "inspect" with a total of 0, then "pack" in bytes. `wait` for another process
-    that packs to the same place, or raise. `stripes` are further folders, on other drives. Imports torch and
+    that packs to the same place, or raise. `stripes` are further folders, on other drives. With `calibration`, int4
+    weights are rounded with that text (phase "calibrate", in bytes), in at most `memory` bytes. Imports torch and
     transformers into this process; `prepare_store` does it in another.
 
     Raises what cannot be packed before anything is written: CheckpointError, UnsupportedModelError, BudgetError for the
-    disk; see `pack` in `store/pack.py` for the rest.
+    disk, and for `memory`; see `pack` in `store/pack.py` for the rest.
     """
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
@@ -140,7 +143,7 @@ def pack_checkpoint(
         from pipo_ray.quant.assign import assign
         from pipo_ray.quant.foreign.codes import ForeignCodes
         from pipo_ray.quant.source import QuantizedSource
-        from pipo_ray.store.pack import pack
+        from pipo_ray.store.pack import BlockSource, pack
         from pipo_ray.store.source import TensorSource
 
         config = load_config(checkpoint.folder)
@@ -168,10 +171,26 @@ def pack_checkpoint(
         extra = {"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)}
         if codes is not None:
             extra[SOURCE_KEY] = codes.describe(blocks)
-        with QuantizedSource(tensors, codes=codes) as quantized:
+        if policy.is_low_bit:
+            extra[POLICY_KEY] = policy.to_json()
+        with contextlib.ExitStack() as stack:
+            reader: BlockSource = tensors
+            prepare = None
+            if policy.is_low_bit:
+                reader = quantized = stack.enter_context(QuantizedSource(tensors, codes=codes))
+            if calibration is not None:
+                from pipo_ray.quant.calibrated import CalibratedSource, calibrate
+
+                folder = Path(destination).absolute().parent
+                nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+                reader = calibrated = stack.enter_context(CalibratedSource(quantized, blocks, folder))
+                prepare = calibrate(
+                    calibrated, calibration, plain, config, facts, memory=memory, extra=extra,
+                    progress=lambda done, total: report("calibrate", done * nbytes // total, nbytes),
+                )  # fmt: skip
             return pack(
                 blocks,
-                quantized if policy.is_low_bit else tensors,
+                reader,
                 destination,
                 checkpoint=plain,
                 aliases=aliases,
@@ -180,9 +199,11 @@ def pack_checkpoint(
                 precision=tensors.precision,
                 slot_bytes=slot_bytes,
                 progress=lambda done, total: report("pack", done, total),
-                extra=extra | ({POLICY_KEY: policy.to_json()} if policy.is_low_bit else {}),
+                extra=extra,
                 wait=wait,
                 stripes=stripes,
+                content="" if calibration is None else json.dumps(calibration.to_json()),
+                prepare=prepare,
             )
 
 
@@ -368,6 +389,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
     packing.add_argument("--wait", action="store_true")
     packing.add_argument("--stripe", action="append", default=[])
+    packing.add_argument("--calibrate", type=CalibrationText.load)
+    packing.add_argument("--memory", type=int)
     for name in ("choose", "measure"):
         choosing = jobs.add_parser(name)
         choosing.add_argument("source")
@@ -390,6 +413,8 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             progress=channel.progress,
             wait=options.wait,
             stripes=options.stripe,
+            calibration=options.calibrate,
+            memory=options.memory,
         )
         return {"total_bytes": manifest.total_bytes}
     if options.job in ("choose", "measure"):

@@ -35,6 +35,13 @@ from pipo_ray.packing import (
     packed_dtype,
 )
 from pipo_ray.packing_process import run_job
+from pipo_ray.quant.calibration_text import (
+    METHOD,
+    CalibrationText,
+    calibration_text,
+    can_calibrate,
+    stored_calibration,
+)
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.summary import describe_precision
@@ -76,13 +83,16 @@ def prepare_store(
     target: Target | None = None,
     on_progress: Progress | None = None,
     cache: str | os.PathLike[str] | None = None,
+    calibrate: bool | str | os.PathLike[str] = False,
+    memory: int | None = None,
 ) -> PreparedStore:
     """The block store of `model`: a checkpoint folder, a block store, or a hub id such as "org/name".
 
     `dtype` is one of DTYPES, `precision` what `Precision.parse` takes, or None for what the store or a
     quantized checkpoint has, else 16 bits. With a `target` it is chosen (`choose_precision`).
     `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
-    "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`.
+    "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`. With `calibrate`, int4 weights are
+    rounded with the bundled text, or a text file, in at most `memory` bytes (phase "calibrate").
 
     Raises InputError and its children, all with one line; what the child process found wrong comes as the class that it
     raised there.
@@ -90,9 +100,13 @@ def prepare_store(
     check_dtype(dtype)
     root = Path(cache) if cache is not None else cache_folder()
     if target is not None:
+        text = calibration_text(calibrate, None)
         folder = find_model(model, on_progress)
         chosen = choose_precision(folder, target, cache=root, dtype=dtype, on_progress=on_progress)
-        return replace(_prepare_checkpoint(folder, dtype, chosen.policy, root, on_progress), chosen=chosen)
+        if not can_calibrate(chosen.policy):
+            text = None
+        prepared = _prepare_checkpoint(folder, dtype, chosen.policy, root, on_progress, text, memory)
+        return replace(prepared, chosen=chosen)
     policy = None if precision is None else Precision.parse(precision)
     folder = find_model(model, on_progress)
     refuse_stripe(folder)
@@ -108,10 +122,17 @@ def prepare_store(
                 f"--precision {precision}: the block store {folder} holds {stored.label}; leave --precision out, or "
                 f"pack the checkpoint again with `pipo pack --precision {precision}`"
             )
+        text = calibration_text(calibrate, None)
+        if text is not None and stored_calibration(manifest.extra) != text.to_json():
+            raise InputError(
+                f"--calibrate: the block store {folder} was not calibrated on {text.file}; leave --calibrate out, or "
+                "pack the checkpoint again with `pipo pack --calibrate`"
+            )
         if not (folder / "config.json").is_file():
             raise StoreError(f"block store {folder} has no config.json; pack the checkpoint again")
         return PreparedStore(folder, manifest, _facts(folder, manifest, root, on_progress), packed_now=False)
-    return _prepare_checkpoint(folder, dtype, policy, root, on_progress)
+    text = calibration_text(calibrate, policy or Precision())
+    return _prepare_checkpoint(folder, dtype, policy, root, on_progress, text, memory)
 
 
 def pack_store(
@@ -122,15 +143,18 @@ def pack_store(
     precision: str | Precision | None = None,
     on_progress: Progress | None = None,
     stripes: Sequence[str | os.PathLike[str]] = (),
+    calibrate: bool | str | os.PathLike[str] = False,
+    memory: int | None = None,
 ) -> Manifest:
     """Pack `source`, a checkpoint folder or a hub id, to `destination`, in a child process. `precision` as for
-    `prepare_store`, or a policy. `stripes` are further folders, on other drives, that share the weights with
-    `destination`.
+    `prepare_store`, or a policy; `calibrate` and `memory`, too. `stripes` are further folders, on other drives, that
+    share the weights with `destination`.
 
     Raises as `prepare_store` does.
     """
     check_dtype(dtype)
     asked = Precision.parse(precision) if isinstance(precision, str) else precision
+    text = calibration_text(calibrate, asked or Precision())
     folder = find_model(source, on_progress)
     refuse_stripe(folder)
     # What is wrong with it is known at once, and torch takes seconds to import.
@@ -141,7 +165,8 @@ def pack_store(
         dtype = packed_dtype(dtype, policy, checkpoint.config)
     require_free_place(Path(destination).absolute())
     others = [f"--stripe={stripe}" for stripe in stripe_folders(Path(destination).absolute(), stripes)]
-    run_job([*_pack_job(folder, Path(destination).absolute(), dtype, policy), *others], on_progress)
+    job = _pack_job(folder, Path(destination).absolute(), dtype, policy, text, memory)
+    run_job([*job, *others], on_progress)
     return Manifest.load(destination)
 
 
@@ -196,40 +221,57 @@ def _is_hub_id(text: str) -> bool:
 # --- a checkpoint, packed once ---------------------------------------------------------------------------------------
 
 
-def _pack_job(folder: Path, destination: Path, dtype: str, policy: Precision) -> list[str]:
-    return ["pack", str(folder), str(destination), "--dtype", dtype, "--precision", json.dumps(policy.to_json())]
+def _pack_job(
+    folder: Path, destination: Path, dtype: str, policy: Precision, text: CalibrationText | None, memory: int | None
+) -> list[str]:
+    job = ["pack", str(folder), str(destination), "--dtype", dtype, "--precision", json.dumps(policy.to_json())]
+    if text is not None:
+        job += [f"--calibrate={text.file.absolute()}"] + ([] if memory is None else ["--memory", str(memory)])
+    return job
 
 
 def _prepare_checkpoint(
-    folder: Path, dtype: str, asked: Precision | None, root: Path, on_progress: Progress | None
+    folder: Path,
+    dtype: str,
+    asked: Precision | None,
+    root: Path,
+    on_progress: Progress | None,
+    text: CalibrationText | None,
+    memory: int | None,
 ) -> PreparedStore:
     with open_checkpoint(folder) as checkpoint:
         require_supported(checkpoint.config, folder / "config.json")
         policy = chosen_precision(asked, checkpoint.config, folder)
         policy.require_model(checkpoint)
         dtype = packed_dtype(dtype, policy, checkpoint.config)
-        store = root / "stores" / _store_name(checkpoint, dtype, policy)
+        store = root / "stores" / _store_name(checkpoint, dtype, policy, text)
         if (manifest := _cached(store)) is not None:
             _refresh_side_files(checkpoint, store)
             with contextlib.suppress(StoreError):  # packed for another transformers: packed again below
                 return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=False)
         _remove(store)
     try:
-        run_job([*_pack_job(folder, store, dtype, policy), "--wait"], on_progress)
+        run_job([*_pack_job(folder, store, dtype, policy, text, memory), "--wait"], on_progress)
     except BudgetError as error:
+        if "disk" not in str(error):  # it is the memory for calibration
+            raise
         raise BudgetError(f"{error} (packed models go to {root}; PIPO_CACHE sets another folder)") from error
     manifest = Manifest.load(store)
     return PreparedStore(store, manifest, _facts(store, manifest, root, on_progress), packed_now=True)
 
 
-def _store_name(checkpoint: Checkpoint, dtype: str, policy: Precision) -> str:
+def _store_name(checkpoint: Checkpoint, dtype: str, policy: Precision, text: CalibrationText | None) -> str:
     import xxhash
 
     parts = [checkpoint.fingerprint(), dtype, PLAIN_VERSION]
     if policy.is_low_bit:
         parts += [replace(policy, model=None).to_json(), machine_layout()]
+    if text is not None:
+        parts.append(text.to_json())
     key = xxhash.xxh3_128(json.dumps(parts).encode()).hexdigest()
     what = policy.label if policy.is_low_bit else dtype
+    if text is not None:
+        what += f"-{METHOD}"
     name = checkpoint.folder.name
     for parent in checkpoint.folder.parents:
         if parent.name.startswith("models--"):  # a snapshot in the hub's cache is named by its commit

@@ -8,9 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pipo_ray.cli.options import DTYPES, add_precision_option, find_folder, writable
+from pipo_ray.cli.options import DTYPES, add_calibrate_option, add_precision_option, find_folder, writable
 from pipo_ray.cli.terminal import progress_bar, say
 from pipo_ray.errors import InputError
+from pipo_ray.quant.calibration_text import can_calibrate
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 from pipo_ray.session.memory import format_size
@@ -31,6 +32,9 @@ def add_command(commands: Any) -> None:
         "--dtype", choices=DTYPES, default="auto", help="precision to store; default: the checkpoint's own"
     )
     add_precision_option(parser, "default: what a quantized checkpoint has, else 16bit")
+    add_calibrate_option(parser)
+    parser.add_argument("--memory", metavar="SIZE", help="with --calibrate: what it may take from RAM; default: "
+                        "available RAM minus the larger of 2 GiB and 25 %%")  # fmt: skip
     parser.add_argument("--measure-on", metavar="FILE", help="for --precision auto: a text like those that the model "
                         "will see; default: text that comes with pipo_ray")  # fmt: skip
     parser.add_argument("--save-policy", metavar="FILE", help="write which tensor has how many bits, to read, to edit "
@@ -46,15 +50,20 @@ def add_command(commands: Any) -> None:
 def pack(options: argparse.Namespace) -> int:
     """Do it. Returns the exit status."""
     from pipo_ray.auto_precision import choose_precision
+    from pipo_ray.budgets import memory_budget
     from pipo_ray.prepare import cache_folder, pack_store
     from pipo_ray.quant.summary import describe_precision
     from pipo_ray.store.manifest import require_free_place
 
+    if options.memory is not None and options.calibrate is False:
+        raise InputError("--memory is for --calibrate: packing alone needs no budget; leave it out")
+    memory = None if options.calibrate is False else memory_budget(options.memory)[0]
     target = Target.parse(options.precision, options.max_loss, options.max_size)
     if options.measure_on is not None and target is None:
         raise InputError("--measure-on is the text for --precision auto; give that, too, or leave --measure-on out")
     policy_file = None if options.save_policy is None else writable(Path(options.save_policy), "--save-policy")
     precision: str | Precision | None = options.precision
+    calibrate: bool | str = options.calibrate
     if target is not None:
         require_free_place(Path(options.destination).absolute())
         folder = find_folder(options.source)
@@ -64,6 +73,9 @@ def pack(options: argparse.Namespace) -> int:
             )
         say(str(chosen))
         precision = chosen.policy
+        if calibrate is not False and not can_calibrate(precision):
+            say("no weight became int4: there is nothing to calibrate")
+            calibrate = False
     with progress_bar() as progress:
         manifest = pack_store(
             options.source,
@@ -72,6 +84,8 @@ def pack(options: argparse.Namespace) -> int:
             precision=precision,
             on_progress=progress,
             stripes=options.stripe,
+            calibrate=calibrate,
+            memory=memory,
         )
     say(
         f"{options.destination}: {manifest.architecture or manifest.model_type} in {manifest.precision}, "

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipo_ray.cli.options import add_model_options, engine_arguments, find_folder, open_llm
 from pipo_ray.cli.terminal import Output, counting_bar, say
 from pipo_ray.errors import InputError
+from pipo_ray.quant.calibration_text import CalibrationText, can_calibrate
+from pipo_ray.quant.policy import Precision
 from pipo_ray.quant.target import AUTO, Target
 from pipo_ray.session.memory import format_size
 
@@ -54,11 +56,12 @@ def add_command(commands: Any) -> None:
         "quality",
         help="measure what fewer bits cost in accuracy",
         description="Run a text through MODEL as it is and at fewer bits, within the memory budget, and compare: "
-        "perplexity, Kullback-Leibler divergence and agreement of the most probable token.",
+        "perplexity, Kullback-Leibler divergence and agreement of the most probable token. With --calibrate, int4 is "
+        "measured both ways: rounded to nearest, and calibrated.",
         allow_abbrev=False,
     )
     add_model_options(parser)
-    parser.set_defaults(precision=_DEFAULT)
+    parser.set_defaults(precision=_DEFAULT)  # and --calibrate adds a row for each that has int4 weights
     parser.add_argument("--text", metavar="FILE", type=Path, default=_TEXT, help="default: the bundled model's")
     parser.add_argument("--tokens", metavar="N", type=int, default=8192, help="of the text; default: %(default)s")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="size against loss (.png or .svg)")
@@ -78,6 +81,8 @@ def quality(options: argparse.Namespace) -> int:
     text = _read(options.text)
     auto = {name: value for name in ("max_loss", "max_size") if (value := getattr(options, name)) is not None}
     Target.parse(AUTO if AUTO in precisions else None, options.max_loss, options.max_size)
+    variants = _variants(precisions, auto, options.calibrate)
+    options.calibrate = False
     options.precision = options.max_loss = options.max_size = None
     arguments = engine_arguments(options)
     folder = find_folder(options.model)
@@ -85,7 +90,7 @@ def quality(options: argparse.Namespace) -> int:
         raise InputError(f"{options.model} is not a checkpoint: quality needs the weights as they were")
     output = Output()
     with output.reserved(), contextlib.ExitStack() as stack:
-        rows = _measure(stack, str(folder), arguments, text, precisions, auto, options.tokens)
+        rows = _measure(stack, str(folder), arguments, text, variants, options.tokens)
     if options.json:
         output.write(json.dumps([row.figures(rows[0]) for row in rows], indent=1) + "\n")
     else:
@@ -95,13 +100,28 @@ def quality(options: argparse.Namespace) -> int:
     return 0
 
 
+def _variants(precisions: list[str], auto: dict[str, str], calibrate: bool | str) -> dict[str, dict[str, Any]]:
+    """What is compared with the original, by the name of its row: the engine's arguments."""
+    variants: dict[str, dict[str, Any]] = {}
+    for precision in precisions:
+        variants[precision] = {"precision": precision, **(auto if precision == AUTO else {})}
+        if precision == AUTO:
+            continue
+        if calibrate is not False and can_calibrate(Precision.parse(precision)):
+            variants[f"{precision} calibrated"] = {"precision": precision, "calibrate": calibrate}
+    if calibrate is not False:
+        CalibrationText.load(None if calibrate is True else calibrate)  # what is wrong with it is known at once
+        if len(variants) == len(precisions):
+            raise InputError("--calibrate: no precision that is compared has int4 weights, which alone gain by it")
+    return variants
+
+
 def _measure(
     stack: contextlib.ExitStack,
     model: str,
     arguments: dict[str, Any],
     text: str,
-    precisions: list[str],
-    auto: dict[str, str],
+    variants: dict[str, dict[str, Any]],
     most_tokens: int,
 ) -> list[Row]:
     from pipo_ray.prepare import cache_folder
@@ -118,10 +138,9 @@ def _measure(
             kept.write(number, logits)
             first.add(windows[number], logits, logits)
         rows = [Row(ORIGINAL, llm.report()["model_bytes"], first)]
-    for precision in precisions:
-        target = auto if precision == AUTO else {}
-        with open_llm(model, {**arguments, "precision": precision, **target}) as llm:
-            rows.append(_compare(llm, windows, kept, precision))
+    for label, variant in variants.items():
+        with open_llm(model, {**arguments, **variant}) as llm:
+            rows.append(_compare(llm, windows, kept, label))
     return rows
 
 

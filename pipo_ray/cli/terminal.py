@@ -24,6 +24,7 @@ _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if ch
 _DOING = {
     "download": "downloading", "inspect": "looking at the model", "pack": "packing", "verify": "verifying",
     "sensitivity": "measuring which weights need their bits, once",
+    "calibrate": "calibrating on a text",
     "measure": "measuring the drive, once, a few seconds",
 }  # fmt: skip
 _STARTING = "starting Ray and the four actors, about ten seconds"

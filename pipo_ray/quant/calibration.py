@@ -44,6 +44,8 @@ BlockProgress = Callable[[int, int], None]
 PROCESS_BYTES = 700 * MIB
 """Python, torch and transformers, the module graph, and what products and attention take on the way."""
 
+_POLL_S = 0.1
+
 
 class CalibrationModel:
     """The model of `checkpoint` in float32, whose `facts` were found by `find_facts`. A context manager.
@@ -197,13 +199,17 @@ class _Handover:
     def give(self, item: Any, gone: Callable[[], bool]) -> None:
         while not gone():
             try:
-                return self._queue.put(item, timeout=0.1)
+                return self._queue.put(item, timeout=_POLL_S)
             except queue.Full:
                 continue
         raise FinishedError
 
     def take(self) -> Any:
-        return self._queue.get()
+        while True:  # a thread that waits for ever does not see that it is asked to end
+            try:
+                return self._queue.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
 
 
 def _results(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipo_ray.errors import InputError
+from pipo_ray.quant.policy import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+METHOD = "gptq"
+CALIBRATION_KEY = "calibration"
+"""In the manifest's `extra`: method, checksum and tokens of the text, and how many matrices were rounded with it."""
 
 BUNDLED_TEXT = Path(__file__).parents[1] / "bundled" / "calibration.txt"
 """Prose of eight sources on which the bundled model was trained; nothing of its held-out text is in it."""
@@ -53,6 +58,10 @@ class CalibrationText:
             raise InputError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it") from error
         return cls(path, text, xxhash.xxh3_128(raw).hexdigest())
 
+    def to_json(self) -> dict[str, Any]:
+        """What tells a store that was calibrated on this text from others."""
+        return {"method": METHOD, "text": self.checksum, "most_tokens": CALIBRATION_TOKENS}
+
     def windows(
         self, tokenizer: PreTrainedTokenizerBase | None, context_length: int, most_tokens: int = CALIBRATION_TOKENS
     ) -> list[list[int]]:
@@ -79,3 +88,30 @@ class CalibrationText:
         count = -(-len(chosen) // step)
         length = -(-len(chosen) // count)
         return [[*prefix, *chosen[at : at + length]] for at in range(0, len(chosen), length)]
+
+
+def calibration_text(calibrate: bool | str | os.PathLike[str], policy: Precision | None) -> CalibrationText | None:
+    """What `calibrate` asks for: False for none, True for the bundled text, or a text file.
+
+    Raises InputError: as `CalibrationText.load` does, and if `policy` has no int4 weights, which alone gain by it.
+    """
+    if calibrate is False:
+        return None
+    if policy is not None and not can_calibrate(policy):
+        raise InputError(
+            f"--calibrate with --precision {policy.label}: a text helps int4 weights only; leave --calibrate out, or "
+            "give for instance --precision int4-g32"
+        )
+    return CalibrationText.load(None if calibrate is True else calibrate)
+
+
+def can_calibrate(policy: Precision) -> bool:
+    """Whether it asks for int4 weights."""
+    return any(rule.format.startswith("int4") for rule in policy.rules)
+
+
+def stored_calibration(extra: dict[str, Any]) -> dict[str, Any]:
+    """Of a manifest's `extra`: what `CalibrationText.to_json` gave; empty for a store that was not calibrated."""
+    found = extra.get(CALIBRATION_KEY)
+    names = ("method", "text", "most_tokens")
+    return {name: found.get(name) for name in names} if isinstance(found, dict) else {}

@@ -95,11 +95,12 @@ class QuantizedSource:
 
     def _rounded(self, spec: TensorSpec, start: int, stop: int, panels: Panels) -> Rounded:
         rounded = round_to_nearest(self._source.read(spec, start, stop), panels.low_bit)
-        if not bool(rounded.scales.isfinite().all()):
-            raise CheckpointError(
-                f"tensor {spec.name!r} holds an infinite value and cannot be {panels.format}; use --precision 16bit"
-            )
+        require_finite(rounded.scales, spec.name, panels.format)
         return rounded
+
+    def has_codes(self, spec: TensorSpec) -> bool:
+        """Whether the checkpoint has the weight in this format already."""
+        return self._codes is not None and self._codes.read(spec, 0, 1) is not None
 
     def __enter__(self) -> QuantizedSource:
         return self
@@ -113,3 +114,9 @@ class QuantizedSource:
 def _write(job: Callable[[], Rounded], views: PanelViews, panels: Panels, start: int) -> None:
     with torch.inference_mode():
         write_rows(views, panels, start, job())
+
+
+def require_finite(values: torch.Tensor, name: str, format: str) -> None:
+    """Raise CheckpointError for a tensor that has an infinite value, by its extremes or scales."""
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"tensor {name!r} holds an infinite value and cannot be {format}; use --precision 16bit")

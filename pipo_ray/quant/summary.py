@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from pipo_ray.quant.calibration_text import CALIBRATION_KEY
 from pipo_ray.quant.foreign.detect import SOURCE_KEY
 from pipo_ray.store.dtypes import num_bytes
 from pipo_ray.store.manifest import Manifest
@@ -35,6 +36,13 @@ def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: 
         f"{len(kept)} tensors at 16 bits or more ({matrices} of them matrices{experts}); "
         f"{all_bits / all_weights:.2f} bits per weight in all",
     ]
+    if calibrated := manifest.extra.get(CALIBRATION_KEY):
+        nearest = calibrated["nearest"]
+        rest = f"; {nearest} that too few of them reach are rounded to nearest" if nearest else ""
+        lines.append(
+            f"calibrated: {calibrated['matrices']} int4 matrices rounded with {calibrated['tokens']} tokens of "
+            f"{calibrated['file']}{rest}"
+        )
     layouts = {panels.layout for panels in packed if panels.low_bit.bits == 4}
     others = sorted(layouts - {layout})
     if layout is not None and others:

@@ -83,6 +83,8 @@ def pack(
     file_bytes: int = FILE_BYTES,
     stripes: Sequence[str | os.PathLike[str]] = (),
     part_bytes: int = PART_BYTES,
+    content: str = "",
+    prepare: Callable[[], str] | None = None,
 ) -> Manifest:
     """Pack `blocks`, read from `source`, into a block store at `destination`, and return its manifest.
 
@@ -91,6 +93,9 @@ def pack(
     `destination` is the store of the same checkpoint and the same blocks already, nothing is done. If another
     process packs to `destination`, `wait` for it or raise. With `stripes`, folders on other drives, what streams is
     cut into parts of at most `part_bytes` and spread evenly over `destination` and them (see `store/striping.py`).
+    `content` tells stores apart that differ in nothing else. `prepare` is called when `destination` is held and has no
+    such store, before `source` is read: what an earlier run finished stays only if it gives the same answer as then;
+    it may add to `extra`.
 
     Raises BudgetError if the disk is too small (before anything is written) or fills up (what is finished is kept);
     StoreError if `destination` or a stripe is something else; CheckpointError from `source`, and then nothing is left
@@ -100,7 +105,7 @@ def pack(
     others = stripe_folders(destination, stripes)
     parts = split_blocks(blocks, part_bytes) if others else tuple(blocks)
     files = plan_stripes(parts, 1 + len(others), file_bytes) if others else plan_files(blocks, file_bytes)
-    fingerprint = plan_fingerprint(files, checkpoint, aliases, precision, others)
+    fingerprint = plan_fingerprint(files, checkpoint, aliases, precision, others, content)
     json.dumps(extra)  # what cannot be written shall fail now, not after hours
     partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
     total_bytes = sum(file.size for file in files)
@@ -119,7 +124,7 @@ def pack(
             blocks=stored,
             total_bytes=sum(block.nbytes for block in stored),
             fingerprint=fingerprint,
-            extra=dict(extra or {}),
+            extra=dict(extra or {}),  # as `prepare` left it
             stripes=tuple(str(folder) for folder in others),
         )
 
@@ -141,7 +146,8 @@ def pack(
             parts_source = PartSource(source, blocks) if others else source
             packer = _Packer((partial, *others), files, parts_source, slot_bytes, progress)
             try:
-                manifest = finish(packer.run(fingerprint, checkpoint))
+                prepared = "" if prepare is None else prepare()
+                manifest = finish(packer.run(fingerprint + prepared, checkpoint))
                 manifest.save(partial)
             except CheckpointError as error:
                 # A checkpoint that must change first makes the finished part worthless; an unreadable disk does not.
@@ -168,8 +174,9 @@ def plan_fingerprint(
     aliases: dict[str, str],
     precision: str,
     stripes: Sequence[Path] = (),
+    content: str = "",
 ) -> str:
-    """Identifies a store: the checkpoint's files, and every block's place and form (hex)."""
+    """Identifies a store: the checkpoint's files, every block's place and form, and `content` (hex)."""
     digest = xxhash.xxh3_128(
         json.dumps([PLAIN_VERSION, checkpoint.fingerprint(), precision, sorted(aliases.items())]).encode()
     )
@@ -177,6 +184,7 @@ def plan_fingerprint(
         digest.update(repr(file).encode())
     for folder in stripes:
         digest.update(os.fsencode(folder) + bytes(1))
+    digest.update(content.encode())
     return digest.hexdigest()
 
 

@@ -20,6 +20,8 @@ from pipo_ray.cli.main import main
         (["--picture", "nowhere/p.png"], "--picture nowhere/p.png: there is no folder"),
         (["--precision", "int8,auto"], "--precision auto wants one target"),
         (["--max-loss", "1%"], "--max-loss is a target of --precision auto"),
+        (["--calibrate", "/nowhere.txt", "--tokens", "9"], "calibration text /nowhere.txt cannot be read"),
+        (["--precision", "int8", "--calibrate"], "--calibrate: no precision that is compared has int4 weights"),
         (["--gpu-memory", "1G", "--device", "cpu"], "--gpu-memory means nothing with --device cpu"),
     ],
 )
