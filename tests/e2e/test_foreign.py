@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import pipo_ray.bundled
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.cli.main import main
+from pipo_ray.prepare import prepare_store
 
 PROMPT = "It was a fine morning, and"
 BUNDLED = Path(pipo_ray.bundled.__file__).parent
@@ -37,6 +38,7 @@ def test_a_gguf_file_to_text(tmp_path: Path) -> None:
     kinds = {"token_embd.weight": Kind.Q8_0, "output.weight": Kind.Q8_0}
     file = write_gguf(BUNDLED, tmp_path / "model.gguf", lambda name: kinds.get(name, Kind.Q4_0), tokenizer=True)
     tokens = run(file, "GGUF Q4_0, Q8_0: 56 matrices repacked as they are, 2 dequantized", theirs(file))
+    assert not prepare_store(file).packed_now, "it is in the cache"
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     assert tokenizer.decode(tokens, skip_special_tokens=True).startswith(PROMPT)
     assert tokens[: len(tokenizer(PROMPT).input_ids)] == tokenizer(PROMPT).input_ids

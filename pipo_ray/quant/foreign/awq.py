@@ -17,7 +17,6 @@ from functools import partial
 import torch
 
 from pipo_ray.errors import CheckpointError
-from pipo_ray.quant.foreign.bits import unpack_rows
 from pipo_ray.quant.foreign.detect import SourceFormat, whole_number
 from pipo_ray.quant.foreign.reading import FLOATS, TensorFiles
 from pipo_ray.quant.foreign.weight import (
@@ -34,8 +33,6 @@ PARTS = (".qweight", ".qzeros", ".scales")
 """How the names end of the tensors that a weight is made of."""
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row, of a word's eight, that is in each of its nibbles."""
-
-_PLACES = tuple(NIBBLES.index(row) for row in range(8))
 
 
 def find_weights(files: TensorFiles, source: SourceFormat) -> dict[str, ForeignWeight]:
@@ -77,11 +74,11 @@ class _AwqWeight(ForeignWeight):
 
     def _decode(self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, cut: slice) -> Codes:
         symmetric = self.low_bit is not None and self.low_bit.symmetric
-        points = None if symmetric else _unpack(zeros)[:, cut].T.float()
-        return Codes(_unpack(codes)[:, cut].T.contiguous(), scales.T.float(), points)
+        points = None if symmetric else _unpack(zeros)[cut].float()
+        return Codes(_unpack(codes)[cut], scales.T.float(), points)
 
     def zero_points(self) -> torch.Tensor:
-        """All of them, uint8 [groups, rows]."""
+        """All of them, uint8 [rows, groups]."""
         return _unpack(self.files.whole(f"{self.module}.qzeros"))
 
     def survey(self) -> Survey:
@@ -89,10 +86,13 @@ class _AwqWeight(ForeignWeight):
         self.check_scales(scales, f"{self.module}.scales")
         if self.low_bit is None:
             return Survey(0, 0)
-        return count_exact(scales, None if self.low_bit.symmetric else self.zero_points().float())
+        return count_exact(scales, None if self.low_bit.symmetric else self.zero_points().T.float())
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, 8 m] of int32 [n, m], rows of the weight in their own order."""
-    nibbles = unpack_rows(words, 4, 8 * words.shape[1]).view(len(words), -1, 8)
-    return nibbles[:, :, list(_PLACES)].view(len(words), -1)
+    """uint8 [8 m, n] of int32 [n, m]: the rows of the weight, in their own order."""
+    turned = words.T.contiguous()
+    rows = torch.empty(len(turned), 8, len(words), dtype=torch.uint8)
+    for place, row in enumerate(NIBBLES):
+        rows[:, row] = turned >> 4 * place & 15
+    return rows.view(-1, len(words))

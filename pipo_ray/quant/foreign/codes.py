@@ -11,7 +11,7 @@ import torch
 
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.quant.foreign.checkpoint import ForeignCheckpoint
-from pipo_ray.quant.foreign.weight import EncodedRows, ForeignWeight
+from pipo_ray.quant.foreign.weight import ForeignWeight
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.rounding import Rounded
 from pipo_ray.store.source import RowSources, TensorSource
@@ -48,15 +48,20 @@ class ForeignCodes:
         return LowBitFormat(own[0].bits, min(one.group for one in own), all(one.symmetric for one in own))
 
     def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> Callable[[], Rounded] | None:
-        """Read rows of the weight, not of its panels; the function that is returned decodes them. None if the format
-        asked for in `spec.panels` does not hold the codes.
+        """The function that reads and decodes rows of the weight, not of its panels, for the thread that wants them.
+        None if the format asked for in `spec.panels` does not hold the codes.
         """
         found = self._sources(spec.name, spec.expert)
         if found is None or not self._keeps(spec):
             return None
         assert spec.panels is not None
-        parts = [self._weights[key].rows(start, stop) for key, start, stop in found.runs(row_start, row_stop)]
-        return partial(_decode, parts, spec.panels.low_bit)
+        return partial(self._read, found.runs(row_start, row_stop), spec.panels.low_bit)
+
+    def _read(self, runs: Sequence[tuple[str, int, int]], low_bit: LowBitFormat) -> Rounded:
+        rounded = [self._weights[key].rows(start, stop).rounded(low_bit) for key, start, stop in runs]
+        if len(rounded) == 1:
+            return rounded[0]
+        return Rounded(*(torch.cat(tensors) for tensors in zip(*rounded, strict=True)))
 
     def describe(self, blocks: Sequence[BlockSpec]) -> dict[str, Any]:
         """What becomes of the checkpoint's quantized weights in `blocks`, as `describe_source` takes it."""
@@ -91,10 +96,3 @@ class ForeignCodes:
         if found is None or any(key not in self._weights for key in found.keys):
             return None
         return found
-
-
-def _decode(parts: list[EncodedRows], low_bit: LowBitFormat) -> Rounded:
-    rounded = [part.rounded(low_bit) for part in parts]
-    if len(rounded) == 1:
-        return rounded[0]
-    return Rounded(*(torch.cat(tensors) for tensors in zip(*rounded, strict=True)))

@@ -144,6 +144,8 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> SourceFormat:
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise UnsupportedModelError(f"compressed-tensors with sparsity {sparsity['format']!r} cannot be read")
+    if settings.get("transform_config"):
+        raise UnsupportedModelError("compressed-tensors with transforms of the activations cannot be read")
     labels = []
     has_codes = False
     for scheme in groups.values():

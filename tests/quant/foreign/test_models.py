@@ -184,6 +184,10 @@ def test_float16_with_codes_is_refused(tmp_path: Path, tiny_checkpoint: Callable
         (AWQ | {"version": "gemv"}, "stored for 'gemv'"),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
         (
+            {"quant_method": "compressed-tensors", "config_groups": {"0": {}}, "transform_config": {"R1": {}}},
+            "with transforms of the activations",
+        ),
+        (
             {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
