@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,16 @@ from safetensors.torch import save_file
 
 import pipo_ray.quant.foreign.reading as reading
 from pipo_ray.errors import CheckpointError
+from pipo_ray.model.blocks import TensorSpec
 from pipo_ray.quant.foreign.bits import unpack_rows
 from pipo_ray.quant.foreign.checkpoint import ForeignCheckpoint, open_foreign
+from pipo_ray.quant.foreign.codes import ForeignCodes
 from pipo_ray.quant.foreign.weight import Survey, bf16_of
 from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import divide
 from pipo_ray.quant.rounding import Rounded, values_of
 from pipo_ray.store.checkpoint import Checkpoint
+from pipo_ray.store.source import RowSources
 
 ROWS, COLUMNS = 96, 256
 
@@ -134,6 +139,42 @@ def test_scales_that_bf16_holds_are_kept_exactly(tmp_path: Path) -> None:
     # Finer groups hold the same codes; others do not.
     assert up.fits(LowBitFormat.parse("int4-g32"))
     assert not any(up.fits(LowBitFormat.parse(name)) for name in ("int4-g64", "int8"))
+
+
+def test_finer_groups_hold_the_same_codes(tmp_path: Path) -> None:
+    found = opened(tmp_path, GPTQ | {"group_size": 128}, gptq_parts(quantize(weight(), 4, 128, symmetric=False), 4))
+    up, fine = found.weights["up.weight"], LowBitFormat.parse("int4-g32")
+    assert up.low_bit is not None
+    assert up.fits(fine)
+    coarse = values_of(up.rows(0, ROWS).rounded(up.low_bit), up.low_bit)
+    assert torch.equal(values_of(up.rows(0, ROWS).rounded(fine), fine), coarse)
+
+
+def test_a_tensor_of_several_gets_the_finest_groups(tmp_path: Path) -> None:
+    """Gate and up of an expert may have been quantized differently."""
+    for number, (group, symmetric) in enumerate([(128, True), (32, False)]):
+        made = quantize(weight(), 4, group, symmetric=symmetric)
+        found = opened(tmp_path / str(number), GPTQ | {"group_size": group}, gptq_parts(made, 4))
+        if number == 0:
+            first = found
+    checkpoint: Any = SimpleNamespace(
+        weights={"gate": first.weights["up.weight"], "up": found.weights["up.weight"]},
+    )
+    places = torch.stack((torch.arange(2 * ROWS) // ROWS, torch.arange(2 * ROWS) % ROWS))
+    tensors: Any = SimpleNamespace(
+        checkpoint_keys=lambda name: ("gate", "up"),
+        row_sources=lambda name, expert: RowSources(("gate", "up"), places),
+    )
+    codes = ForeignCodes(tensors, checkpoint)
+    low_bit = codes.low_bit(TensorSpec("gate_up", (2 * ROWS, COLUMNS), "BF16"))
+    assert low_bit == LowBitFormat.parse("int4-g32")
+    panels = divide(2 * ROWS, COLUMNS, low_bit, "avx512")
+    read = codes.read(TensorSpec("gate_up", panels.shape, "U8", None, "rows", panels), ROWS - 32, ROWS + 32)
+    assert read is not None
+    want = torch.cat(
+        (first.weights["up.weight"].rows(64, 96).values(), found.weights["up.weight"].rows(0, 32).values())
+    )
+    assert float((values_of(read(), low_bit) - want).abs().max()) <= 2**-7 * float(want.abs().max())
 
 
 def test_panels_are_as_near_as_bf16() -> None:
