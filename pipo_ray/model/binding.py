@@ -25,10 +25,30 @@ TableReader = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass
 class _Held:
-    """An acquired piece: its memory, and how many uses (times lanes) are still to come."""
+    """An acquired piece: its memory, where that begins, and how many uses (times lanes) are still to come."""
 
     memory: torch.Tensor
+    storage: int
     remaining: int
+
+
+@dataclass
+class _Place:
+    """Where a parameter of a piece is put: one of a module's dictionaries, and what stands there in between."""
+
+    holder: dict[str, Any]
+    leaf: str
+    tensor: PieceTensor
+    unbound: torch.Tensor
+
+
+@dataclass
+class _Bindings:
+    """What was put into the places of a piece when it was last bound, for `memory`."""
+
+    memory: torch.Tensor
+    storage: int
+    values: list[torch.Tensor]
 
 
 @dataclass
@@ -54,6 +74,9 @@ class Binder:
     `model` is a graph with parameters on meta (`build_graph`); `trace` and `plan` belong to it. Between `begin` and
     `end` one forward pass runs, or several in `Lanes`. With `products`, those make the products with 16-bit weights;
     `low_bit` those with low-bit weights, if there are any.
+
+    Where nothing streams, everything stays bound after the first sweep, and the hooks are taken off: memory that is
+    never given back need not be watched, and a hook on every module costs a fifth of what surrounds small products.
     """
 
     def __init__(
@@ -73,13 +96,14 @@ class Binder:
         self._lanes: Lanes | None = None
         self._num_lanes = 1
         self._held: dict[int, _Held] = {}
-        self._walks: dict[int, _Walk] = {}
+        self._walks: dict[int, _Walk] = {0: _Walk()}
         positions = _positions(plan)
         self._first_positions = [first for _, first in positions]
         self._whole_position = [wholes for wholes, _ in positions]
-        self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
-        self._unbound: dict[str, torch.Tensor] = {}
+        owners: dict[str, list[tuple[nn.Module, str]]] = {}
+        unbound: dict[str, torch.Tensor] = {}
         self._handles: list[Any] = []
+        self._settled = False
         self._unit_index = {unit.module: index for index, unit in enumerate(trace.units)}
         streamed_names = {
             tensor.name
@@ -88,7 +112,6 @@ class Binder:
             if not tensor.whole or tensor.expert is not None
         }
         for unit in trace.units:
-            module = model.get_submodule(unit.module)
             for alias in unit.tensors:
                 name = aliases.get(alias, alias)
                 owner_name, _, leaf = alias.rpartition(".")
@@ -100,24 +123,36 @@ class Binder:
                 elif name in streamed_names:
                     self._stand_in(owner, leaf, SplitMatrix, self._rows_answer(name))
                 else:
-                    self._owners.setdefault(name, []).append((owner, leaf))
+                    owners.setdefault(name, []).append((owner, leaf))
                     meta = getattr(owner, leaf)
-                    self._unbound.setdefault(name, Unbound.make(tuple(meta.shape), meta.dtype, stream.device, None))
-                    _put(owner, leaf, self._unbound[name])
-            self._handles.append(module.register_forward_pre_hook(self._enter_hook(unit.module)))
-            self._handles.append(module.register_forward_hook(self._leave_hook(unit.module)))
+                    unbound.setdefault(name, Unbound.make(tuple(meta.shape), meta.dtype, stream.device, None))
+                    _dictionary(owner, leaf)[leaf] = unbound[name]
+        self._places = [
+            [
+                _Place(_dictionary(owner, leaf), leaf, tensor, unbound[tensor.name])
+                for tensor in piece.tensors
+                for owner, leaf in owners.get(tensor.name, ())
+            ]
+            for piece in plan.pieces
+        ]
+        self._bindings: dict[int, _Bindings] = {}
+        self._watch()
 
     # -- a sweep
     # ----------------------------------------------------------------------------------------------------------
 
     def begin(self, lanes: Lanes | None = None, num_lanes: int = 1) -> None:
         """A sweep of `num_lanes` forward passes begins."""
+        if lanes is not None and self._settled:
+            self._unsettle()
         self._lanes, self._num_lanes = lanes, num_lanes
-        self._walks = {}
+        self._walks = {lane: _Walk() for lane in range(num_lanes)}
         self._stream.begin_sweep()
 
     def finish_pass(self) -> None:
         """This lane's forward pass is over: pieces of calls that the model left out are passed by."""
+        if self._settled:
+            return
         walk = self._walk()
         while walk.call < len(self._plan.calls):
             self._skip_call(walk)
@@ -127,13 +162,39 @@ class Binder:
         if self._held:
             raise UnsupportedModelError(f"{len(self._held)} pieces are still held at the end of a sweep")
         self._stream.end_sweep()
+        if self._stream.all_stay and self._lanes is None and not self._settled:
+            self._settle()
 
     def abandon(self) -> None:
         """The sweep failed: let go of everything; the next one begins anew."""
+        if self._settled:
+            self._unsettle()
         for position in list(self._held):
-            self._bind(position, None)
+            self._take_away(self._plan.order[position])
         self._held.clear()
         self._stream.abandon()
+
+    def _settle(self) -> None:
+        """Put everything where it was in the sweep that has just ended, for good."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for piece in self._bindings:
+            self._put(piece)
+        self._settled = True
+
+    def _unsettle(self) -> None:
+        for piece in self._bindings:
+            self._take_away(piece)
+        self._settled = False
+        self._watch()
+
+    def _watch(self) -> None:
+        """Put a hook in front of every unit, and one behind it."""
+        for unit in self._trace.units:
+            module = self._model.get_submodule(unit.module)
+            self._handles.append(module.register_forward_pre_hook(self._enter_hook(unit.module)))
+            self._handles.append(module.register_forward_hook(self._leave_hook(unit.module)))
 
     # -- hooks
     # ------------------------------------------------------------------------------------------------------------
@@ -177,7 +238,7 @@ class Binder:
     def _outliving(self, open_call: _OpenCall, output: Any) -> Any:
         """`output` with copies of what lies in a piece's memory: a returned parameter must outlive its piece."""
         places = self._whole_position[open_call.index]
-        storages = {self._held[places[piece]].memory.untyped_storage().data_ptr() for piece in open_call.plan.whole}
+        storages = {self._held[places[piece]].storage for piece in open_call.plan.whole}
         return _copied_out(output, storages) if storages else output
 
     def _close(self, open_call: _OpenCall) -> None:
@@ -193,8 +254,7 @@ class Binder:
         walk.call += 1
 
     def _walk(self) -> _Walk:
-        lane = 0 if self._lanes is None else self._lanes.current
-        return self._walks.setdefault(lane, _Walk())
+        return self._walks[0 if self._lanes is None else self._lanes.current]
 
     # -- pieces
     # -----------------------------------------------------------------------------------------------------------
@@ -207,22 +267,38 @@ class Binder:
                 held = self._held.get(position)
             if held is None:
                 memory = self._stream.acquire(position)
-                held = self._held[position] = _Held(memory, self._plan.uses[position] * self._num_lanes)
-                self._bind(position, memory)
+                storage = self._bind(position, memory)
+                held = self._held[position] = _Held(memory, storage, self._plan.uses[position] * self._num_lanes)
         return held.memory
 
     def _let_go(self, position: int) -> None:
         held = self._held[position]
         held.remaining -= 1
         if held.remaining == 0:
-            self._bind(position, None)
+            self._take_away(self._plan.order[position])
             del self._held[position]
             self._stream.release(position)
 
-    def _bind(self, position: int, memory: torch.Tensor | None) -> None:
-        for tensor in self._plan.pieces[self._plan.order[position]].tensors:
-            for owner, leaf in self._owners.get(tensor.name, ()):
-                _put(owner, leaf, self._unbound[tensor.name] if memory is None else self._weight(memory, tensor))
+    def _bind(self, position: int, memory: torch.Tensor) -> int:
+        """Put views of `memory` into the piece's places; where the memory's storage begins.
+
+        A piece that stays in the same memory gets the views it had: making them costs more than a small product.
+        """
+        piece = self._plan.order[position]
+        bindings, places = self._bindings.get(piece), self._places[piece]
+        if bindings is None or bindings.memory is not memory:
+            values = [self._weight(memory, place.tensor) for place in places]
+            bindings = self._bindings[piece] = _Bindings(memory, memory.untyped_storage().data_ptr(), values)
+        self._put(piece)
+        return bindings.storage
+
+    def _put(self, piece: int) -> None:
+        for place, value in zip(self._places[piece], self._bindings[piece].values, strict=True):
+            place.holder[place.leaf] = value
+
+    def _take_away(self, piece: int) -> None:
+        for place in self._places[piece]:
+            place.holder[place.leaf] = place.unbound
 
     def _weight(self, memory: torch.Tensor, tensor: PieceTensor) -> torch.Tensor:
         """What is bound: the tensor, or the rows of it that are in the piece, over the piece's memory."""
@@ -272,18 +348,32 @@ class Binder:
         return lambda ids: read_rows(name, ids)
 
     def _rows_answer(self, name: str) -> Callable[[], Iterator[tuple[int, int, torch.Tensor]]]:
+        places = [
+            (piece.index, tensor) for piece in self._plan.pieces for tensor in piece.tensors if tensor.name == name
+        ]
+        kept: list[tuple[int, int, torch.Tensor]] = []
+
         def parts() -> Iterator[tuple[int, int, torch.Tensor]]:
+            if self._settled:
+                if not kept:
+                    kept.extend(self._part(self._bindings[piece].memory, tensor) for piece, tensor in places)
+                yield from kept
+                return
+            kept.clear()
             open_call = self._walk().inside[-1]
             for index, piece in enumerate(open_call.plan.streamed):
                 for tensor in self._plan.pieces[piece].tensors:
                     if tensor.name == name:
-                        memory = self._take_streamed(open_call, index)
-                        start, stop = tensor.row_start, tensor.row_stop
-                        if tensor.panels is not None:
-                            start, stop = tensor.panels.rows_of(start, stop)
-                        yield start, stop, self._weight(memory, tensor)
+                        yield self._part(self._take_streamed(open_call, index), tensor)
 
         return parts
+
+    def _part(self, memory: torch.Tensor, tensor: PieceTensor) -> tuple[int, int, torch.Tensor]:
+        """First row, the one behind the last, and the rows between them of a matrix that is split."""
+        start, stop = tensor.row_start, tensor.row_stop
+        if tensor.panels is not None:
+            start, stop = tensor.panels.rows_of(start, stop)
+        return start, stop, self._weight(memory, tensor)
 
     def _expert_answer(self, name: str) -> Callable[[int], torch.Tensor]:
         places: dict[int, tuple[int, PieceTensor]] = {}
@@ -293,8 +383,10 @@ class Binder:
                     places[tensor.expert] = (piece.index, tensor)
 
         def slice_of(expert: int) -> torch.Tensor:
-            open_call = self._walk().inside[-1]
             piece, tensor = places[expert]
+            if self._settled:
+                return self._weight(self._bindings[piece].memory, tensor)
+            open_call = self._walk().inside[-1]
             memory = self._take_streamed(open_call, open_call.plan.streamed.index(piece))
             return self._weight(memory, tensor)
 
@@ -309,9 +401,9 @@ def _copied_out(value: Any, storages: set[int]) -> Any:
     return value
 
 
-def _put(owner: nn.Module, leaf: str, value: torch.Tensor) -> None:
-    places = owner._parameters if leaf in owner._parameters else owner._buffers
-    places[leaf] = value  # type: ignore[assignment]
+def _dictionary(owner: nn.Module, leaf: str) -> dict[str, Any]:
+    """Where a module has the parameter or buffer of that name."""
+    return owner._parameters if leaf in owner._parameters else owner._buffers
 
 
 def view_of(memory: torch.Tensor, tensor: PieceTensor) -> torch.Tensor:

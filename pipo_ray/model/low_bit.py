@@ -19,7 +19,7 @@ from pipo_ray.compiled.products import CompiledInt4
 from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
-from pipo_ray.model.streamed import LowBitMatrix
+from pipo_ray.model.streamed import LinearProduct, LowBitMatrix
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.quant.codec import PanelViews, halves, views_of
 from pipo_ray.quant.formats import LowBitFormat
@@ -28,11 +28,15 @@ from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, INT8_LAYOUT, Panels,
 ACTIVATIONS = torch.bfloat16
 """What torch's low-bit kernels take, and what a model with low-bit weights is computed in."""
 
+RowsProduct = Callable[[torch.Tensor], torch.Tensor]
+"""Inputs bf16 [n, columns] in, products bf16 [n, rows] out."""
+
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 16 << 20
 _REMEMBERED = 4096
+_REMEMBERED_COUNTS = 8
 
 
 class LowBitProducts:
@@ -79,39 +83,67 @@ class LowBitProducts:
         panel_bytes]: their products are made here, without a copy.
         """
         start, stop = panels.rows_of(first, first + len(memory))
+        shape = (stop - start, panels.columns)
+        return LowBitMatrix.make(shape, ACTIVATIONS, self._device, self.product(memory, panels, stop - start))
 
-        def product(inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return self.linear(inputs, memory, panels, stop - start, bias)
+    def product(self, memory: torch.Tensor, panels: Panels, num_rows: int) -> LinearProduct:
+        """`F.linear` with the first `num_rows` rows in the panels `memory`: takes inputs [..., columns] and a bias or
+        None, and gives [..., num_rows] in the inputs' dtype.
+        """
+        columns = panels.columns
+        calls: dict[int, RowsProduct] = {}
 
-        return LowBitMatrix.make((stop - start, panels.columns), ACTIVATIONS, self._device, product)
+        def linear(inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            # Nothing is done here that need not be: with one row of inputs every microsecond shows.
+            rows = inputs.reshape(-1, columns)
+            if rows.dtype is not ACTIVATIONS or not rows.is_contiguous():
+                rows = rows.to(ACTIVATIONS).contiguous()
+            num_inputs = rows.shape[0]
+            call = calls.get(num_inputs)
+            if call is None:
+                if len(calls) >= _REMEMBERED_COUNTS:
+                    calls.clear()
+                call = calls[num_inputs] = self._rows_product(memory, panels, num_rows, num_inputs)
+            output = call(rows)
+            if bias is not None:
+                output += bias
+            if output.dtype is not inputs.dtype:
+                output = output.to(inputs.dtype)
+            return output.view(*inputs.shape[:-1], num_rows)
+
+        return linear
 
     def linear(
         self, inputs: torch.Tensor, memory: torch.Tensor, panels: Panels, num_rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """`F.linear` of `inputs` [..., columns] with the first `num_rows` rows in the panels `memory`: [..., num_rows]
-        in the inputs' dtype.
-        """
-        rows = inputs.reshape(-1, panels.columns).to(ACTIVATIONS).contiguous()
-        kernel = self._kernel(len(rows), panels)
+        """What `product` gives, once."""
+        return self.product(memory, panels, num_rows)(inputs, bias)
+
+    def _rows_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        """The product for inputs bf16 [num_inputs, columns], contiguous."""
+        kernel = self._kernel(num_inputs, panels)
         if kernel == "compiled":
             assert self._compiled is not None  # `_choose`
-            output = self._compiled.linear(rows, memory, panels, num_rows)
-        elif kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
-            output = self._packed(rows, views_of(memory[0], panels), panels)
-        else:
-            output = rows.new_empty(len(rows), num_rows)
-            for index, panel in enumerate(memory):
-                part = output[:, index * panels.panel_rows : (index + 1) * panels.panel_rows]
-                views = views_of(panel, panels)
-                if kernel == "packed":
-                    part.copy_(self._packed(rows, views, panels)[:, : part.shape[1]])
-                elif panels.low_bit.bits == 8:
-                    self._unpacked_int8(rows, views, kernel, part)
-                else:
-                    self._unpacked_int4(rows, views, panels, kernel, part)
-        if bias is not None:
-            output += bias
-        return output.to(inputs.dtype).view(*inputs.shape[:-1], num_rows)
+            return self._compiled.product(memory, panels, num_rows, num_inputs)
+        if kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
+            views = views_of(memory[0], panels)
+            return lambda rows: self._packed(rows, views, panels)
+        return lambda rows: self._by_panels(rows, memory, panels, num_rows, kernel)
+
+    def _by_panels(
+        self, rows: torch.Tensor, memory: torch.Tensor, panels: Panels, num_rows: int, kernel: Kernel
+    ) -> torch.Tensor:
+        output = rows.new_empty(len(rows), num_rows)
+        for index, panel in enumerate(memory):
+            part = output[:, index * panels.panel_rows : (index + 1) * panels.panel_rows]
+            views = views_of(panel, panels)
+            if kernel == "packed":
+                part.copy_(self._packed(rows, views, panels)[:, : part.shape[1]])
+            elif panels.low_bit.bits == 8:
+                self._unpacked_int8(rows, views, kernel, part)
+            else:
+                self._unpacked_int4(rows, views, panels, kernel, part)
+        return output
 
     def _packed(self, rows: torch.Tensor, views: PanelViews, panels: Panels) -> torch.Tensor:
         """[len(rows), panel_rows]."""
@@ -246,7 +278,8 @@ def _measure(layout: Layout, compiled: CompiledInt4 | None) -> dict[Kernel, Cost
     elements = panels.panel_rows * panels.columns
     for rows in _MEASURED_ROWS:
         inputs = torch.ones(rows, panels.columns, dtype=ACTIVATIONS)
-        seconds = least_seconds(running, inputs, memory, _MEASURED_TIMES)
+        times = _MEASURED_TIMES * (4 if rows < 16 else 1)  # memory that others use disturbs more than a processor
+        seconds = least_seconds(running, inputs, memory, times)
         for kernel, took in seconds.items():
             rates[kernel].append(max(0.0, took - fixed[kernel]) / elements)
             if rows >= 32 and took > HOPELESS * min(seconds.values()):

@@ -20,6 +20,7 @@ from pipo_ray.model.host_values import flat
 LookUp = Callable[[torch.Tensor], torch.Tensor]
 RowParts = Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
 ExpertSlice = Callable[[int], torch.Tensor]
+LinearProduct = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 _PROPERTIES = (

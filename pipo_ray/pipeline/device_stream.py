@@ -50,6 +50,7 @@ class DeviceStream:
         self.times = StreamTimes()
         self._plan, self._table, self._ops, self._trace = plan, table, ops, trace
         self._loads, self._copies = loads(), copies()
+        self.all_stay = not self._copies.loads_per_sweep and not trace.enabled
         self._ahead = copies()  # the place of the next copy, sweeps ahead of `_copies` at times
         self._slots, self._residents, self._gpu_residents = slots, residents, gpu_residents
         self._gpu_slots = [ops.allocate(slot_bytes) for _ in range(num_gpu_slots)]

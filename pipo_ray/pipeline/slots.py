@@ -240,6 +240,8 @@ class SlotTable:
         it could not be read.
         """
         row = self._resident_row(index)
+        if self._state_at(row) == SlotState.READY:
+            return 0.0
         ready = (SlotState.READY, SlotState.FAILED)
         waited = self._wait_row(row, lambda: self._state_at(row) in ready, lambda: self.stopped or stopped())
         if self._state_at(row) == SlotState.FAILED:

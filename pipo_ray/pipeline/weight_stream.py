@@ -31,6 +31,8 @@ class WeightStream(Protocol):
 
     device: torch.device
     times: StreamTimes
+    all_stay: bool
+    """Every piece is in the same memory in every sweep, and nobody wants to know when it is used."""
 
     def begin_sweep(self) -> None:
         """A sweep begins at position 0."""
@@ -66,6 +68,7 @@ class HostStream:
         self._plan, self._loads, self._table = plan, loads, table
         self._slots, self._residents, self._stopped = slots, residents, stopped
         self._trace = trace
+        self.all_stay = not loads.loads_per_sweep and not trace.enabled
         self._acquired_at: dict[int, float] = {}
         self._base = table.restart_sweep(loads.loads_per_sweep)
         table.wait_epoch_seen(table.epoch, stopped)

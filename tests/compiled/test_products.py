@@ -25,11 +25,12 @@ def test_a_row_comes_out_the_same_in_every_batch_and_on_any_number_of_threads(na
         scales.copy_(torch.randn(scales.shape, generator=generator) / 64)
     inputs = torch.randn(50, panels.columns, generator=generator).bfloat16()
     products, before = CompiledInt4(), torch.get_num_threads()
-    alone = torch.cat([products.linear(row[None], memory, panels, panels.rows) for row in inputs])
+    alone = torch.cat([products.product(memory, panels, panels.rows, 1)(row[None]) for row in inputs])
     try:
         for num_threads, num_inputs in ((1, 50), (2, 2), (3, 3), (3, 4), (2, 5), (2, 33), (2, 50)):
             torch.set_num_threads(num_threads)
-            assert torch.equal(products.linear(inputs[:num_inputs], memory, panels, panels.rows), alone[:num_inputs])
+            product = products.product(memory, panels, panels.rows, num_inputs)
+            assert torch.equal(product(inputs[:num_inputs]), alone[:num_inputs])
     finally:
         torch.set_num_threads(before)
 
@@ -39,7 +40,7 @@ def test_nothing_is_written_beside_the_output() -> None:
     memory = torch.zeros(panels.shape, dtype=torch.uint8)
     views_of(memory[0], panels).scales.fill_(1.0)
     for num_rows in (1, 15, 16, 17, 63):
-        output = CompiledInt4().linear(torch.ones(3, 64, dtype=torch.bfloat16), memory, panels, num_rows)
+        output = CompiledInt4().product(memory, panels, num_rows, 3)(torch.ones(3, 64, dtype=torch.bfloat16))
         assert output.shape == (3, num_rows)
         assert output.eq(-7 * 64).all()  # (0 - 8) x 1 + 1
 
@@ -50,6 +51,6 @@ def test_values_that_are_no_numbers_stay_so() -> None:
     views_of(memory[0], panels).scales.fill_(1.0)
     inputs = torch.ones(2, 64, dtype=torch.bfloat16)
     inputs[0, 5] = float("nan")
-    output = CompiledInt4().linear(inputs, memory, panels, 64)
+    output = CompiledInt4().product(memory, panels, 64, 2)(inputs)
     assert output[0].isnan().all()
     assert output[1].eq(-7 * 64).all()

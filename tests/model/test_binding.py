@@ -58,6 +58,7 @@ class FakeStream:
     def __init__(self, plan: SweepPlan, memory: dict[int, torch.Tensor]) -> None:
         self.device = torch.device("cpu")
         self.times = StreamTimes()
+        self.all_stay = False
         self.plan, self.memory = plan, memory
         self.next = 0
         self.held: dict[int, torch.Tensor] = {}
@@ -84,6 +85,25 @@ class FakeStream:
 
     def abandon(self) -> None:
         self.held.clear()
+
+
+class StayingStream(FakeStream):
+    """Gives the same memory every time, and leaves it alone."""
+
+    def __init__(self, plan: SweepPlan, memory: dict[int, torch.Tensor]) -> None:
+        super().__init__(plan, memory)
+        self.all_stay = True
+
+    def acquire(self, position: int) -> torch.Tensor:
+        super().acquire(position)
+        self.held[position] = self.memory[self.plan.order[position]]
+        return self.held[position]
+
+    def release(self, position: int) -> None:
+        del self.held[position]
+
+    def end_sweep(self) -> None:
+        assert not self.held
 
 
 def traced(model: nn.Module, inputs: torch.Tensor) -> Trace:
@@ -323,3 +343,36 @@ def test_only_the_wanted_logits_are_made(slug: str, tmp_path: Path) -> None:
         torch.testing.assert_close(outputs[1], outputs[2][-1:])
         pipeline.runner.drop(["none", "last", "all"])
         assert pipeline.runner.cache_bytes == 0
+
+
+@settings(max_examples=40)
+@given(trees(), st.data())
+def test_what_stays_in_memory_is_bound_once(model: nn.Module, data: st.DataObject) -> None:
+    inputs = torch.randn(2, WIDTH)
+    trace = traced(model, inputs)
+    expected = model(inputs)
+    pieces, memory = cut(model, trace, data.draw)
+    plan = plan_sweep(pieces, [unit.tensors for unit in trace.units], trace.events, {})
+    stream = StayingStream(plan, memory)
+    model.to("meta")
+    binder = Binder(model, trace, plan, {}, stream, lambda name, ids: pytest.fail("no table"))
+
+    def acquired(lanes: Lanes | None = None) -> int:
+        def body() -> torch.Tensor:
+            result: torch.Tensor = model(inputs)
+            binder.finish_pass()
+            return result
+
+        binder.begin(lanes)
+        torch.testing.assert_close(body() if lanes is None else lanes.run([body])[0], expected)
+        binder.end()
+        return stream.next
+
+    once = len(plan.order)
+    assert [acquired() for _ in range(3)] == [once, 0, 0]
+    binder.begin()
+    model(inputs)
+    binder.abandon()
+    assert [acquired() for _ in range(2)] == [once, 0]
+    assert acquired(Lanes(1)) == once
+    assert [acquired() for _ in range(2)] == [once, 0]
