@@ -122,12 +122,26 @@ def test_the_profile_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     saved = KernelProfile.load(file)
     assert saved is not None
     assert set(saved.costs) == {"int4"}
-    assert set(saved.costs["int4"]) == set(KERNELS)
+    assert set(saved.costs["int4"]) == set(KERNELS) - (set() if COMPILED else {"compiled"})
     monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda layouts: pytest.fail("measured again"))
     LowBitProducts.for_run(["int4"], file, cpu)
     monkeypatch.setattr(low_bit_module, "measure_low_bit", measure_low_bit)
     LowBitProducts.for_run(["int8"], file, cpu)
     assert "int8" in KernelProfile.load(file).costs  # type: ignore[union-attr]
+
+
+def test_without_a_compiler_the_other_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1,))
+    monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
+    monkeypatch.setattr(low_bit_module, "obstacle", lambda: "llvmlite is not installed")
+    products = LowBitProducts.for_run(["int4"], tmp_path / "profile.json", torch.device("cpu"))
+    saved = KernelProfile.load(tmp_path / "profile.json")
+    assert saved is not None
+    assert set(saved.costs["int4"]) == set(KERNELS) - {"compiled"}
+    panels = divide(64, 64, LowBitFormat.parse("int4"), machine_layout())
+    stored, inputs = packed(torch.randn(64, 64), panels), torch.randn(2, 64).bfloat16()
+    exact = inputs.float() @ unpacked(stored, panels).T
+    assert torch.allclose(products.linear(inputs, stored, panels, 64, None).float(), exact, rtol=0.02, atol=0.1)
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------
