@@ -157,8 +157,8 @@ class Function:
         self.do(f"call void @llvm.masked.store.v16i16.p0(<16 x i16> {words}, ptr {place}, i32 2, <16 x i1> {mask})")
 
     def prefetch(self, address: str) -> None:
-        """Into all caches."""
-        self.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
+        """For one use: other contents of the caches are to stay."""
+        self.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 0, i32 1)")
 
     # ------------------------------------------------------------------------------------------------------------------
 
