@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
 from pipo_ray.model.inspect import find_facts, trace_of
+from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
@@ -119,7 +120,7 @@ class Pipeline:
     `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle, stay in memory. Prompts go in chunks
     of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the GPU and in
-    RAM, with `kv_pool` it is a pool of so many tokens.
+    RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Pipeline:
         low_bit: LowBitProducts | None = None,
         kv_pages: tuple[int, int] | None = None,
         kv_pool: int | None = None,
+        kv_store: Callable[[torch.dtype, DeviceOps], KVStore] | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -185,10 +187,12 @@ class Pipeline:
                 self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products, low_bit
             )
             self.kv_tiers = None if kv_pages is None else self._open_kv(*kv_pages)
-            pool = None if kv_pool is None else KVPool(kv_pool, device)
-            self.runner = ModelRunner(
-                self.model, self.binder, device, ragged=facts.ragged, kv_store=self.kv_tiers or pool
-            )
+            store: KVStore | None = self.kv_tiers
+            if kv_pool is not None:
+                store = KVPool(kv_pool, device)
+            if kv_store is not None:
+                store = kv_store(packed.dtype, ops or CudaOps(device))
+            self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged, kv_store=store)
         except BaseException:
             self.close()
             raise

@@ -13,6 +13,7 @@ import torch
 from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
     ComputeSetup,
+    KVDiskSetup,
     SequenceSpec,
     SequenceStep,
     StageSetup,
@@ -86,7 +87,9 @@ class ComputeEngine:
         kv_store: KVStore | None = None
         if self._device.type == "cuda":
             self._ops = CudaOps(self._device)
-            if compute.kv is not None:
+            if setup.kv_disk is not None:
+                kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
+            elif compute.kv is not None:
                 kv_store = self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
             elif self._facts.ragged and compute.kv_tokens:
                 kv_store = KVPool(compute.kv_tokens, self._device)
@@ -99,8 +102,7 @@ class ComputeEngine:
                 trace=self._trace,
             )  # fmt: skip
             if setup.kv_disk is not None:
-                kv_memory = KVMemory.attach(setup.kv_disk, memory.table)
-                kv_store = self._kv_disk = KVDisk(setup.kv_disk.placement, kv_memory.pages, kv_memory.table, dtype)
+                kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
         self._readers: dict[str, tuple[RowReader, torch.dtype, tuple[int, ...]]] = {}
         for unit in self._facts.units:
             if unit.kind == "lookup":
@@ -127,6 +129,10 @@ class ComputeEngine:
         self._losses: Counter[str] = Counter()
         self._computing_s = self._waited_s = self._copying_s = 0.0
         self._started = time.perf_counter()
+
+    def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
+        kv = KVMemory.attach(setup, memory.table)
+        return KVDisk(setup.placement, kv.pages, kv.table, dtype, self._ops)
 
     def run_sweep(self, request: SweepRequest) -> SweepResult:
         """Run one sweep. If it raises, the sequences in it are forgotten and must be sent from their first token."""

@@ -1,4 +1,4 @@
-"""KV pages in two tiers: RAM, and a file on the drive that the loader writes and reads (CPU only).
+"""KV pages in two tiers: RAM, and a file on the drive that the loader writes and reads.
 
 Pages of `PAGE_TOKENS` tokens; `plan/kv_disk.py` says how many of them stay in RAM. A page that is full and does not
 stay is handed to the loader ("KV save"), and its frame is free once that is done. Ahead of its layer it is read into
@@ -19,50 +19,25 @@ import errno
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
+from pipo_ray.model.kv_page import MOVING, LookAhead, Page, PageState
+from pipo_ray.model.kv_page_copies import PageCopies
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
+from pipo_ray.pipeline.device_ops import DeviceOps
 from pipo_ray.pipeline.page_table import FrameState, PageTable
 from pipo_ray.pipeline.slots import U8
-from pipo_ray.plan.kv_disk import PAGE_TOKENS, KVDiskPlacement, kept_pages, pages_of
+from pipo_ray.plan.kv_disk import PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, kept_pages, pages_of
 
 
 class KVPagesLostError(Exception):
     """Pages of at least one sequence (`DiskCache.lost`) cannot be written or read. The others' are as they were before
     the sweep.
     """
-
-
-class _At(Enum):
-    """Where a page is, see the head of this file."""
-
-    OPEN = auto()
-    KEPT = auto()
-    SAVING = auto()
-    STORED = auto()
-    LOADING = auto()
-    STAGED = auto()
-    GONE = auto()
-
-
-_MOVING = (FrameState.SAVE, FrameState.LOAD)
-
-
-@dataclass(eq=False)
-class _Page:
-    """A page of `owner`. `frame` and `stored` (its place in the file) are -1 where it has none."""
-
-    owner: DiskCache
-    layer: int
-    index: int
-    frame: int
-    stored: int = -1
-    at: _At = _At.OPEN
 
 
 class DiskCache:
@@ -72,7 +47,7 @@ class DiskCache:
 
     def __init__(self, store: KVDisk, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
-        self.layers: dict[int, list[_Page]] = {}
+        self.layers: dict[int, list[Page]] = {}
         self.lost: DriveError | None = None
         self._store = store
 
@@ -100,7 +75,7 @@ class _Pages:
     """The first `num_tokens` tokens of a sequence in one layer."""
 
     store: KVDisk
-    pages: Sequence[_Page]
+    pages: Sequence[Page]
     num_tokens: int
 
     def chunks(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,38 +85,43 @@ class _Pages:
             rows = slice(max(0, first - start), min(PAGE_TOKENS, self.num_tokens - start))
             keys, values = self.store.read(page)
             yield keys[:, rows], values[:, rows]
-            self.store.release(page)
-
-
-@dataclass
-class _Ahead:
-    """Pages that a sweep will need and that are not kept: those claimed, and those still to come."""
-
-    claimed: dict[_Page, None] = field(default_factory=dict)
-    coming: Iterator[_Page] = field(default_factory=lambda: iter(()))
-    next: _Page | None = None
+            self.store.used(page)
 
 
 class KVDisk:
     """Both tiers of a stage and the page tables of its sequences. All of it belongs to the thread that computes.
 
-    `memory` is uint8 [ram_pages, page_bytes], shared with the loader, which does what `table` asks for.
+    `memory` is uint8 [ram_pages, page_bytes], shared with the loader, which does what `table` asks for. With `ops` a
+    GPU computes, which has copies of pages in RAM (`kv_page_copies.py`).
     """
 
-    def __init__(self, placement: KVDiskPlacement, memory: U8, table: PageTable, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        placement: KVDiskPlacement,
+        memory: U8,
+        table: PageTable,
+        dtype: torch.dtype,
+        ops: DeviceOps | None = None,
+    ) -> None:
         self.placement, self._table = placement, table
         self.loaded_pages = self.saved_pages = 0
         self.waited_s = 0.0
-        self._frames = torch.from_numpy(memory).view(dtype)
-        self._free = list(reversed(range(placement.ram_pages)))
+        ram = torch.from_numpy(memory)
+        self._frames = ram.view(dtype)
+        self._copies = None
+        if ops is not None:
+            newest = placement.gpu_pages - PASSING_PAGES
+            self._copies = PageCopies(ram, dtype, ops, newest, PASSING_PAGES)
+        self._free = deque(range(placement.ram_pages))
         self._free_stored = list(reversed(range(placement.disk_pages)))
-        self._saving: deque[_Page] = deque()
+        self._saving: deque[Page] = deque()
+        self._to_save: deque[Page] = deque()  # full, but maybe not in RAM yet: on their way from a GPU
         self._leaving: list[tuple[int, int]] = []  # frames, and their places in the file, of pages given up meanwhile
         self._live: list[DiskCache] = []
         self._room = (0,) * placement.num_layers  # pages that may stay, and those that do
         self._kept = [0] * placement.num_layers
         self._batch: Sequence[DiskCache] = ()
-        self._ahead = _Ahead()
+        self._ahead = LookAhead()
         self._shapes: dict[int, tuple[int, int, int]] = {}  # kv_heads, head_dim, value_head_dim
         self._windows: dict[int, int | None] = {}
         table.restart()
@@ -197,13 +177,14 @@ class KVDisk:
         if cache.length + keys.shape[1] > cache.capacity:
             raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {cache.length + keys.shape[1]}")
         self._raise_if_lost([cache])
+        self._post_saves(but_of=layer)
         self._check_shape(layer, keys, values)
         self._windows[layer] = rule.sliding_window
         pages = cache.layers.setdefault(layer, [])
         self._return_to(cache, pages)
         if rule.sliding_window is not None:
             for page in pages[: max(0, cache.length - rule.sliding_window + 1) // PAGE_TOKENS]:
-                if page.at is not _At.GONE:
+                if page.at is not PageState.GONE:
                     self._discard(page)  # what no token will see any more
         spans: list[Span]
         # Whether the new tokens' keys lie in pages when they are attended to is a matter of their number alone.
@@ -216,32 +197,42 @@ class KVDisk:
         self._append(cache, layer, keys, values)
         return attended
 
-    def read(self, page: _Page) -> tuple[Tensor, Tensor]:
+    def read(self, page: Page) -> tuple[Tensor, Tensor]:
         """Keys [kv_heads, PAGE_TOKENS, head_dim] and values of a page, in its frame; waits for it."""
+        self._bring(page)
+        return self._views(page)
+
+    def _bring(self, page: Page) -> None:
+        """The page is in RAM."""
         self._raise_if_lost([page.owner])
-        if page.at is _At.STORED:
+        if page.at is PageState.STORED:
             self._load(page, self._take_frame())
-        if page.at is _At.LOADING:
+        if page.at is PageState.LOADING:
             self.waited_s += self._table.wait(page.frame)
             self._arrived(page)
             self._raise_if_lost([page.owner])
-        return self._views(page)
 
-    def release(self, page: _Page) -> None:
-        """The page has been used, or will not be."""
+    def used(self, page: Page) -> None:
+        """What was read has been computed with, or will be before anything that is computed from here on."""
+        if self._copies is not None:
+            self._copies.passed(page.frame)
+        self.release(page)
+
+    def release(self, page: Page) -> None:
+        """The page in RAM has been used, or will not be."""
         self._ahead.claimed.pop(page, None)
         if page.owner.lost is not None:
             return  # it is dropped soon, with whatever it has
-        if page.at is _At.STAGED:
+        if page.at is PageState.STAGED:
             if self._keep(page):
                 self._free_stored.append(page.stored)
                 page.stored = -1
             else:
                 self._free.append(page.frame)
-                page.at, page.frame = _At.STORED, -1
-        elif page.at is _At.LOADING:
+                page.at, page.frame = PageState.STORED, -1
+        elif page.at is PageState.LOADING:
             self._leaving.append((page.frame, -1))
-            page.at, page.frame = _At.STORED, -1
+            page.at, page.frame = PageState.STORED, -1
         self._claim()
 
     # -- what stays
@@ -255,16 +246,16 @@ class KVDisk:
                 for page in reversed(cache.layers.get(layer, ())):
                     if self._kept[layer] <= room:
                         break
-                    if page.at is _At.KEPT:
+                    if page.at is PageState.KEPT:
                         self._kept[layer] -= 1
                         self._save(page)
 
-    def _keep(self, page: _Page) -> bool:
+    def _keep(self, page: Page) -> bool:
         """Whether the page, which is full and in RAM, stays there."""
         if self._kept[page.layer] >= self._room[page.layer]:
             return False
         self._kept[page.layer] += 1
-        page.at = _At.KEPT
+        page.at = PageState.KEPT
         return True
 
     def _append(self, cache: DiskCache, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -274,35 +265,42 @@ class KVDisk:
             if index == len(pages):
                 if pages:
                     self._settle(pages[-1])
-                pages.append(_Page(cache, layer, index, self._take_frame()))
+                pages.append(Page(cache, layer, index, self._take_frame()))
+                if self._copies is not None:
+                    self._copies.open(pages[-1].frame)
             count = min(PAGE_TOKENS - start, keys.shape[1] - done)
             for memory, new in zip(self._views(pages[index]), (keys, values), strict=True):
                 memory[:, start : start + count] = new[:, done : done + count]
             done += count
 
-    def _settle(self, page: _Page) -> None:
+    def _settle(self, page: Page) -> None:
         """The page is full, and a newer one begins."""
+        if self._copies is not None:
+            self._copies.settle(page.frame)
         if not self._keep(page):
             self._save(page)
 
-    def _return_to(self, cache: DiskCache, pages: list[_Page]) -> None:
+    def _return_to(self, cache: DiskCache, pages: list[Page]) -> None:
         """Undo what a sweep that failed has appended: the page that the next token goes into is the newest again."""
         for page in pages[pages_of(cache.length) :]:
             self._discard(page)
         del pages[pages_of(cache.length) :]
-        if not pages or pages[-1].at is _At.OPEN:
+        if not pages or pages[-1].at is PageState.OPEN:
             return
         page = pages[-1]
-        if page.at is _At.SAVING:
+        if page.at is PageState.SAVING:
+            self._post_saves()
             self._saving.remove(page)
             self._table.wait(page.frame)
-        elif page.at is _At.KEPT:
+        elif page.at is PageState.KEPT:
             self._kept[page.layer] -= 1
-        self.read(page)
+        self._bring(page)
+        if self._copies is not None:
+            self._copies.reopen(page.frame)
         self._ahead.claimed.pop(page, None)
         if page.stored >= 0:
             self._free_stored.append(page.stored)
-        page.at, page.stored = _At.OPEN, -1
+        page.at, page.stored = PageState.OPEN, -1
 
     # -- ahead
     # -----------------------------------------------------------------------------------------------------------
@@ -311,7 +309,7 @@ class KVDisk:
         self._ahead.coming, self._ahead.next = self._order(), None
         self._claim()
 
-    def _order(self) -> Iterator[_Page]:
+    def _order(self) -> Iterator[Page]:
         """The settled pages of the batch as a sweep will read them."""
         for layer in range(self.placement.num_layers):
             window = self._windows.get(layer)
@@ -327,38 +325,50 @@ class KVDisk:
             ahead.next = None
             if page is None:
                 return
-            if page.at is _At.STORED and page.owner.lost is None:
+            if page.at is PageState.STORED and page.owner.lost is None:
                 if not self._free:
                     self._collect()
                 if not self._free:
                     ahead.next = page
                     return
-                self._load(page, self._free.pop())
-            elif page.at is _At.SAVING:
+                self._load(page, self._take_free())
+            elif page.at is PageState.SAVING:
                 ahead.claimed[page] = None
 
     # -- moving
     # ----------------------------------------------------------------------------------------------------------
 
-    def _load(self, page: _Page, frame: int) -> None:
-        page.at, page.frame = _At.LOADING, frame
+    def _load(self, page: Page, frame: int) -> None:
+        page.at, page.frame = PageState.LOADING, frame
         self._ahead.claimed[page] = None
         self.loaded_pages += 1
         self._table.post(FrameState.LOAD, frame, page.stored)
 
-    def _save(self, page: _Page) -> None:
+    def _save(self, page: Page) -> None:
         while not self._free_stored and self._leaving:
             self._wait_for_one()
         if not self._free_stored:
             self._lose(page, f"the file has no room for more than {self.placement.disk_pages}; raise --kv-on-disk")
             return
-        page.at, page.stored = _At.SAVING, self._free_stored.pop()
-        self._saving.append(page)
-        self.saved_pages += 1
-        self._table.post(FrameState.SAVE, page.frame, page.stored)
+        page.at, page.stored = PageState.SAVING, self._free_stored.pop()
+        self._to_save.append(page)
+        if self._copies is None:
+            self._post_saves()
 
-    def _arrived(self, page: _Page) -> None:
-        page.at = _At.STAGED
+    def _post_saves(self, but_of: int = -1) -> None:
+        """Ask the loader for what is to be saved. Of a layer that is being computed the pages may not be in RAM for a
+        while, and waiting for them can wait.
+        """
+        while self._to_save and self._to_save[0].layer != but_of:
+            page = self._to_save.popleft()
+            if self._copies is not None:
+                self._copies.complete(page.frame)
+            self._saving.append(page)
+            self.saved_pages += 1
+            self._table.post(FrameState.SAVE, page.frame, page.stored)
+
+    def _arrived(self, page: Page) -> None:
+        page.at = PageState.STAGED
         if self._table.state(page.frame) is FrameState.FAILED:
             self._lose(page, f"reading failed: {self._cause(page)}")
 
@@ -366,10 +376,18 @@ class KVDisk:
         self._collect()
         while not self._free:
             self._wait_for_one()
-        return self._free.pop()
+        return self._take_free()
+
+    def _take_free(self) -> int:
+        """The frame that was given back first: copies from it are over by now."""
+        frame = self._free.popleft()
+        if self._copies is not None:
+            self._copies.complete(frame)
+        return frame
 
     def _wait_for_one(self) -> None:
         """Until a page that leaves RAM has left it."""
+        self._post_saves()
         leaving = [page.frame for page in self._saving if page not in self._ahead.claimed]
         leaving += [frame for frame, _ in self._leaving]
         if not leaving:
@@ -381,7 +399,7 @@ class KVDisk:
         """Take back the frames of all pages that have left."""
         staying: list[tuple[int, int]] = []
         for frame, stored in self._leaving:
-            if self._table.state(frame) in _MOVING:
+            if self._table.state(frame) in MOVING:
                 staying.append((frame, stored))
                 continue
             self._free.append(frame)
@@ -390,22 +408,22 @@ class KVDisk:
         self._leaving = staying
         for page in [page for page in self._saving if self._table.state(page.frame) is not FrameState.SAVE]:
             self._saving.remove(page)
-            page.at = _At.STAGED
+            page.at = PageState.STAGED
             if self._table.state(page.frame) is FrameState.FAILED:
                 self._lose(page, f"writing failed: {self._cause(page)}")
             elif page not in self._ahead.claimed:
                 self._free.append(page.frame)
-                page.at, page.frame = _At.STORED, -1
+                page.at, page.frame = PageState.STORED, -1
 
-    def _lose(self, page: _Page, why: str) -> None:
+    def _lose(self, page: Page, why: str) -> None:
         """Its sequence has lost its cache. Its frame is free, its place in the file is not used again."""
         self._ahead.claimed.pop(page, None)
         self._free.append(page.frame)
-        page.at, page.frame, page.stored = _At.GONE, -1, -1
+        page.at, page.frame, page.stored = PageState.GONE, -1, -1
         if page.owner.lost is None:
             page.owner.lost = DriveError(f"KV pages of this request, in a file in {self.placement.folder}: {why}")
 
-    def _cause(self, page: _Page) -> str:
+    def _cause(self, page: Page) -> str:
         number = self._table.error(page.frame)
         what = "they came back changed" if number == errno.EBADMSG else os.strerror(number)
         return f"{what}; check that the drive is connected, healthy and not full, or choose another with --kv-folder"
@@ -414,21 +432,23 @@ class KVDisk:
         if any(cache.lost is not None for cache in caches):
             raise KVPagesLostError
 
-    def _discard(self, page: _Page) -> None:
+    def _discard(self, page: Page) -> None:
         """The page is not needed any more; whatever is on its way may still be."""
         self._ahead.claimed.pop(page, None)
-        if page.at is _At.SAVING:
-            self._saving.remove(page)
-        elif page.at is _At.KEPT:
+        if page.at is PageState.SAVING:
+            (self._to_save if page in self._to_save else self._saving).remove(page)
+        elif page.at is PageState.KEPT:
             self._kept[page.layer] -= 1
-        if page.frame >= 0 and self._table.state(page.frame) in _MOVING:
+        elif page.at is PageState.OPEN and self._copies is not None:
+            self._copies.close(page.frame)
+        if page.frame >= 0 and self._table.state(page.frame) in MOVING:
             self._leaving.append((page.frame, page.stored))
         else:
             if page.frame >= 0:
                 self._free.append(page.frame)
             if page.stored >= 0:
                 self._free_stored.append(page.stored)
-        page.at, page.frame, page.stored = _At.GONE, -1, -1
+        page.at, page.frame, page.stored = PageState.GONE, -1, -1
 
     # -- memory
     # ----------------------------------------------------------------------------------------------------------
@@ -442,8 +462,9 @@ class KVDisk:
                 f"{self._frames.shape[1] // PAGE_TOKENS}"
             )
 
-    def _views(self, page: _Page) -> tuple[Tensor, Tensor]:
+    def _views(self, page: Page) -> tuple[Tensor, Tensor]:
         heads, dim, value_dim = self._shapes[page.layer]
-        frame, middle = self._frames[page.frame], heads * PAGE_TOKENS * dim
+        frame = self._frames[page.frame] if self._copies is None else self._copies.read(page.frame)
+        middle = heads * PAGE_TOKENS * dim
         stop = middle + heads * PAGE_TOKENS * value_dim
         return frame[:middle].view(heads, PAGE_TOKENS, dim), frame[middle:stop].view(heads, PAGE_TOKENS, value_dim)

@@ -9,7 +9,7 @@ from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
 from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
-from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, least_ram_bytes, place_kv, ram_bytes_for
+from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.plan.placement import (
@@ -100,14 +100,14 @@ def plan_run(
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
     that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed: there
     is room for them if at all possible, and what the KV cache does not take is left to the weights. `kv_in_ram` gives
-    the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU.
+    the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU, and that of a GPU a second and a third.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
     """
     if gpu_memory_bytes is not None:
-        if kv_on_disk is not None:
-            raise InputError("--kv-on-disk is for runs that compute on the CPU so far; with a GPU use --kv-in-ram")
+        if kv_on_disk is not None and kv_in_ram:
+            raise InputError("--kv-on-disk uses RAM, too: leave --kv-in-ram out, or --kv-on-disk")
         return _plan_gpu_run(
             manifest,
             facts,
@@ -120,6 +120,7 @@ def plan_run(
             max_kv_tokens,
             transfer,
             kv_in_ram,
+            kv_on_disk,
         )
     processes = PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
@@ -212,6 +213,7 @@ def _plan_gpu_run(
     max_kv_tokens: int | None,
     transfer: Transfer,
     kv_in_ram: bool,
+    kv_on_disk: KVOnDisk | None,
 ) -> RunPlan:
     processes = CUDA_PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
@@ -229,6 +231,8 @@ def _plan_gpu_run(
         least_kv = (
             pages_of(_LEAST_KV_TOKENS) * facts.num_layers * page_bytes(facts.kv_bytes_per_token, facts.num_layers)
         )
+    if kv_on_disk is not None:
+        least_kv = gpu_bytes_for(facts, 1)
     fixed = gpu_context_bytes + activations
     if gpu_memory_bytes < fixed + least_kv + least_gpu:
         raise BudgetError(
@@ -239,6 +243,8 @@ def _plan_gpu_run(
         )
     spare = gpu_memory_bytes - fixed - least_gpu
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
+    if kv_on_disk is not None:
+        wanted_kv = gpu_bytes_for(facts, rows)
     kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
     least_host = 2 * least_slot
@@ -257,6 +263,19 @@ def _plan_gpu_run(
     if kv_in_ram:
         kv = _kv_tiers(manifest, facts, kv_bytes, memory_bytes - processes - least_host, context)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
+    kv_disk = None
+    if kv_on_disk is not None:
+        wanted_tokens = max_kv_tokens or max(_WANTED_KV_TOKENS, context)
+        room = _kv_room(memory_bytes - processes - least_host, max_kv_tokens)
+        kv_ram_bytes = max(min(room, ram_bytes_for(facts, wanted_tokens)), least_ram_bytes(facts))
+        if memory_bytes - processes - least_host < kv_ram_bytes:
+            raise BudgetError(
+                f"--memory {format_size(memory_bytes)} is too low: at least "
+                f"{format_least(processes + least_host + kv_ram_bytes)} would do: processes with CUDA "
+                f"{format_size(processes)}, slots {format_size(least_host)}, KV pages {format_size(kv_ram_bytes)}"
+            )
+        kv_disk = place_kv(facts, kv_ram_bytes, wanted_tokens, kv_on_disk, kv_bytes)
+        kv_ram_bytes, rows = kv_disk.ram_bytes, min(rows, kv_disk.max_sequences)
     host = memory_bytes - processes - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
@@ -280,6 +299,8 @@ def _plan_gpu_run(
     kv_tokens, state_tokens = _tokens(facts, kv_bytes)
     if kv is not None:
         kv_tokens = kv.kv_tokens
+    if kv_disk is not None:
+        kv_tokens = kv_disk.kv_tokens
     used = num_slots * slot_bytes + resident
     return RunPlan(
         sweep=sweep,
@@ -308,8 +329,10 @@ def _plan_gpu_run(
             f"{format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
+            *(() if kv_disk is None else (kv_disk.describe(),)),
         ),
         kv=kv,
+        kv_disk=kv_disk,
     )
 
 

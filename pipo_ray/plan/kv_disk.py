@@ -21,6 +21,9 @@ PAGE_TOKENS = 256
 of the newest page that are not there yet take room, in every layer: 128 on average.
 """
 
+PASSING_PAGES = 8
+"""Pages on a GPU that are only read, from RAM: copied while others are computed with."""
+
 _ALIGNMENT = 4096
 _LEAST_STAGING = 6
 _STAGING_BYTES = 32 * MIB
@@ -44,7 +47,8 @@ class KVOnDisk:
 @dataclass(frozen=True)
 class KVDiskPlacement:
     """Pages of `page_bytes` for sequences of `num_layers` layers: `ram_pages` in RAM, of which `staging_pages` are
-    those on their way, and `disk_pages` in a file in `folder`.
+    those on their way, and `disk_pages` in a file in `folder`. If a GPU computes, it has `gpu_pages`: PASSING_PAGES and
+    the newest ones.
     """
 
     num_layers: int
@@ -54,6 +58,7 @@ class KVDiskPlacement:
     disk_pages: int
     folder: str
     encrypted: bool = True
+    gpu_pages: int = 0
 
     @property
     def ram_bytes(self) -> int:
@@ -72,8 +77,9 @@ class KVDiskPlacement:
 
     @property
     def max_sequences(self) -> int:
-        """Sequences at the same time: each has a page in RAM in every layer."""
-        return (self.ram_pages - self.staging_pages) // self.num_layers
+        """Sequences at the same time: each has a page in every layer, in RAM, and on a GPU that computes."""
+        in_ram = (self.ram_pages - self.staging_pages) // self.num_layers
+        return min(in_ram, (self.gpu_pages - PASSING_PAGES) // self.num_layers) if self.gpu_pages else in_ram
 
     @property
     def ahead_pages(self) -> int:
@@ -116,6 +122,14 @@ def ram_bytes_for(facts: ModelFacts, num_tokens: int) -> int:
     return (pages + _wanted_staging(nbytes)) * nbytes
 
 
+def gpu_bytes_for(facts: ModelFacts, num_sequences: int) -> int:
+    """Of a GPU, for the newest pages of so many sequences and those that pass through. Raises UnsupportedModelError
+    where transformers keeps the cache.
+    """
+    check_model(facts)
+    return (PASSING_PAGES + facts.num_layers * num_sequences) * disk_page_bytes(facts)
+
+
 def check_model(facts: ModelFacts) -> None:
     """Raise UnsupportedModelError for an architecture whose KV cache is not in pages of ours."""
     if not facts.ragged or not facts.kv_bytes_per_token:
@@ -125,9 +139,11 @@ def check_model(facts: ModelFacts) -> None:
         )
 
 
-def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDisk) -> KVDiskPlacement:
+def place_kv(
+    facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDisk, gpu_bytes: int = 0
+) -> KVDiskPlacement:
     """Spend `ram_bytes` on pages in RAM, and `wish.size_bytes` of disk on others: without a size, as many as
-    `wanted_tokens` need beyond RAM.
+    `wanted_tokens` need beyond RAM. A GPU that computes gives `gpu_bytes`, at least those of `gpu_bytes_for`.
 
     Raises BudgetError for less RAM than `least_ram_bytes`, or a file of less than a page in every layer.
     """
@@ -151,7 +167,8 @@ def place_kv(facts: ModelFacts, ram_bytes: int, wanted_tokens: int, wish: KVOnDi
             f"--kv-on-disk {format_size(wish.size_bytes or 0)} is too low: at least {format_least(layers * nbytes)} "
             f"would do: {PAGE_TOKENS} tokens in each of {layers} layers"
         )
-    return KVDiskPlacement(layers, nbytes, ram_pages, staging, disk_pages, wish.folder or "", wish.encrypted)
+    folder = wish.folder or ""
+    return KVDiskPlacement(layers, nbytes, ram_pages, staging, disk_pages, folder, wish.encrypted, gpu_bytes // nbytes)
 
 
 def _wanted_staging(page_bytes: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES, Architecture
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from kv_sweeps import Written, append_random
+from pipeline.page_loader import pages_on_disk
 from transformers import AutoModelForCausalLM
 
 from pipo_ray.model.batch import PrefixPart, SweepEntry
@@ -109,6 +110,21 @@ def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
         assert pipeline.greedy(prompts, 40) == wanted
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+
+
+def test_text_with_kv_pages_on_the_drive(tmp_path: Path) -> None:
+    _CHOSEN[0].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (900, 300))
+    device = torch.device("cuda", 0)
+    with Pipeline(packed, slot_bytes=1 << 20, chunk=200, device=device) as pipeline:
+        wanted = pipeline.greedy(prompts, 40)
+    with (
+        pages_on_disk(packed.facts, tmp_path, 15) as kv_store,
+        Pipeline(packed, slot_bytes=1 << 20, chunk=200, device=device, kv_store=kv_store) as pipeline,
+    ):
+        assert pipeline.greedy(prompts, 40) == wanted
+        assert pipeline.runner._kv_store.loaded_pages > 10
 
 
 def test_kv_pages_are_bit_identical_through_the_tiers() -> None:

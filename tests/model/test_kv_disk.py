@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline.page_loader import Pages
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
-from pipo_ray.model.kv_disk import DiskCache, KVDisk, KVPagesLostError, _At, _Pages
+from pipo_ray.model.kv_disk import DiskCache, KVDisk, KVPagesLostError, _Pages
+from pipo_ray.model.kv_page import PageState
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_table import _NO_FRAME
-from pipo_ray.plan.kv_disk import PAGE_TOKENS, KVDiskPlacement, pages_of
+from pipo_ray.plan.kv_disk import PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, pages_of
 from pipo_ray.session.kv_file import KVFile
 
 HEADS, KV_HEADS, DIM, LAYERS = 2, 1, 8, 3
@@ -42,7 +44,7 @@ class Stage:
 
     disk: KVDisk
     ram: KVDisk
-    pages: Pages
+    device: FakeDevice | None
 
     def join(self, capacity: int) -> Written:
         return Written(self.disk.open(capacity), self.ram.open(capacity))
@@ -63,7 +65,8 @@ class Stage:
                 dtype = self.disk._frames.dtype
                 query = torch.randn(HEADS, count, DIM).to(dtype)
                 keys, values = (torch.randn(KV_HEADS, count, DIM).to(dtype) for _ in range(2))
-                got = one.cache.attend(layer, query, keys, values, rule)
+                with nullcontext() if self.device is None else self.device.watching():
+                    got = one.cache.attend(layer, query, keys, values, rule).clone()
                 assert torch.equal(got, one.other.attend(layer, query, keys, values, rule))
                 if layers == LAYERS:
                     one.keys[layer] = torch.cat([one.keys.get(layer, keys[:, :0]), keys], dim=1)
@@ -79,13 +82,16 @@ class Stage:
     def check(self, one: Written, layer: int) -> None:
         """Everything is where it should be, bit for bit."""
         total = one.keys[layer].shape[1]
-        parts = [(k.clone(), v.clone()) for k, v in _Pages(self.disk, one.cache.layers[layer], total).chunks()]
+        with nullcontext() if self.device is None else self.device.watching():
+            parts = [(k.clone(), v.clone()) for k, v in _Pages(self.disk, one.cache.layers[layer], total).chunks()]
         assert torch.equal(torch.cat([part[0] for part in parts], dim=1), one.keys[layer])
         assert torch.equal(torch.cat([part[1] for part in parts], dim=1), one.values[layer])
 
 
 @contextmanager
-def stage(ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32) -> Iterator[Stage]:
+def stage(
+    ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32, device: FakeDevice | None = None
+) -> Iterator[Stage]:
     nbytes = PAGE_TOKENS * KV_HEADS * 2 * DIM * dtype.itemsize
     assert nbytes % 4096 == 0
     with tempfile.TemporaryDirectory() as folder:
@@ -93,13 +99,15 @@ def stage(ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32) -
         pages = Pages.create(Path(folder), file, ram_pages, disk_pages, nbytes)
         stop, table, frames = pages.open()
         server = pages.serve(table, frames)
-        placement = KVDiskPlacement(LAYERS, nbytes, ram_pages, STAGING, disk_pages, folder)
+        gpu_pages = 0 if device is None else PASSING_PAGES + 8 * LAYERS
+        placement = KVDiskPlacement(LAYERS, nbytes, ram_pages, STAGING, disk_pages, folder, gpu_pages=gpu_pages)
         plenty = KVDiskPlacement(LAYERS, nbytes, 400, STAGING, 1, folder)
         (Path(folder) / "other").mkdir()
         others = Pages.create(Path(folder) / "other", file, 400, 1, nbytes).open()
         others[1]._words64[2] = 1  # nobody serves this one, and nobody needs to
         try:
-            yield Stage(KVDisk(placement, frames, table, dtype), KVDisk(plenty, others[2], others[1], dtype), pages)
+            disk = KVDisk(placement, frames, table, dtype, device)
+            yield Stage(disk, KVDisk(plenty, others[2], others[1], dtype), device)
         finally:
             stop[0] = 1
             table._post(_NO_FRAME)  # whoever sleeps looks up
@@ -110,12 +118,15 @@ def stage(ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32) -
 def check_books(one: Stage) -> None:
     """With nobody there all frames and all of the file are free, once everything has ended."""
     disk = one.disk
-    while disk._saving or disk._leaving:
+    while disk._to_save or disk._saving or disk._leaving:
         disk._wait_for_one()
     assert sorted(disk._free) == list(range(disk.placement.ram_pages))
     assert sorted(disk._free_stored) == list(range(disk.placement.disk_pages))
     assert not disk._ahead.claimed
     assert disk._kept == [0] * LAYERS
+    if disk._copies is not None:
+        assert len(disk._copies._newest) == 8 * LAYERS
+        assert len(disk._copies._passing) == PASSING_PAGES
 
 
 @st.composite
@@ -137,15 +148,23 @@ def histories(draw: st.DrawFn) -> list[dict[str, object]]:
     )
 
 
-@settings(max_examples=15, deadline=None)
-@given(histories(), st.integers(STAGING + 2 * LAYERS, 30), st.sampled_from([None, 100, 600]), st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+@given(
+    histories(),
+    st.integers(STAGING + 2 * LAYERS, 30),
+    st.sampled_from([None, 100, 600]),
+    st.integers(0, 100),
+    st.sampled_from([None, 0.0, 0.5, 1.0]),
+)
 def test_pages_are_bit_identical_wherever_they_are(
-    history: list[dict[str, list[int]]], ram_pages: int, window: int | None, seed: int
+    history: list[dict[str, list[int]]], ram_pages: int, window: int | None, seed: int, eager: float | None
 ) -> None:
+    """Also where a GPU computes, whose copies are done as late or as early as their order allows."""
     torch.manual_seed(seed)
     disk_pages = 40
     dtype = torch.bfloat16 if seed % 2 else torch.float32
-    with stage(ram_pages, disk_pages, dtype) as one:
+    device = None if eager is None else FakeDevice(seed, eager)
+    with stage(ram_pages, disk_pages, dtype, device) as one:
         most_tokens, most = one.disk.placement.kv_tokens, one.disk.placement.max_sequences
         live: list[Written] = []
         for step in history:
@@ -173,9 +192,10 @@ def test_pages_are_bit_identical_wherever_they_are(
 
 @pytest.mark.parametrize("ram_pages", [STAGING + LAYERS, STAGING + 3 * LAYERS, STAGING + 9 * LAYERS])
 @pytest.mark.parametrize("length", [100, PAGE_TOKENS, 700])
-def test_a_sweep_that_was_given_up_leaves_nothing_behind(ram_pages: int, length: int) -> None:
+@pytest.mark.parametrize("eager", [None, 0.0])
+def test_a_sweep_that_was_given_up_leaves_nothing_behind(ram_pages: int, length: int, eager: float | None) -> None:
     """Whether the page that it appended to stays, is being saved, or has left RAM by the time it is done again."""
-    with stage(ram_pages, 60) as one:
+    with stage(ram_pages, 60, device=None if eager is None else FakeDevice(1, eager)) as one:
         written = one.join(10 * PAGE_TOKENS)
         one.sweep([(written, length)])
         for tokens in (900, 1, 300):
@@ -219,8 +239,8 @@ def test_what_no_window_reaches_is_given_back() -> None:
         written = one.join(8 * PAGE_TOKENS)
         for _ in range(7):
             one.sweep([(written, PAGE_TOKENS)], window=PAGE_TOKENS)
-        assert sum(page.at is _At.GONE for page in written.cache.layers[1]) == 5
-        assert not any(page.at is _At.GONE for page in written.cache.layers[0])
+        assert sum(page.at is PageState.GONE for page in written.cache.layers[1]) == 5
+        assert not any(page.at is PageState.GONE for page in written.cache.layers[0])
 
 
 def sweep_until_it_fails(one: Stage, written: Written, first: int) -> None:

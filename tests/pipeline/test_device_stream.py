@@ -12,6 +12,7 @@ import torch
 from architectures import BY_SLUG
 from fake_device import FakeDevice
 from harness import CPU, Pipeline, pack_checkpoint, random_prompts
+from pipeline.page_loader import pages_on_disk
 
 from pipo_ray.pipeline.device_ops import Event
 
@@ -141,6 +142,25 @@ def test_text_with_a_kv_cache_larger_than_the_device(seed: int, tmp_path: Path) 
         assert pipeline.greedy(prompts, 6) == wanted
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+    assert {stream for stream, _ in device.copied} == {"weight copy", "KV load", "KV save"}
+
+
+@pytest.mark.slow
+def test_text_with_kv_pages_on_the_drive(tmp_path: Path) -> None:
+    """Three layers of six pages, 15 in RAM of which six are on their way: weights and pages are watched for races."""
+    BY_SLUG["llama"].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (900, 300))
+    with Pipeline(packed, slot_bytes=1 << 20, chunk=200) as pipeline:
+        wanted = pipeline.greedy(prompts, 4)
+    device = FakeDevice(3)
+    with (
+        pages_on_disk(packed.facts, tmp_path, 15) as kv_store,
+        Pipeline(packed, slot_bytes=1 << 20, chunk=200, ops=device, kv_store=kv_store) as pipeline,
+        device.watching(),
+    ):
+        assert pipeline.greedy(prompts, 4) == wanted
+        assert pipeline.runner._kv_store.loaded_pages > 10
     assert {stream for stream, _ in device.copied} == {"weight copy", "KV load", "KV save"}
 
 

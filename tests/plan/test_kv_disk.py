@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.model.facts import ModelFacts
-from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, PROCESS_BYTES, plan_run
 from pipo_ray.plan.kv_disk import (
     PAGE_TOKENS,
+    PASSING_PAGES,
     KVDiskPlacement,
     KVOnDisk,
     check_model,
@@ -99,8 +100,26 @@ def test_a_run_keeps_its_budget_and_says_where_the_pages_are() -> None:
 def test_models_and_machines_that_have_no_such_pages_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="--kv-on-disk: falcon keeps its model's own cache"):
         check_model(replace(FACTS, ragged=False, model_type="falcon"))
-    with pytest.raises(InputError, match="--kv-on-disk is for runs that compute on the CPU so far; with a GPU"):
-        plan_run(*model(3, 64, 100), memory_bytes=8 * GIB, gpu_memory_bytes=GIB, kv_on_disk=KVOnDisk(None, ""))
+    with pytest.raises(InputError, match="--kv-on-disk uses RAM, too: leave --kv-in-ram out"):
+        plan_run(*model(3, 64, 100), memory_bytes=8 * GIB, gpu_memory_bytes=GIB, kv_in_ram=True,
+                 kv_on_disk=KVOnDisk(None, ""))  # fmt: skip
+
+
+@pytest.mark.parametrize("max_kv_tokens", [None, 20_000])
+def test_a_gpu_has_the_newest_pages_and_ram_and_drive_the_others(max_kv_tokens: int | None) -> None:
+    manifest, facts = model(3, 64, 100)
+    options = {"memory_bytes": 3 * GIB, "gpu_memory_bytes": 100 << 20, "max_batch_tokens": 64}
+    plan = plan_run(manifest, facts, **options, max_kv_tokens=max_kv_tokens, kv_on_disk=KVOnDisk(64 << 20, "folder"))
+    kv = plan.kv_disk
+    assert kv is not None
+    assert plan.kv_tokens == kv.kv_tokens > 16_384
+    assert kv.ram_bytes < plan.kv_bytes < kv.ram_bytes + (100 << 20)
+    assert 1 <= plan.max_sequences <= kv.max_sequences
+    assert kv.gpu_pages >= PASSING_PAGES + plan.max_sequences * facts.num_layers
+    assert CUDA_PROCESS_BYTES + kv.ram_bytes + plan.weight_bytes <= 3 * GIB
+    with pytest.raises(BudgetError, match=r"--memory .* would do: .*KV pages"):
+        plan_run(manifest, facts, **options | {"memory_bytes": CUDA_PROCESS_BYTES + (300 << 10)},
+                 kv_on_disk=KVOnDisk(64 << 20, "folder"))  # fmt: skip
 
 
 def test_pages_are_whole_blocks_of_the_drive() -> None:
