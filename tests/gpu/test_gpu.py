@@ -9,7 +9,7 @@ import torch
 from architectures import ARCHITECTURES, Architecture
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from kv_sweeps import Written, append_random
-from pipeline.page_loader import pages_on_disk
+from pipeline.pages_on_disk import pages_on_disk
 from transformers import AutoModelForCausalLM
 
 from pipo_ray.model.batch import PrefixPart, SweepEntry

@@ -148,7 +148,7 @@ def histories(draw: st.DrawFn) -> list[dict[str, object]]:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     histories(),
     st.integers(STAGING + 2 * LAYERS, 30),

@@ -8,22 +8,15 @@ import json
 import mmap
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from pipo_ray.model.facts import ModelFacts
-from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_server import PageServer
 from pipo_ray.pipeline.page_table import PageTable
 from pipo_ray.pipeline.slots import U8
-from pipo_ray.plan.kv_disk import PASSING_PAGES, KVDiskPlacement, disk_page_bytes
 from pipo_ray.session.kv_file import KVFile, read_key
 
 PAGE = 4096
@@ -71,24 +64,6 @@ class Pages:
         assert process.stdout is not None
         assert process.stdout.readline() == b"started\n"
         return process
-
-
-@contextmanager
-def pages_on_disk(facts: ModelFacts, folder: Path, ram_pages: int) -> Iterator[Callable[[torch.dtype, Any], KVDisk]]:
-    """KV pages of a model for a device that computes, so many in RAM: makes the store."""
-    nbytes, disk_pages = disk_page_bytes(facts), 200
-    file = KVFile(folder, disk_pages * nbytes)
-    pages = Pages.create(folder, file, ram_pages, disk_pages, nbytes)
-    stop, table, frames = pages.open()
-    server = pages.serve(table, frames)
-    gpu_pages = PASSING_PAGES + 4 * facts.num_layers
-    placement = KVDiskPlacement(facts.num_layers, nbytes, ram_pages, 6, disk_pages, str(folder), True, gpu_pages)
-    try:
-        yield lambda dtype, ops: KVDisk(placement, frames, table, dtype, ops)
-    finally:
-        stop[0] = 1
-        server.stop()
-        file.close()
 
 
 def main() -> None:

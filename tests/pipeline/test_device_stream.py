@@ -12,7 +12,7 @@ import torch
 from architectures import BY_SLUG
 from fake_device import FakeDevice
 from harness import CPU, Pipeline, pack_checkpoint, random_prompts
-from pipeline.page_loader import pages_on_disk
+from pipeline.pages_on_disk import pages_on_disk
 
 from pipo_ray.pipeline.device_ops import Event
 

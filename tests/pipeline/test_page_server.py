@@ -26,6 +26,13 @@ NUM_FRAMES, NUM_PAGES, PAGE_BYTES = 7, 40, 4 * PAGE
 PATIENCE_S = 30.0
 
 
+@pytest.fixture
+def encrypted_file(tmp_path: Path) -> Iterator[KVFile]:
+    made = KVFile(tmp_path, NUM_PAGES * PAGE_BYTES)
+    yield made
+    made.close()
+
+
 @pytest.fixture(params=[True, False], ids=["encrypted", "plain"])
 def file(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[KVFile]:
     made = KVFile(tmp_path, NUM_PAGES * PAGE_BYTES, encrypted=request.param)
@@ -191,8 +198,8 @@ class Mover:
             self.end(frame)
 
 
-def test_loaders_may_be_killed_at_any_point(tmp_path: Path, file: KVFile) -> None:
-    pages = Pages.create(tmp_path, file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
+def test_loaders_may_be_killed_at_any_point(tmp_path: Path, encrypted_file: KVFile) -> None:
+    pages = Pages.create(tmp_path, encrypted_file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
     stop, table, frames = pages.open()
     process = pages.start_process()
     table.restart()
@@ -211,8 +218,8 @@ def test_loaders_may_be_killed_at_any_point(tmp_path: Path, file: KVFile) -> Non
     assert process.wait(PATIENCE_S) == 0
 
 
-def test_a_new_compute_worker_hears_when_nothing_moves_any_more(tmp_path: Path, file: KVFile) -> None:
-    pages = Pages.create(tmp_path, file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
+def test_a_new_compute_worker_hears_when_nothing_moves_any_more(tmp_path: Path, encrypted_file: KVFile) -> None:
+    pages = Pages.create(tmp_path, encrypted_file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
     stop, table, frames = pages.open()
     server = pages.serve(table, frames)
     for seed in range(5):
@@ -226,8 +233,8 @@ def test_a_new_compute_worker_hears_when_nothing_moves_any_more(tmp_path: Path, 
     server.stop()
 
 
-def test_a_page_that_fails_is_told_with_its_cause(tmp_path: Path, file: KVFile) -> None:
-    pages = Pages.create(tmp_path, file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
+def test_a_page_that_fails_is_told_with_its_cause(tmp_path: Path, encrypted_file: KVFile) -> None:
+    pages = Pages.create(tmp_path, encrypted_file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
     stop, table, frames = pages.open()
     server = pages.serve(table, frames)
     table.restart()
@@ -240,9 +247,9 @@ def test_a_page_that_fails_is_told_with_its_cause(tmp_path: Path, file: KVFile) 
 
 
 def test_a_drive_that_hangs_is_told_once_with_its_folder(
-    tmp_path: Path, file: KVFile, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encrypted_file: KVFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages = Pages.create(tmp_path, file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
+    pages = Pages.create(tmp_path, encrypted_file, NUM_FRAMES, NUM_PAGES, PAGE_BYTES)
     stop, table, frames = pages.open()
     server = pages.serve(table, frames)
     table.restart()
