@@ -32,22 +32,25 @@ from pipo_ray.store.gguf_file import GgufFile
 from pipo_ray.store.safetensors_file import TensorHeader
 
 _EXPERTS = theirs.Qwen2MoeTensorProcessor.GGUF_MOE_WEIGHTS_PATTERN
-_PROCESSORS = (
-    theirs.TensorProcessor, theirs.LlamaTensorProcessor, theirs.Qwen2MoeTensorProcessor,
-    theirs.Gemma2TensorProcessor, theirs.NemotronTensorProcessor,
-)  # fmt: skip
-"""Those that move rows, change small tensors, or stack experts: what we do for a few rows at a time."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2")
+"""Of which tests have seen that everything in the file gets into configuration and weights. transformers reads others,
+too, but of some it loses sizes, scales or biases without a word.
+"""
 
-_NEW_LOADER = ("qwen35", "qwen35moe", "lfm2")
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _MOST_FACTOR_ERROR = 1e-3
 
-# What transformers' mapping (5.23) leaves out and then takes from its defaults, or ignores: by model_type.
+# What transformers' mapping (5.23) leaves out and then takes from its defaults: by architecture.
 _FORGOTTEN = {
     "qwen3": {"attention.key_length": "head_dim"},
-    "qwen3_moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+    "gemma2": {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
 }
+_GEMMA2_27B_LAYERS = 46
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,13 @@ def opened_gguf(file: GgufFile) -> Iterator[GgufCheckpoint]:
             f"GGUF file {path} cannot be read ({type(error).__name__}: {_one_line(error)}); it is truncated or "
             "damaged: download it again"
         ) from error
-    if architecture in _NEW_LOADER or type(_processor(architecture, {})) not in _PROCESSORS:
+    if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{path}: GGUF files of architecture {architecture!r} cannot be read; give its safetensors checkpoint"
+            f"{path}: GGUF files of architecture {architecture!r} cannot be read, only {', '.join(ARCHITECTURES)}; "
+            "give its safetensors checkpoint"
         )
+    if architecture == "llama" and _field(reader, "llama.expert_count"):
+        raise UnsupportedModelError(f"{path}: GGUF files of Mixtral cannot be read; give its safetensors checkpoint")
     for tensor in reader.tensors:
         if not can_read(tensor.tensor_type):
             raise UnsupportedModelError(
@@ -169,6 +175,11 @@ class _Names:
                     stacks.setdefault(name, {})[found["w"]] = self._weight(name, key)
             elif (name := self._names.get(key)) is not None:
                 result[name] = self._processed(name, key)
+            elif key != _ROPE_FACTORS:
+                raise UnsupportedModelError(
+                    f"{self._path}: the architecture has no place for tensor {key!r}, and would not be this model "
+                    "without it; give its safetensors checkpoint"
+                )
         for name, parts in stacks.items():
             wanted = ("down",) if "down" in parts else ("gate", "up")
             if set(parts) != set(wanted):
@@ -233,9 +244,13 @@ def _field(reader: Any, name: str) -> Any:
 
 def _complete(config: Any, reader: Any, architecture: str, path: Path) -> None:
     """Put into `config` what transformers leaves out, or refuse what it would ignore."""
-    for key, name in _FORGOTTEN.get(config.model_type, {}).items():
+    for key, name in _FORGOTTEN.get(architecture, {}).items():
         if (value := _field(reader, f"{architecture}.{key}")) is not None:
             setattr(config, name, value)
+    if architecture == "gemma2":
+        # llama.cpp knows it by the number of layers, too (`llama_model::load_hparams`): the file does not say it.
+        largest = config.num_hidden_layers == _GEMMA2_27B_LAYERS
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if _ROPE_FACTORS in tensors:
         _set_llama3_rope(config, np.array(tensors[_ROPE_FACTORS].data, np.float32).reshape(-1), path)

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3_moe": "qwen3moe", "gemma2": "gemma2"}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "gemma2": "gemma2"}
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

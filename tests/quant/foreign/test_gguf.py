@@ -40,11 +40,11 @@ def q4_k_m(name: str) -> Kind:
     return Kind.F32 if "ffn_gate_inp" in name else Kind.Q4_K
 
 
-def theirs(file: Path) -> Any:
+def theirs(file: Path, config: Any = None) -> Any:
     """transformers' model of the file, float32. By the function that `from_pretrained` calls: itself it wants
     accelerate.
     """
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = config or AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -119,7 +119,8 @@ MODELS = [
     ),
     ("Qwen2Config", lambda name: Kind.F16, {}, None),
     ("Qwen3MoeConfig", q4_k_m, {"moe_intermediate_size": 256, "head_dim": 64}, None),
-    ("Gemma2Config", lambda name: Kind.BF16, {"head_dim": 64}, None),
+    ("Gemma2Config", lambda name: Kind.BF16, {"head_dim": 64, "query_pre_attn_scalar": 64}, None),
+    ("Qwen3Config", lambda name: Kind.Q8_0, {"head_dim": 32}, "GGUF Q8_0: 16 dequantized"),
 ]
 
 
@@ -132,8 +133,8 @@ def test_a_model(
     file = write_gguf(plain, tmp_path / "model.gguf", kind_of)
     manifest = pack_checkpoint(file, tmp_path / "store")
     assert (manifest.source, manifest.precision) == (str(file), "bfloat16")
-    if config == "Qwen3MoeConfig":
-        # transformers takes the width of an expert from its defaults, and cannot load the file.
+    if config in ("Qwen3MoeConfig", "Qwen3Config"):
+        # transformers takes the width of an expert, or of a head, from its defaults, and cannot load the file.
         reference = None
     else:
         reference = theirs(file)
@@ -152,7 +153,9 @@ def test_a_model(
         "rope_parameters",
     ):
         assert getattr(kept, name, None) == getattr(original, name, None), name
-    if reference is None:
+    if config == "Qwen3Config":
+        check_store(tmp_path / "store", manifest, theirs(file, load_config(tmp_path / "store")))
+    elif reference is None:
         check_experts(file, tmp_path / "store", manifest)
 
 
@@ -199,6 +202,26 @@ def test_scaled_positions_are_not_ignored(tmp_path: Path, tiny_checkpoint: Calla
     file = write_gguf(plain, tmp_path / "model.gguf", lambda name: Kind.F16, edit=edit)
     with pytest.raises(InputError, match=r"its positions are scaled .'yarn'."):
         pack_checkpoint(file, tmp_path / "store")
+
+
+def test_nothing_in_the_file_is_ignored(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    """transformers' Llama out of GGUF never has biases, and would leave them out."""
+    plain = tiny_checkpoint("LlamaConfig", dtype="bfloat16", attention_bias=True, **SIZES)
+    file = write_gguf(plain, tmp_path / "model.gguf", lambda name: Kind.F16)
+    with pytest.raises(InputError, match=r"has no place for tensor 'blk\.0\.attn_.*\.bias'"):
+        pack_checkpoint(file, tmp_path / "store")
+    writer = gguf.GGUFWriter(tmp_path / "bloom.gguf", "bloom")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"of architecture 'bloom' cannot be read, only llama, qwen2"):
+        pack_checkpoint(tmp_path / "bloom.gguf", tmp_path / "store")
+    mixtral = write_gguf(
+        tiny_checkpoint("LlamaConfig", dtype="bfloat16", **SIZES), tmp_path / "mixtral.gguf", lambda name: Kind.F16,
+        edit=lambda writer: writer.add_expert_count(8),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="files of Mixtral cannot be read"):
+        pack_checkpoint(mixtral, tmp_path / "store")
 
 
 def test_what_is_no_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
