@@ -3,8 +3,8 @@ encryption costs.
 
 How to run (1 GiB free in --folder, which is to be on the drive that is asked about; three minutes, --quick: one):
 
-    python benchmarks/kv_disk.py [--tokens 8192] [--new 32] [--layers 8] [--rounds 3] [--folder DIR] [--quick]
-        [--json FILE]
+    python benchmarks/kv_disk.py [--tokens 8192] [--new 32] [--layers 8] [--hidden 1024] [--rounds 3] [--folder DIR]
+        [--quick] [--json FILE]
 
 A random Llama (hidden size 1024, 8 KV heads of 64, bf16; all weights in memory, so that nothing but KV moves) reads the
 bundled held-out text in chunks of 512 tokens and goes on for 32. Printed per run: seconds to the first token and per
@@ -87,7 +87,9 @@ def run(store: Path, kv_bytes: int, wish: KVOnDisk | None, arguments: argparse.N
 
 def generate(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     """The runs, and their ratios to the one with all pages in RAM."""
-    shape = LongLlama(arguments.layers, hidden=1024, intermediate=2816, heads=16, kv_heads=8, vocabulary=4096)
+    hidden, heads = arguments.hidden, arguments.hidden // 64
+    shape = LongLlama(arguments.layers, hidden, intermediate=11 * hidden // 4, heads=heads, kv_heads=heads // 2,
+                      vocabulary=4096)  # fmt: skip
     checkpoint = base / "checkpoint"
     make_checkpoint(checkpoint, shape)
     facts = prepare_store(str(checkpoint)).facts
@@ -169,6 +171,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens that are generated")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024, help="size, a multiple of 128")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where everything is; default: the temporary folder")
     parser.add_argument("--quick", action="store_true", help="one round, 4 layers, 4096 tokens")
