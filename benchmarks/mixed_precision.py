@@ -2,7 +2,7 @@
 
 How to run (four minutes of processor time for the bundled model; --quick: a quarter of the text, three sizes):
 
-    python benchmarks/mixed_precision.py [--quick] [--model FOLDER] [--text FILE] [--json FILE]
+    python benchmarks/mixed_precision.py [--quick] [--model FOLDER] [--text FILE] [--bits B,B,...] [--json FILE]
     python benchmarks/mixed_precision.py --check        # weight by weight: do the estimates hold that choices rest on?
 
 The formats are chosen as `pipo pack --precision auto` does, from what it measures on the calibration text that comes
@@ -13,7 +13,7 @@ included, given as bits per weight. At each size stand:
     mix         what the knapsack chooses with so many bytes or fewer
     uniform     one format for all, where one has that size
     by order    the next smaller uniform format, and the first layers in the next larger as far as the bytes go
-    random      the same with the weights in random order: mean and best of three
+    random      the same with the weights in random order: mean and best of three (--quick: two)
 
 --check measures every weight alone in every format, and compares with what a pass per block estimates: the rank
 correlation over weights, and how far single estimates are off.
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser.add_argument("--bits", metavar="B,B,...", help="sizes, beside those of the uniform formats")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -200,8 +201,11 @@ def main() -> None:
                     f"{sum(measured):.5f} measured one by one, {sum(estimated):.5f} estimated"
                 )
         else:
+            sizes: Sequence[float] = QUICK_BITS if options.quick else BITS
+            if options.bits:
+                sizes = tuple(map(float, options.bits.split(",")))
             print(" bits  KL of the mix (predicted)  less than the best beside it")
-            for row in compare(bench, QUICK_BITS if options.quick else BITS, 2 if options.quick else RANDOM_ORDERS):
+            for row in compare(bench, sizes, 2 if options.quick else RANDOM_ORDERS):
                 show(row)
                 rows.append(row)
     if options.json:

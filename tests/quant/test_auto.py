@@ -170,6 +170,32 @@ def test_it_goes_on_where_it_stopped(checkpoint: Path, tmp_path: Path, text: Cal
     assert [name for name, value in whole.items() if value == 7.0] == list(begun["divergences"])
 
 
+@torch.inference_mode()
+def test_errors_are_those_of_products(checkpoint: Path, tmp_path: Path, text: CalibrationText) -> None:
+    from transformers import AutoModelForCausalLM
+
+    measure_model(checkpoint, cache=tmp_path, text=text, progress=lambda *_: None)
+    (file,) = tmp_path.glob("*.json")
+    known = json.loads(file.read_text())
+    with auto.Subject.open(checkpoint) as subject:
+        windows = subject.windows(text, auto.WINDOW_TOKENS, auto.VERIFIED_TOKENS)
+    windows = windows[: auto.windows_with(windows, auto.MEASURED_TOKENS)]
+    assert known["tokens"] == sum(map(len, windows))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    name = "model.layers.1.mlp.up_proj"
+    inputs: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0][0]))
+    for window in windows:
+        model(torch.tensor([window]))
+    weight, rows = model.get_parameter(f"{name}.weight"), torch.cat(inputs)
+    assert known["errors"][f"{name}.weight"].keys() == {"int4-g64", "int4-g32", "int8"}
+    for format, error in known["errors"][f"{name}.weight"].items():
+        low_bit = LowBitFormat.parse(format)
+        change = values_of(round_to_nearest(weight, low_bit), low_bit) - weight
+        expected = (rows @ change.T).square().sum() / (rows @ weight.T).square().sum()
+        assert error == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_a_planner_chooses_for_itself(checkpoint: Path, tmp_path: Path, text: CalibrationText) -> None:
     measured = measure_model(checkpoint, cache=tmp_path, text=text, progress=lambda *_: None)
     assert Measured.from_json(json.loads(json.dumps(measured.to_json()))) == measured
