@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +55,10 @@ _FORGOTTEN = {
     },
 }
 _GEMMA2_27B_LAYERS = 46
+
+_SCRATCH = "pipo-gguf-"
+_SCRATCH_AGE_S = 60.0
+"""A folder that is younger may not be locked yet."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def opened_gguf(file: GgufFile) -> Iterator[GgufCheckpoint]:
                 f"{path}: tensor {tensor.name!r} is {tensor.tensor_type.name}, which the installed gguf library cannot "
                 "dequantize; use a file of another type, such as Q4_K_M or Q8_0"
             )
-    with tempfile.TemporaryDirectory(prefix="pipo-gguf-") as folder:
+    with _scratch_folder() as folder:
         try:
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
         except Exception as error:
@@ -123,6 +131,29 @@ def opened_gguf(file: GgufFile) -> Iterator[GgufCheckpoint]:
         checkpoint = GgufCheckpoint(Path(folder), raw, (), {}, {}, file=file, reader=reader)
         with checkpoint:
             yield checkpoint
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """A temporary folder, locked while it is used; what killed processes left is removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # in use, or another user's
+            if time.time() - left.stat().st_mtime > _SCRATCH_AGE_S:
+                with _locked(left):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder, _locked(Path(folder)):
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def view_gguf(checkpoint: GgufCheckpoint, model: PreTrainedModel) -> ForeignCheckpoint:

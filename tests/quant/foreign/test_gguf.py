@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from pipo_ray.packing import pack_checkpoint
 from pipo_ray.prepare import find_model
 from pipo_ray.quant.foreign.detect import SOURCE_KEY
 from pipo_ray.quant.foreign.gguf_blocks import FORMATS, GgufWeight, dequantized
-from pipo_ray.quant.foreign.gguf_model import llama3_frequencies
+from pipo_ray.quant.foreign.gguf_model import _locked, _scratch_folder, llama3_frequencies
 from pipo_ray.quant.foreign.reading import TensorFiles
 from pipo_ray.quant.rounding import values_of
 from pipo_ray.quant.summary import describe_precision
@@ -248,6 +251,19 @@ def test_what_is_no_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r"needs the gguf library: pip install 'pipo_ray\[gguf\]'"):
         GgufFile.open(file)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("old", "used", "new"):
+        (tmp_path / f"pipo-gguf-{name}").mkdir()
+        (tmp_path / f"pipo-gguf-{name}" / "config.json").write_text("{}")
+        os.utime(tmp_path / f"pipo-gguf-{name}", (0, 0 if name != "new" else time.time()))
+    with _locked(tmp_path / "pipo-gguf-used"), _scratch_folder() as folder:
+        assert Path(folder).parent == tmp_path
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"pipo-gguf-used", "pipo-gguf-new", Path(folder).name}
+    assert not Path(folder).exists()
 
 
 def test_a_truncated_file(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
