@@ -7,7 +7,7 @@ How to run (six minutes for the bundled model on two cores; --quick reads a tent
 
 The model runs as a user would run it, once per precision, through the actors. The text (by default the bundled model's
 held-out one) goes in windows of 1023 tokens, each behind a beginning-of-sequence token, as in `train_bundled_model.py
-evaluate`. All is compared with the checkpoint computed in float32. int4 with a zero is measured twice: rounded to
+evaluate`. All is compared with the checkpoint computed in float32. int4 is measured twice: rounded to
 nearest, and calibrated ("+gptq") on the bundled calibration text, none of which is in the held-out one; `share` is how
 much of what rounding to nearest loses in perplexity is lost then.
 
@@ -30,8 +30,8 @@ from pipo_ray.prepare import prepare_store
 from pipo_ray.report.quality import Logits, Quality, windows_of
 
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
-PRECISIONS = ("int8", "int4-g32", "int4-g32-sym", "int4", "int4-sym", "int4-g128")
-CALIBRATED = ("int4-g32", "int4", "int4-g128")
+PRECISIONS = ("int8", "int4-g32", "int4-g32-sym", "int4", "int4-sym")
+CALIBRATED = ("int4-g32", "int4-g32-sym", "int4", "int4-sym")
 WINDOW = 1023
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cli.fake_llm import FakeLLM
 from pipo_ray.cli.main import main
+from pipo_ray.cli.quality import _variants
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,14 @@ def test_a_packed_store_is_no_original(
         (tmp_path / name).write_text("{}")
     assert main(["quality", str(tmp_path)]) == 2
     assert "is not a checkpoint: quality needs the weights as they were" in capsys.readouterr().err
+
+
+def test_calibrate_adds_a_row_for_each_precision_with_int4() -> None:
+    rows = _variants(["int8", "int4-g32", "auto"], {"max_loss": "1%"}, True)
+    assert rows == {
+        "int8": {"precision": "int8"},
+        "int4-g32": {"precision": "int4-g32"},
+        "int4-g32 calibrated": {"precision": "int4-g32", "calibrate": True},
+        "auto": {"precision": "auto", "max_loss": "1%"},
+    }
+    assert list(_variants(["int4"], {}, False)) == ["int4"]

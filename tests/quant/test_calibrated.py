@@ -83,7 +83,6 @@ def stored_values(store: Path, manifest: Manifest, name: str, expert: int | None
         ("int4-g32", 2048, 0.8),
         pytest.param("int4-g32", 32768, 0.6, marks=pytest.mark.slow),
         pytest.param("int4", 32768, 0.6, marks=pytest.mark.slow),
-        pytest.param("int4-g128", 32768, 0.6, marks=pytest.mark.slow),
     ],
 )
 def test_the_bundled_model_loses_less(
