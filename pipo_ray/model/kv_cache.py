@@ -8,6 +8,8 @@ What a sequence has in common with others it reads in their caches.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,9 @@ from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
 KVStore = KVPool | KVTiers | KVDisk
+
+_LEAST_MAPPING = 1 << 16
+"""Bytes below which memory comes from the allocator: a mapping is whole pages."""
 
 
 @dataclass
@@ -51,10 +56,7 @@ class SequenceCache:
         if stop > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self.layers:
-            self.layers[layer] = (
-                keys.new_empty(keys.shape[0], self.capacity, keys.shape[2]),
-                values.new_empty(values.shape[0], self.capacity, values.shape[2]),
-            )
+            self.layers[layer] = _memory(keys, self.capacity), _memory(values, self.capacity)
         all_keys, all_values = self.layers[layer]
         all_keys[:, self.length : stop] = keys
         all_values[:, self.length : stop] = values
@@ -105,8 +107,22 @@ class SequenceCache:
         return sum(k.nbytes + v.nbytes for k, v in self.layers.values())
 
 
+def _memory(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Memory [heads, capacity, head_dim] for keys or values that are `like` those [heads, _, head_dim].
+
+    On the CPU a mapping of its own: what is not touched takes no memory, and what is given back is the system's at
+    once. A heap in which caches that stay lie among activations that come and go promises neither.
+    """
+    shape = like.shape[0], capacity, like.shape[2]
+    nbytes = math.prod(shape) * like.dtype.itemsize
+    if like.device.type != "cpu" or nbytes < _LEAST_MAPPING:
+        return like.new_empty(shape)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
 def _moved(tensor: torch.Tensor, capacity: int, length: int) -> torch.Tensor:
-    result = tensor.new_empty(tensor.shape[0], capacity, tensor.shape[2])
+    result = _memory(tensor, capacity)
     result[:, :length] = tensor[:, :length]
     return result
 

@@ -28,6 +28,25 @@ def test_keys_and_values_come_back_in_order(chunks: list[int], spare: int) -> No
     assert cache.nbytes == 3 * 2 * (total + spare) * (4 + 3) * 4
 
 
+def test_memory_is_what_was_written_and_goes_when_it_is_given_back() -> None:
+    """A cache with room for a hundred times as much; the private memory of this process, in KiB."""
+
+    def private() -> int:
+        return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Private_Dirty"))
+
+    keys = torch.zeros(1, 10_000, 100)  # 4 MB
+    cache = SequenceCache(capacity=1_000_000)
+    before = private()
+    cache.append(0, keys, keys)
+    cache.advance(10_000)
+    assert 7_000 < private() - before < 12_000
+    cache.resize(5_000, 5_000)
+    assert 3_000 < private() - before < 8_000
+    assert cache.nbytes == 2 * 5_000 * 400
+    cache.drop()
+    assert private() - before < 3_000
+
+
 def test_the_same_step_again_overwrites() -> None:
     """A sweep that failed in the middle is run again."""
     cache = SequenceCache(capacity=3)
