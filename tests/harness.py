@@ -118,9 +118,9 @@ class Pipeline:
     """Everything between a packed model and its logits, at work. A context manager; leaving it ends all threads.
 
     `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
-    The pieces of kind "rest" and `resident_pieces` others, taken from the middle, stay in memory. Prompts go in chunks
-    of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the GPU and in
-    RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes.
+    The pieces of kind "rest" and `resident_pieces` others, taken from the middle (None: all), stay in memory. Prompts
+    go in chunks of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the
+    GPU and in RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Pipeline:
         *,
         slot_bytes: int | None = None,
         spare_slots: int = 0,
-        resident_pieces: int = 2,
+        resident_pieces: int | None = 2,
         chunk: int | None = 5,
         threads: int = 2,
         checksums: bool = True,
@@ -152,7 +152,8 @@ class Pipeline:
         self.plan: SweepPlan = plan_sweep(self.pieces, tensors, trace.events, manifest.aliases)
         rest = [piece.index for piece in self.pieces if piece.kind == "rest"]
         others = [piece.index for piece in self.pieces if piece.kind != "rest"]
-        middle = len(others) // 2
+        middle = 0 if resident_pieces is None else len(others) // 2
+        resident_pieces = len(others) if resident_pieces is None else resident_pieces
         self.resident_rows: Mapping[int, int] = {
             piece: row for row, piece in enumerate(rest + others[middle : middle + resident_pieces])
         }

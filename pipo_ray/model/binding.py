@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.lanes import Lanes
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit import LowBitProducts
-from pipo_ray.model.streamed import FusedExperts, LookedUpTable, SplitMatrix, Unbound
+from pipo_ray.model.streamed import FusedExperts, LinearProduct, LookedUpTable, LowBitMatrix, SplitMatrix, Unbound
 from pipo_ray.model.trace import Trace
 from pipo_ray.pipeline.weight_stream import WeightStream
 from pipo_ray.plan.pieces import CallPlan, PieceTensor, SweepPlan
@@ -181,13 +182,23 @@ class Binder:
         self._handles.clear()
         for piece in self._bindings:
             self._put(piece)
+        for module in self._linears():
+            weight = module._parameters["weight"]
+            if isinstance(weight, LowBitMatrix):
+                module.__dict__["forward"] = partial(_times, weight.product, module._parameters["bias"])
         self._settled = True
 
     def _unsettle(self) -> None:
         for piece in self._bindings:
             self._take_away(piece)
+        for module in self._linears():
+            module.__dict__.pop("forward", None)
         self._settled = False
         self._watch()
+
+    def _linears(self) -> list[nn.Module]:
+        modules = [self._model.get_submodule(unit.module) for unit in self._trace.units]
+        return [module for module in modules if type(module) is nn.Linear]
 
     def _watch(self) -> None:
         """Put a hook in front of every unit, and one behind it."""
@@ -391,6 +402,11 @@ class Binder:
             return self._weight(memory, tensor)
 
         return slice_of
+
+
+def _times(product: LinearProduct, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
+    """What `nn.Linear.forward` would come to, by a longer way."""
+    return product(input, bias)
 
 
 def _copied_out(value: Any, storages: set[int]) -> Any:

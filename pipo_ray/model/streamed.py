@@ -121,6 +121,12 @@ class LowBitMatrix(_StandIn):
 
     what = "a matrix with low-bit weights"
 
+    @property
+    def product(self) -> LinearProduct:
+        """Its answer."""
+        answer: LinearProduct = self._answer
+        return answer
+
     @classmethod
     def _intercept(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:

@@ -222,6 +222,31 @@ def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
     assert ratio <= 1.25, f"{ratio:.2f} times the error that transformers has"
 
 
+def test_a_model_that_stays_in_memory_computes_what_one_that_streams_does(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    checkpoint = tiny_checkpoint(
+        "LlamaConfig", dtype="bfloat16", seed=1, **LARGER | {"attention_bias": True, "mlp_bias": True}
+    )
+    policy = Precision((Rule("*.up_proj.*", "16bit"), Rule("*", "int4")))
+    store = pack_checkpoint(checkpoint, tmp_path / "store", torch.bfloat16, policy, panel_bytes=1)
+    sequences = random_prompts(256, (20, 7), seed=2)
+    results = []
+    for resident in (2, None):
+        products = LowBitProducts(always_low_bit("packed"), machine_layout())
+        with Pipeline(store, resident_pieces=resident, low_bit=products) as pipeline:
+            results.append([one.logits for one in pipeline.follow(sequences, [12, 3])])
+            linears = [module for module in pipeline.model.modules() if type(module) is torch.nn.Linear]
+            direct = [module for module in linears if "forward" in vars(module)]
+            assert bool(direct) == (resident is None)
+            assert len(direct) < len(linears)  # those at 16 bits, and those that are split
+            pipeline.binder.abandon()
+            assert not any("forward" in vars(module) for module in linears)
+            results.append([one.logits for one in pipeline.follow(sequences, [12, 3])])
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
 def test_a_policy_mixes_formats_in_one_model(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
     checkpoint = tiny_checkpoint("LlamaConfig", dtype="bfloat16", seed=1)
     policy = Precision((Rule("lm_head.*", "16bit"), Rule("*.mlp.*", "int4-g32"), Rule("*", "int8")))
