@@ -302,7 +302,7 @@ def test_the_report(llm: LLM) -> None:
     assert report.keys() == {
         "sweeps", "bytes_streamed", "peak_memory_bytes", "memory_budget_bytes", "weight_memory_bytes",
         "gpu_memory_bytes", "model_bytes", "resident_bytes", "streamed_bytes_per_sweep", "kv_tokens", "elapsed_s",
-        "stages", "huge_page_bytes", "kv_ram_bytes",
+        "stages", "huge_page_bytes", "kv_ram_bytes", "kv_disk_bytes",
     }  # fmt: skip
     assert report["memory_budget_bytes"] == 3 << 30
     assert 0 < report["weight_memory_bytes"] <= 450 << 10
