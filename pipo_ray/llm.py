@@ -22,6 +22,7 @@ from pipo_ray.budgets import Size, gpu_budget, kv_on_disk_wish, memory_budget
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.device import choose_device
 from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
+from pipo_ray.lengths import Lengths
 from pipo_ray.messages import ComputeSetup, RequestSpec, TokenEvent
 from pipo_ray.outputs import RequestOutput
 from pipo_ray.params import SamplingParams
@@ -29,9 +30,11 @@ from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.plan.drive_probe import describe_drive, drive_profiles
 from pipo_ray.plan.kv_disk import KVOnDisk
+from pipo_ray.plan.low_bit_pages import low_bit_kv
 from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer, slowest
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
+from pipo_ray.quant.kv_policy import KVPrecision
 from pipo_ray.quant.target import Target
 from pipo_ray.scheduling.limits import limits_of
 from pipo_ray.session.background import give_way
@@ -65,12 +68,14 @@ class LLM:
     Ray and the actors have the lowest priority, and reading pauses while others use the disk; the calling process keeps
     its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
     `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
-    tokens that all requests at the same time will have, so that more memory is left to weights; `transfer` takes the
+    tokens that all requests at the same time will have, `max_kv_sequences` of them, so that more memory is left to
+    weights; `transfer` takes the
     place of what would be chosen from a short measurement of the drive (made once, and kept in the cache). `kv_in_ram`
     keeps in RAM what the GPU has no room for of the KV cache; `kv_on_disk` ("8GiB", "auto") on the drive what RAM has
     none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk` for another folder, or without). `prefix_cache`
     keeps the KV of what has ended, as long as there is room, for requests that begin with the same tokens. `calibrate`
-    rounds int4 weights for the inputs that a text gives them: True for the bundled text, or a text file.
+    rounds int4 weights for the inputs that a text gives them: True for the bundled text, or a text file. `kv_precision`
+    holds the KV cache in 16, 8 or 4 bits, or per layer as a file says (`quant/kv_policy.py`).
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
     requests that run, and the next one tries again. A drive that does not answer is a warning of the log "pipo_ray".
@@ -104,6 +109,8 @@ class LLM:
         kv_on_disk: Size | KVOnDisk = None,
         prefix_cache: bool = True,
         calibrate: bool | str | os.PathLike[str] = False,
+        kv_precision: str | int = 16,
+        max_kv_sequences: int = 1,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -119,6 +126,8 @@ class LLM:
             if count is not None and count < 1:
                 raise InputError(f"{name} {count} is below 1")
         chosen_mode = check_mode(mode)
+        chosen_kv = KVPrecision.parse(kv_precision)
+        chosen_kv.require_one_tier(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None)
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         chosen = choose_device(device)
@@ -136,7 +145,8 @@ class LLM:
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
             gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
-            kv_in_ram=kv_in_ram, kv_on_disk=on_disk,
+            kv_in_ram=kv_in_ram, kv_on_disk=on_disk, low_bit_kv=low_bit_kv(chosen_kv, self._facts),
+            max_kv_sequences=max_kv_sequences,
         )  # fmt: skip
         folders = prepared.manifest.folders(prepared.folder)
         self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode, num_drives=len(folders)))
@@ -152,8 +162,8 @@ class LLM:
             self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
-        context = self._facts.context_length
-        self._max_model_len = min(context, max_model_len or context, self._plan.max_length or context)
+        limits = limits_of(self._plan, self._facts, chosen.kind, prefix_cache=prefix_cache)
+        self._lengths = Lengths(self._facts, self._plan, limits, max_model_len)
         if before_start is not None:
             before_start(self)
         if on_progress is not None:
@@ -176,8 +186,9 @@ class LLM:
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                     str(cache_folder() / "machine-code"), self._plan.kv, self._plan.kv_tokens,
+                    None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits,
                 ),
-                limits_of(self._plan, self._facts, chosen.kind, prefix_cache=prefix_cache),
+                limits,
                 trace=self._trace is not None, verify_checksums=verify_checksums,
                 background=background,
             )  # fmt: skip
@@ -254,7 +265,7 @@ class LLM:
         for number, (prompt, one) in enumerate(zip(listed, list_params(sampling_params, len(listed)), strict=True), 1):
             ids = check_token_ids(prompt, number, len(listed), self._facts.vocab_size)
             if ids is not None:
-                self._most_new_tokens(name_prompt(number, len(listed)), len(ids), one, score=False)
+                self._lengths.most_new_tokens(name_prompt(number, len(listed)), len(ids), one, score=False)
 
     def abort(self, request_id: str) -> None:
         """End a request; what it has generated stays in its last output, with finish reason "abort"."""
@@ -276,7 +287,7 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         """Prompt plus answer, in tokens, at most."""
-        return self._max_model_len
+        return self._lengths.longest
 
     def pids(self) -> dict[str, int]:
         """The actors' process ids by name."""
@@ -353,7 +364,7 @@ class LLM:
         self._stage.call(self._stage.compute_worker, "check_params", chosen)
         specs, texts = [], []
         for number, ((token_ids, text), one) in enumerate(zip(encoded, chosen, strict=True), start=1):
-            most = self._most_new_tokens(name_prompt(number, len(encoded)), len(token_ids), one, score)
+            most = self._lengths.most_new_tokens(name_prompt(number, len(encoded)), len(token_ids), one, score)
             seed = one.seed if one.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
             identifier = str(next(self._numbers))
             specs.append(RequestSpec(identifier, tuple(token_ids), one, seed, most, score))
@@ -366,44 +377,6 @@ class LLM:
                 )
             self._send(specs)
         return [spec.request_id for spec in specs]
-
-    def _most_new_tokens(self, which: str, prompt: int, params: SamplingParams, score: bool) -> int:
-        room = self._max_model_len - prompt
-        if room < (0 if score else 1):
-            raise InputError(
-                f"{which} of {prompt} tokens leaves no room for an answer: {self._what_bounds_length()}; shorten the "
-                f"prompt to at most {self._max_model_len - 1} tokens{self._how_to_lengthen()}"
-            )
-        if score and not self._facts.chunked and prompt > self._plan.max_scored_tokens:
-            raise InputError(
-                f"{which} of {prompt} tokens cannot be scored: this architecture computes a prompt as a whole, and the "
-                f"memory budget holds the logits of {self._plan.max_scored_tokens} tokens; shorten it"
-            )
-        most = 1 if score else room if params.max_tokens is None else min(params.max_tokens, room)
-        budget = self._plan.kv_tokens - self._plan.state_tokens
-        if params.max_tokens is None:
-            most = min(most, max(1, budget - prompt))
-        if prompt + most > budget:
-            raise InputError(
-                f"{which} of {prompt} tokens and {most} new ones need {prompt + most} tokens of KV cache, the memory "
-                f"budget holds {budget}; raise --memory, lower --weight-memory, or ask for fewer tokens"
-            )
-        return most
-
-    def _what_bounds_length(self) -> str:
-        if self._max_model_len == self._plan.max_length:
-            return (
-                f"this architecture computes a sequence as a whole, and a sweep holds {self._max_model_len} tokens of "
-                "activations"
-            )
-        return f"the context is {self._max_model_len} tokens"
-
-    def _how_to_lengthen(self) -> str:
-        if self._max_model_len == self._facts.context_length:
-            return ""
-        return ", or raise " + (
-            "--max-batch-tokens" if self._max_model_len == self._plan.max_length else "--max-model-len"
-        )
 
     def _follow(self, identifiers: Sequence[str]) -> Iterator[RequestOutput]:
         requests = {identifier: self._requests[identifier] for identifier in identifiers}

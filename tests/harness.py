@@ -20,6 +20,7 @@ from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
 from pipo_ray.model.inspect import find_facts, trace_of
 from pipo_ray.model.kv_cache import KVStore
+from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
@@ -120,7 +121,8 @@ class Pipeline:
     `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle (None: all), stay in memory. Prompts
     go in chunks of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the
-    GPU and in RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes.
+    GPU and in RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes, with `kv_bits`
+    each layer has so many bits.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Pipeline:
         kv_pages: tuple[int, int] | None = None,
         kv_pool: int | None = None,
         kv_store: Callable[[torch.dtype, DeviceOps], KVStore] | None = None,
+        kv_bits: tuple[int, ...] | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -191,6 +194,8 @@ class Pipeline:
             store: KVStore | None = self.kv_tiers
             if kv_pool is not None:
                 store = KVPool(kv_pool, device)
+            if kv_bits is not None:
+                store = LowBitStore(kv_bits)
             if kv_store is not None:
                 store = kv_store(packed.dtype, ops or CudaOps(device))
             self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged, kv_store=store)

@@ -15,6 +15,7 @@ from pipo_ray.errors import InputError
 from pipo_ray.params import SamplingParams
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.transfer import Mode
+from pipo_ray.quant.kv_policy import KVPrecision
 from pipo_ray.quant.target import Target
 from pipo_ray.session.background import give_way
 from pipo_ray.session.memory import parse_size
@@ -43,6 +44,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-tokens", metavar="N", type=int, help="tokens that one sweep computes at most")
     group.add_argument("--mode", choices=get_args(Mode), default="performance", help="memory-saver: a quarter of the "
                        "memory for weights on their way, somewhat slower; default: %(default)s")  # fmt: skip
+    group.add_argument("--kv-precision", metavar="P", help="bits of the KV cache: 16, 8 or 4, or a file with bits per "
+                       'layer like {"layers": [["0-1", 16], ["*", 4]]}; default: 16')  # fmt: skip
     group.add_argument("--kv-in-ram", action="store_true", help="keep in RAM what the GPU has no room for of the KV "
                        "cache (new: tested against a simulated GPU only)")  # fmt: skip
     group.add_argument("--kv-on-disk", metavar="SIZE", help="keep on the drive what RAM has no room for of the KV "
@@ -141,6 +144,9 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["calibrate"] = options.calibrate
     if options.mode != "performance":
         arguments["mode"] = options.mode
+    if options.kv_precision is not None:
+        KVPrecision.parse(options.kv_precision)  # what is wrong with it is said before a model is downloaded
+        arguments["kv_precision"] = options.kv_precision
     if options.kv_in_ram:
         arguments["kv_in_ram"] = True
     if options.kv_on_disk is not None:

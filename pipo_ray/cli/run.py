@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     params = sampling_params(options, n=options.n, logprobs=options.logprobs)
     arguments = engine_arguments(options)
     prompts = collect_prompts(options.prompt, options.prompt_ids, options.prompts)
-    arguments["max_kv_tokens"] = most_tokens(prompts, params)
+    arguments |= {"max_kv_tokens": most_tokens(prompts, params), "max_kv_sequences": len(prompts) * params.n}
     folder = find_folder(options.model)
     _require_tokenizer(folder, options.model, prompts)
     output = Output()

@@ -31,6 +31,7 @@ from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
+from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
@@ -91,7 +92,7 @@ class ComputeEngine:
                 kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
             elif compute.kv is not None:
                 kv_store = self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
-            elif self._facts.ragged and compute.kv_tokens:
+            elif self._facts.ragged and compute.kv_tokens and compute.kv_bits is None:
                 kv_store = KVPool(compute.kv_tokens, self._device)
             self._stream = open_device_stream(setup, memory, self._ops, self._trace)
         else:
@@ -103,6 +104,8 @@ class ComputeEngine:
             )  # fmt: skip
             if setup.kv_disk is not None:
                 kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
+        if compute.kv_bits is not None:
+            kv_store = LowBitStore(compute.kv_bits)
         self._readers: dict[str, tuple[RowReader, torch.dtype, tuple[int, ...]]] = {}
         for unit in self._facts.units:
             if unit.kind == "lookup":

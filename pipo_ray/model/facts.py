@@ -32,7 +32,8 @@ class ModelFacts:
     cache takes however short it is (a recurrent state); `context_length` is in tokens; `attention` is the
     implementation that runs, RAGGED_ATTENTION or transformers' "sdpa" or "eager";
     `rebuild_length` is the sequence length at which the KV cache must be rebuilt (RoPE that changes with the length),
-    or None; `hidden_size`, `vocab_size` size the activations. `transformers_version` is the one that the facts were
+    or None; `kv_shapes` are the different (heads, elements of a key, elements of a value) that attention layers cache
+    per token; `hidden_size`, `vocab_size` size the activations. `transformers_version` is the one that the facts were
     found with: with another they are found again.
     """
 
@@ -54,6 +55,7 @@ class ModelFacts:
     attention: str
     state_bytes: int
     eos_token_ids: tuple[int, ...]
+    kv_shapes: tuple[tuple[int, int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -66,6 +68,7 @@ class ModelFacts:
         fields["units"] = tuple(UnitFacts(u["module"], tuple(u["tensors"]), u["kind"]) for u in raw["units"])
         fields["events"] = tuple((int(u), bool(enters)) for u, enters in raw["events"])
         fields["eos_token_ids"] = tuple(raw["eos_token_ids"])
+        fields["kv_shapes"] = tuple((int(h), int(k), int(v)) for h, k, v in raw["kv_shapes"])
         return ModelFacts(**fields)
 
 

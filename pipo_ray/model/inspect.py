@@ -12,7 +12,7 @@ from pipo_ray.model.facts import ModelFacts, UnitFacts, installed_transformers
 from pipo_ray.model.graph import context_length, load_config, resolve_dtype
 from pipo_ray.model.layout import block_layout
 from pipo_ray.model.probe import probe, rebuild_length
-from pipo_ray.model.trace import Trace, Unit, recorded_kv_widths, state_bytes, trace_config
+from pipo_ray.model.trace import Trace, Unit, recorded_kv_shapes, state_bytes, trace_config
 from pipo_ray.store.manifest import Manifest
 
 
@@ -23,7 +23,7 @@ def find_facts(
 
     Raises UnsupportedModelError for a model that cannot be run.
     """
-    with recorded_kv_widths() as kv_widths:
+    with recorded_kv_shapes() as kv_shapes:
         model, trace = trace_config(config, dtype)
     answers = probe(config)
     text: Any = config.get_text_config()
@@ -38,8 +38,10 @@ def find_facts(
         probe_reason=answers.reason,
         rebuild_length=rebuild_length(config),
         # Of equal parts for all layers: a page must hold the widest one's tokens.
-        kv_bytes_per_token=text.num_hidden_layers * max(kv_widths) * dtype.itemsize
-        if kv_widths and answers.ragged
+        kv_bytes_per_token=text.num_hidden_layers
+        * max(heads * (key + value) for heads, key, value in kv_shapes)
+        * dtype.itemsize
+        if kv_shapes and answers.ragged
         else _kv_bytes_per_token(text, dtype),
         context_length=context_length(config),
         vocab_size=text.vocab_size,
@@ -50,6 +52,7 @@ def find_facts(
         attention=answers.attention,
         state_bytes=0 if answers.ragged else state_bytes(model),
         eos_token_ids=_eos_token_ids(config, folder),
+        kv_shapes=tuple(sorted(set(kv_shapes))),
     )
     return model, trace, facts
 

@@ -2,8 +2,8 @@
 
 With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
 heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
-neighbours. A GPU's pool is in `kv_pool.py`, its two tiers in `kv_tiers.py`; pages on the drive are in `kv_disk.py`.
-What a sequence has in common with others it reads in their caches.
+neighbours. A GPU's pool is in `kv_pool.py`, its two tiers in `kv_tiers.py`; pages on the drive are in `kv_disk.py`,
+fewer bits in `kv_low_bit.py`. What a sequence has in common with others it reads in their caches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Cache
@@ -24,7 +24,40 @@ from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
-KVStore = KVPool | KVTiers | KVDisk
+
+class SequenceKV(Protocol):
+    """The KV cache of one sequence, which decides where it lies, in how many bits, and so how it attends."""
+
+    capacity: int
+    length: int
+
+    def attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: AttentionRule
+    ) -> torch.Tensor:
+        """See `SequenceCache.attend`."""
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """The sweep that appended `num_tokens` tokens to every layer is complete."""
+        ...
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        ...
+
+
+class KVStore(Protocol):
+    """Where sequences' caches lie: a `KVPool`, `KVTiers` or a `LowBitStore`."""
+
+    def open(self, capacity: int) -> SequenceKV:
+        """A new sequence's cache, of at most `capacity` tokens."""
+        ...
+
 
 _LEAST_MAPPING = 1 << 16
 """Bytes below which memory comes from the allocator: a mapping is whole pages."""
@@ -131,7 +164,7 @@ def _moved(tensor: torch.Tensor, capacity: int, length: int) -> torch.Tensor:
 class Segment:
     """Where one sequence's tokens lie in the ragged row: columns `start:stop`."""
 
-    cache: SequenceCache | PooledCache | TieredCache | DiskCache
+    cache: SequenceKV
     start: int
     stop: int
 

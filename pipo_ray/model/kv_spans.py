@@ -49,7 +49,7 @@ class Span(Protocol):
 
     def chunks(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of its tokens from number `first` on, in order, in parts [kv_heads, n, head_dim] of at most
-        CHUNK_TOKENS tokens in the query's dtype. A part is valid until the next one is asked for.
+        CHUNK_TOKENS tokens in the query's dtype or in float32. A part is valid until the next one is asked for.
         """
         ...
 
@@ -79,17 +79,17 @@ def attend_spans(query: Tensor, spans: Sequence[Span], rule: AttentionRule) -> T
     What no token may see is not asked of its span. Returns [heads, n, value_head_dim] in the query's dtype.
     """
     length = sum(span.num_tokens for span in spans)
-    total = _Total(query, length, rule)
-    at = 0
+    attention = OnlineAttention(query, length, rule)
+    at, first_seen = 0, attention.first_seen()
     for span in spans:
         stop = at + span.num_tokens
-        if stop > total.first_seen:
-            first = max(at, total.first_seen)
+        if stop > first_seen:
+            first = max(at, first_seen)
             for keys, values in span.chunks(first - at):
-                total.add(first, keys, values)
+                attention.add(first, keys, values)
                 first += keys.shape[1]
         at = stop
-    return total.result()
+    return attention.result()
 
 
 def half_on_cpu(tensor: Tensor) -> bool:
@@ -100,9 +100,9 @@ def half_on_cpu(tensor: Tensor) -> bool:
 _Visible = Literal["all", "causal", "some"]
 
 
-class _Total:
-    """Attention of `query`, the last tokens of `length`, to the chunks that were added so far: the weighted mean of
-    their values, and the logarithm of the weights' sum, to which sinks belong from the start.
+class OnlineAttention:
+    """Attention of `query` [heads, n, head_dim], the last n tokens of `length`, to the chunks that were added so far:
+    the weighted mean of their values, and the logarithm of the weights' sum, to which sinks belong from the start.
     """
 
     def __init__(self, query: Tensor, length: int, rule: AttentionRule) -> None:
@@ -110,46 +110,51 @@ class _Total:
         self._query, self._rule = query, rule
         self._first_query = length - new
         self._window = length if rule.sliding_window is None else rule.sliding_window
-        self.first_seen = max(0, self._first_query - self._window + 1)
         self._mean: Tensor | None = None
         if rule.sinks is None:
             self._log_sum = query.new_full((heads, new), -torch.inf, dtype=torch.float32)
         else:
             self._log_sum = rule.sinks.reshape(heads, 1).float().repeat(1, new)
 
+    def first_seen(self, row: int = 0) -> int:
+        """The first token of the sequence that this row of the query, and those behind it, may see."""
+        return max(0, self._first_query + row - self._window + 1)
+
     def result(self) -> Tensor:
-        """[heads, tokens, value_head_dim]; every token has seen itself."""
+        """[heads, n, value_head_dim] in the query's dtype; every token has seen itself."""
         assert self._mean is not None
         return self._mean.to(self._query.dtype)
 
-    def add(self, first: int, keys: Tensor, values: Tensor) -> None:
-        """A chunk of tokens `first`, `first + 1`, ... of the sequence."""
+    def add(self, first: int, keys: Tensor, values: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """A chunk [kv_heads, tokens, head_dim] of tokens `first`, `first + 1`, ... of the sequence; with `rows` for the
+        query's rows from the first to before the second of them.
+        """
         if self._mean is None:
             self._mean = values.new_zeros(*self._query.shape[:2], values.shape[2], dtype=torch.float32)
         fused = _can_fuse(self._query, keys, values, self._rule)
         if not fused and half_on_cpu(keys):  # batched products in 16 bits are five times slower than widening all of it
             keys, values = keys.float(), values.float()
-        for start, stop, visible in self._parts(first, keys.shape[1]):
+        for start, stop, visible in self._parts(first, keys.shape[1], *(rows or (0, self._query.shape[1]))):
             at_once = stop - start
             if not fused or visible == "some":
                 at_once = max(1, MAX_SCORES // (keys.shape[1] * (1 if fused else self._query.shape[0])))
             for row in range(start, stop, at_once):
-                rows = slice(row, min(row + at_once, stop))
-                mask = None if visible == "all" or (fused and visible == "causal") else self._mask(rows, first, keys)
-                query = self._query[:, rows]
+                part = slice(row, min(row + at_once, stop))
+                mask = None if visible == "all" or (fused and visible == "causal") else self._mask(part, first, keys)
+                query = self._query[:, part].to(keys.dtype)
                 if fused:
                     mean, log_sum = _attend_fused(query, keys, values, self._rule.scale, visible, mask)
                 else:
-                    mean, log_sum = _attend_plain(query.to(keys.dtype), keys, values, self._rule, mask)
-                self._merge(rows, mean, log_sum)
+                    mean, log_sum = _attend_plain(query, keys, values, self._rule, mask)
+                self._merge(part, mean, log_sum)
 
-    def _parts(self, first: int, count: int) -> Iterator[tuple[int, int, _Visible]]:
-        """Ranges of the query's rows that see any of `count` tokens from `first` on, and which of them: each row all,
-        a row per token and those behind them what is not after it, or something else.
+    def _parts(self, first: int, count: int, start: int, stop: int) -> Iterator[tuple[int, int, _Visible]]:
+        """Ranges of the query's rows from `start` to before `stop` that see any of `count` tokens from `first` on, and
+        which of them: each row all, a row per token and those behind them what is not after it, or something else.
         """
-        new, window = self._query.shape[1], self._window
-        start = max(0, first - self._first_query)
-        stop = min(new, first + count + window - 1 - self._first_query)
+        window = self._window
+        start = max(start, first - self._first_query)
+        stop = min(stop, first + count + window - 1 - self._first_query)
         last = first + count - 1
         all_start = min(max(start, last - self._first_query), stop)
         all_stop = min(max(start, first + window - self._first_query), stop)

@@ -14,10 +14,8 @@ from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.host_values import known, row_of
-from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache
+from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV
 from pipo_ray.model.kv_disk import DiskCache, KVPagesLostError
-from pipo_ray.model.kv_pool import PooledCache
-from pipo_ray.model.kv_tiers import TieredCache
 from pipo_ray.model.lanes import Lanes
 
 
@@ -41,7 +39,7 @@ class ModelRunner:
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
         self._kv_store = kv_store
-        self._caches: dict[str, SequenceCache | PooledCache | TieredCache | DiskCache] = {}
+        self._caches: dict[str, SequenceKV] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted

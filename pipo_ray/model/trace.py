@@ -22,20 +22,21 @@ from pipo_ray.model.graph import build_graph, set_experts_implementation, stored
 TRACE_IMPLEMENTATION = "pipo_trace"
 _TRACE_TOKENS = 3
 
-_kv_widths: ContextVar[list[int] | None] = ContextVar("kv_widths", default=None)
+_kv_shapes: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("kv_shapes", default=None)
 
 
 @contextmanager
-def recorded_kv_widths() -> Iterator[list[int]]:
-    """Whatever is traced in this context adds, per attention layer, the elements of keys and values per token: what a
-    ragged row caches. Nothing comes from models that do not call a registered attention function.
+def recorded_kv_shapes() -> Iterator[list[tuple[int, int, int]]]:
+    """Whatever is traced in this context adds, per attention layer, what a ragged row caches of a token: heads, and
+    elements of a head's key and of its value. Nothing comes from models that do not call a registered attention
+    function.
     """
-    widths: list[int] = []
-    token = _kv_widths.set(widths)
+    shapes: list[tuple[int, int, int]] = []
+    token = _kv_shapes.set(shapes)
     try:
-        yield widths
+        yield shapes
     finally:
-        _kv_widths.reset(token)
+        _kv_shapes.reset(token)
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class _DecideOnMeta(TorchFunctionMode):
 def _trace_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> Any:
-    widths = _kv_widths.get()
-    if widths is not None:
-        widths.append(key.shape[1] * key.shape[3] + value.shape[1] * value.shape[3])
+    shapes = _kv_shapes.get()
+    if shapes is not None:
+        shapes.append((key.shape[1], key.shape[3], value.shape[3]))
     batch, heads, tokens = query.shape[:3]
     return torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype, device="meta"), None
 

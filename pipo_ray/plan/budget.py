@@ -11,6 +11,7 @@ from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, lo
 from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
+from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.plan.placement import (
     STAGING_SHARE,
@@ -53,7 +54,8 @@ class RunPlan:
     `streamed_bytes_per_sweep` what has to come from the drive for each sweep; `explanation` are lines for the user.
     `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.limits.Limits`; `max_length` is the
     longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
-    pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive.
+    pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive;
+    `low_bit_kv` says what a KV cache of fewer than 16 bits is.
     """
 
     sweep: SweepPlan
@@ -75,6 +77,7 @@ class RunPlan:
     explanation: tuple[str, ...]
     kv: KVPlacement | None = None
     kv_disk: KVDiskPlacement | None = None
+    low_bit_kv: LowBitKV | None = None
 
     @property
     def kv_page_tokens(self) -> int:
@@ -93,18 +96,23 @@ def plan_run(
     max_batch_tokens: int | None = None,
     max_model_len: int | None = None,
     max_kv_tokens: int | None = None,
+    max_kv_sequences: int = 1,
     transfer: Transfer = WITHOUT_PROFILE,
     kv_in_ram: bool = False,
     kv_on_disk: KVOnDisk | None = None,
+    low_bit_kv: LowBitKV | None = None,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
-    that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed: there
-    is room for them if at all possible, and what the KV cache does not take is left to the weights. `kv_in_ram` gives
-    the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU, and that of a GPU a second and a third.
+    that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed, in
+    `max_kv_sequences` at the same time: there is room for them if at all possible, and what the KV cache does not take
+    is left to the weights. `kv_in_ram` gives the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU, and that
+    of a GPU a second and a third; `low_bit_kv` is what it is held in.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
     """
+    if low_bit_kv is not None:
+        facts = low_bit_kv.applied_to(facts)
     if gpu_memory_bytes is not None:
         if kv_on_disk is not None and kv_in_ram:
             raise InputError("--kv-on-disk uses RAM, too: leave --kv-in-ram out, or --kv-on-disk")
@@ -118,9 +126,11 @@ def plan_run(
             max_batch_tokens,
             max_model_len,
             max_kv_tokens,
+            max_kv_sequences,
             transfer,
             kv_in_ram,
             kv_on_disk,
+            low_bit_kv,
         )
     processes = PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
@@ -154,7 +164,7 @@ def plan_run(
             f"weights {format_size(wanted_weights)}{lower}"
         )
     spare = memory_bytes - fixed - wanted_weights
-    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
+    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         wanted_kv = ram_bytes_for(facts, max_kv_tokens or max(_WANTED_KV_TOKENS, context))
     kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
@@ -190,7 +200,8 @@ def plan_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
-            f"{format_size(kv_bytes)} ({kv_tokens} tokens), activations {format_size(activations)}, processes "
+            f"{format_size(kv_bytes)} ({kv_tokens} tokens{_low_bit_line(kv_bytes, low_bit_kv)}), activations "
+            f"{format_size(activations)}, processes "
             f"{format_size(processes)}",
             f"model {format_size(manifest.total_bytes)}: "
             + (f"{format_size(streamed)} stream from the drive in every sweep" if streamed else "nothing has to stream")
@@ -198,6 +209,7 @@ def plan_run(
             *(() if kv_disk is None else (kv_disk.describe(),)),
         ),
         kv_disk=kv_disk,
+        low_bit_kv=low_bit_kv,
     )
 
 
@@ -211,9 +223,11 @@ def _plan_gpu_run(
     max_batch_tokens: int | None,
     max_model_len: int | None,
     max_kv_tokens: int | None,
+    max_kv_sequences: int,
     transfer: Transfer,
     kv_in_ram: bool,
     kv_on_disk: KVOnDisk | None,
+    low_bit_kv: LowBitKV | None,
 ) -> RunPlan:
     processes = CUDA_PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
@@ -242,7 +256,7 @@ def _plan_gpu_run(
             f"weights {format_size(least_gpu)}; or lower --max-batch-tokens"
         )
     spare = gpu_memory_bytes - fixed - least_gpu
-    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens)
+    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         wanted_kv = gpu_bytes_for(facts, rows)
     kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
@@ -325,7 +339,8 @@ def _plan_gpu_run(
             + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
-            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{_tiers_line(facts, kv_bytes, kv)}), activations "
+            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{_tiers_line(facts, kv_bytes, kv)}"
+            f"{_low_bit_line(kv_bytes, low_bit_kv)}), activations "
             f"{format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
@@ -333,6 +348,7 @@ def _plan_gpu_run(
         ),
         kv=kv,
         kv_disk=kv_disk,
+        low_bit_kv=low_bit_kv,
     )
 
 
@@ -362,6 +378,12 @@ def _tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> st
     return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
 
 
+def _low_bit_line(kv_bytes: int, low_bit_kv: LowBitKV | None) -> str:
+    if low_bit_kv is None:
+        return ""
+    return f" at {low_bit_kv.label}, {kv_bytes // low_bit_kv.wide_token_bytes} at 16"
+
+
 def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> str:
     if not num_slots:
         return f"{format_size(used)} (all resident)"
@@ -373,9 +395,13 @@ def _looked_up_line(manifest: Manifest) -> str:
     return f"; of the embedding table ({format_size(looked_up)}) only the rows needed are read" if looked_up else ""
 
 
-def _wanted_kv_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -> int:
+def _wanted_kv_bytes(
+    facts: ModelFacts, context: int, max_kv_tokens: int | None, num_sequences: int, low_bit_kv: LowBitKV | None
+) -> int:
     wanted = max(_WANTED_KV_TOKENS, context) if max_kv_tokens is None else max_kv_tokens
-    return wanted * facts.kv_bytes_per_token + facts.state_bytes
+    nbytes = wanted * facts.kv_bytes_per_token + num_sequences * facts.state_bytes
+    # However short the sequences are, no token takes more than one at 16 bits.
+    return nbytes if low_bit_kv is None else min(nbytes, wanted * low_bit_kv.wide_token_bytes)
 
 
 def _kv_room(spare_bytes: int, max_kv_tokens: int | None) -> int:

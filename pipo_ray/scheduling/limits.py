@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.budget import RunPlan
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS
 from pipo_ray.scheduling.prefixes import Sharing
 from pipo_ray.scheduling.sequences import Sequence
 
@@ -18,8 +20,9 @@ class Limits:
     `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
     `max_sequences`: sequences that run at the same time, because each may want a row of logits in the same sweep.
     `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
-    tokens (a recurrent state), in tokens of KV cache. `page_tokens`: a sequence takes KV cache in pages of so
-    many tokens. `sharing`: how sequences use KV that is there already.
+    tokens (a recurrent state, or a window at 16 bits in front of a low-bit KV cache), in tokens of KV cache; one of at
+    most `short_tokens` takes `short_share` of its tokens instead. `page_tokens`: a sequence takes KV cache in pages of
+    so many tokens. `sharing`: how sequences use KV that is there already.
     """
 
     kv_tokens: int
@@ -31,13 +34,23 @@ class Limits:
     state_tokens: int = 0
     page_tokens: int = 1
     sharing: Sharing = "none"
+    short_tokens: int = 0
+    short_share: float = 0.0
 
     def reserved(self, sequence: Sequence) -> int:
         """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, less what it shares, and
         its state.
         """
         own = sequence.capacity - sequence.shared
-        return -(-own // self.page_tokens) * self.page_tokens + self.state_tokens
+        short = sequence.capacity <= self.short_tokens
+        state = math.ceil(self.short_share * sequence.capacity) if short else self.state_tokens
+        return -(-own // self.page_tokens) * self.page_tokens + state
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the KV cache holds alone."""
+        short = min(self.short_tokens, int(self.kv_tokens / (1 + self.short_share)))
+        return max(short, self.kv_tokens - self.state_tokens)
 
 
 def limits_of(plan: RunPlan, facts: ModelFacts, device: str, *, prefix_cache: bool) -> Limits:
@@ -52,15 +65,17 @@ def limits_of(plan: RunPlan, facts: ModelFacts, device: str, *, prefix_cache: bo
         state_tokens=plan.state_tokens,
         page_tokens=plan.kv_page_tokens,
         sharing=_sharing(plan, facts, device) if prefix_cache else "none",
+        short_tokens=0 if plan.low_bit_kv is None else SHORT_TOKENS,
+        short_share=0.0 if plan.low_bit_kv is None else plan.low_bit_kv.short_share,
     )
 
 
 def _sharing(plan: RunPlan, facts: ModelFacts, device: str) -> Sharing:
     """A sequence can begin in the middle where a prompt may be split, and its cache is ours. A pool on a GPU wants a
-    sequence's tokens in one place; pages in two tiers belong to one sequence each.
+    sequence's tokens in one place; pages in two tiers or in few bits belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
-    if plan.kv is not None or plan.kv_disk is not None:
+    if plan.kv is not None or plan.kv_disk is not None or plan.low_bit_kv is not None:
         return "none"
     return "shared" if device == "cpu" else "copied"

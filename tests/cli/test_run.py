@@ -110,7 +110,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "3", "--stop", "a", "--stop", "b", "--logprobs", "2", "--n", "2", "--ignore-eos", "--ray-address",
         "local", "--dashboard", "--max-model-len", "64", "--max-batch-tokens", "32", "--stop-token-ids", "7,8",
         "--stop-token-ids", "9", "--no-verify", "--no-prefix-cache", "--mode", "memory-saver", "--precision", "int8",
-        "--kv-on-disk", "2GiB", "--kv-folder", "/data", "--no-kv-encryption",
+        "--kv-on-disk", "2GiB", "--kv-folder", "/data", "--no-kv-encryption", "--kv-precision", "4",
     ]  # fmt: skip
     assert main(["run", ".", "-p", "x", "--trace", str(tmp_path / "t.json"), *arguments]) == 0
     (llm,) = fake_llm.made
@@ -119,6 +119,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         "ray_address": "local", "trace": tmp_path / "t.json", "max_model_len": 64, "max_batch_tokens": 32,
         "verify_checksums": False, "prefix_cache": False, "mode": "memory-saver", "precision": "int8",
         "max_kv_tokens": 2 * (8 + 4 + 7), "kv_on_disk": KVOnDisk(2 << 30, "/data", encrypted=False),
+        "max_kv_sequences": 2, "kv_precision": "4",
     }  # fmt: skip
     wanted: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,

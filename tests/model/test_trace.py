@@ -113,6 +113,7 @@ def test_facts_survive_the_manifest(tmp_path: object) -> None:
     assert again == facts
     assert trace_of(again) == trace
     assert facts.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dimensions, bytes
+    assert facts.kv_shapes == ((2, 16, 16),)
     assert (facts.vocab_size, facts.hidden_size, facts.intermediate_size, facts.num_layers) == (128, 64, 128, 3)
     assert (facts.context_length, facts.eos_token_ids, facts.rebuild_length) == (256, (2,), None)
 

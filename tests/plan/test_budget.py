@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan.budget_models import GIB, model, plan
 
 from pipo_ray.errors import BudgetError
-from pipo_ray.model.blocks import BlockSpec, TensorSpec
-from pipo_ray.model.facts import ModelFacts, UnitFacts
-from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, RunPlan, plan_run, whole_bytes
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, whole_bytes
 from pipo_ray.session.memory import parse_size
-from pipo_ray.store.layout import plan_files
-from pipo_ray.store.manifest import FORMAT_VERSION, Manifest
-
-GIB = 1 << 30
-
-
-def model(layers: int, width: int, vocabulary: int) -> tuple[Manifest, ModelFacts]:
-    """One matrix and one vector per layer, an embedding, a head."""
-    blocks = [BlockSpec("embedding", "embedding", None, (TensorSpec("embed", (vocabulary, width), "F32"),))]
-    units = [UnitFacts("embed", ("embed",), "lookup")]
-    for layer in range(layers):
-        matrix, vector = f"{layer}.matrix", f"{layer}.vector"
-        specs = (
-            TensorSpec(vector, (width,), "F32"),
-            TensorSpec(matrix, (4 * width, width), "F32", cut="rows"),
-        )
-        blocks.append(BlockSpec(f"layer{layer}", "mlp", layer, specs))
-        units += [UnitFacts(matrix, (matrix,), "plain"), UnitFacts(vector, (vector,), "plain")]
-    blocks.append(BlockSpec("rest", "rest", None, (TensorSpec("norm", (width,), "F32"),)))
-    blocks.append(BlockSpec("head", "head", None, (TensorSpec("head", (vocabulary, width), "F32", cut="rows"),)))
-    units += [UnitFacts("norm", ("norm",), "plain"), UnitFacts("head", ("head",), "plain")]
-    stored = tuple(block for file in plan_files(blocks) for block in file.blocks)
-    total = sum(block.nbytes for block in stored)
-    manifest = Manifest(FORMAT_VERSION, "", "", "", "float32", {}, stored, total, "", {})
-    events = tuple((unit, enters) for unit in range(len(units)) for enters in (True, False))
-    facts = ModelFacts("", "", tuple(units), events, True, True, "", None, 8 * width, 512, vocabulary, width, 4 * width,
-                       layers, 1, "pipo_ragged", 0, ())  # fmt: skip
-    return manifest, facts
-
+from pipo_ray.store.manifest import Manifest
 
 MODELS = st.builds(model, st.integers(1, 3), st.sampled_from([8, 64, 1000]), st.sampled_from([100, 1000]))
 FEW = settings(max_examples=20)  # with the least slots a model has thousands of pieces
-
-
-def plan(one: tuple[Manifest, ModelFacts], **options: Any) -> RunPlan:
-    return plan_run(*one, **{"memory_bytes": 100 * GIB, **options})
 
 
 def least_of(error: BudgetError) -> int:

@@ -1,0 +1,176 @@
+"""The KV cache of a sequence in few bits: packed pages, and a window of the last tokens at 16 bits.
+
+When a page's tokens have all left the window, they are rounded once, from their 16 bits. A token always sees the same
+pages packed, whichever tokens are computed with it: so the cache is the same for a prompt at once, in chunks, token by
+token, or rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.kv_cache import SequenceCache
+from pipo_ray.model.kv_spans import CHUNK_TOKENS, AttentionRule, OnlineAttention
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout, packed_pages
+from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
+
+# So much is unpacked at a time: what stays in a processor's cache is attended to twice as fast.
+_SCRATCH_BYTES = 4 << 20
+
+
+class LowBitStore:
+    """Opens sequences' caches at `bits` per layer (16, 8 or 4), and has the scratch that they share. All of it belongs
+    to the thread that computes.
+    """
+
+    def __init__(self, bits: tuple[int, ...]) -> None:
+        self.bits = bits
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def open(self, capacity: int) -> LowBitCache:
+        """A new sequence's cache."""
+        return LowBitCache(self, capacity)
+
+    def scratch(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that holds until it is asked for again."""
+        found = self._scratch.get((device, dtype))
+        if found is None or found.numel() < num_elements:
+            with torch.inference_mode(False):  # written to in and out of inference mode
+                found = self._scratch[device, dtype] = torch.empty(num_elements, dtype=dtype, device=device)
+        return found[:num_elements]
+
+
+class LowBitCache:
+    """Keys and values of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
+
+    def __init__(self, store: LowBitStore, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._store = store
+        self._layers: dict[int, _Layer] = {}
+        self._wide = SequenceCache(capacity)
+        """Layers at 16 bits."""
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
+        """See `SequenceCache.attend`. A token sees at least WINDOW_TOKENS before it at 16 bits."""
+        if layer >= len(self._store.bits):
+            raise UnsupportedModelError(f"layer {layer} has a KV cache, but its model's facts say {layer} layers")
+        if self._store.bits[layer] == 16:
+            return self._wide.attend(layer, query, keys, values, rule)
+        start, stop = self.length, self.length + keys.shape[1]
+        if stop > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
+        if layer not in self._layers:
+            self._layers[layer] = _Layer(self._store, self.capacity, self._store.bits[layer], keys, values)
+        memory = self._layers[layer]
+        attention = OnlineAttention(query, stop, rule)
+        before = packed_pages(start) * PAGE_TOKENS
+        for first, unpacked_keys, unpacked_values in memory.unpacked(attention.first_seen(), before):
+            attention.add(first, unpacked_keys, unpacked_values)
+        window = memory.append(start, keys, values)
+        for begin, end in _steps(start, stop):
+            rows = begin - start, end - start
+            packed = packed_pages(begin) * PAGE_TOKENS
+            for first, unpacked_keys, unpacked_values in memory.unpacked(
+                max(before, attention.first_seen(rows[0])), packed
+            ):
+                attention.add(first, unpacked_keys, unpacked_values, rows)
+            inside = slice(packed - before, end - before)
+            attention.add(packed, window[0][:, inside], window[1][:, inside], rows)
+        return attention.result()
+
+    def advance(self, num_tokens: int) -> None:
+        """The sweep that appended `num_tokens` tokens to every layer is complete."""
+        self.length += num_tokens
+        self._wide.advance(num_tokens)
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self._layers.clear()
+        self._wide.drop()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self._wide.nbytes + sum(memory.nbytes for memory in self._layers.values())
+
+
+class _Layer:
+    """One layer: pages [pages, page_bytes] of tokens from the first on, and behind them the window: keys and values
+    [kv_heads, tokens, head_dim] as they came.
+    """
+
+    def __init__(self, store: LowBitStore, capacity: int, bits: int, keys: Tensor, values: Tensor) -> None:
+        heads, _, dim = keys.shape
+        self._store, self._layout = store, PageLayout(heads, dim, values.shape[2], bits)
+        # The last token that there can be sees so many.
+        self._pages = keys.new_empty(packed_pages(capacity - 1), self._layout.page_bytes, dtype=torch.uint8)
+        room = min(capacity, SHORT_TOKENS)
+        self._window = tuple(tensor.new_empty(heads, room, tensor.shape[2]) for tensor in (keys, values))
+        self._length = 0
+        # Torch's ways in 16 bits on the CPU are no faster, and unpacking to them is slower.
+        self._dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
+        token_bytes = self._dtype.itemsize * heads * (dim + values.shape[2])
+        self._pages_at_once = max(1, min(CHUNK_TOKENS, _SCRATCH_BYTES // token_bytes) // PAGE_TOKENS)
+
+    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the tokens from `start` on, and pack the pages that leave the window. Returns keys and values of the
+        window as it was, with all new tokens behind it; valid until the next call.
+        """
+        if start != self._length:
+            raise ValueError(f"the cache holds {self._length} tokens of this layer, not {start}")
+        stop = self._length = start + keys.shape[1]
+        old, new = packed_pages(start), min(packed_pages(stop), len(self._pages))
+        held, size = start - old * PAGE_TOKENS, stop - old * PAGE_TOKENS
+        if size <= self._window[0].shape[1]:
+            for window, tensor in zip(self._window, (keys, values), strict=True):
+                window[:, held:size] = tensor
+            window_keys, window_values = (window[:, :size] for window in self._window)
+        else:
+            window_keys, window_values = (
+                torch.cat([window[:, :held], tensor], dim=1)
+                for window, tensor in zip(self._window, (keys, values), strict=True)
+            )
+        if new > old:
+            leaving = (new - old) * PAGE_TOKENS
+            views = views_of(self._pages[old:new], self._layout)
+            pack_pages(window_keys[:, :leaving], window_values[:, :leaving], views, self._layout)
+            if size <= self._window[0].shape[1]:  # what is returned is not to change
+                window_keys, window_values = window_keys.clone(), window_values.clone()
+            for window, tensor in zip(self._window, (window_keys, window_values), strict=True):
+                window[:, : size - leaving] = tensor[:, leaving:]
+        return window_keys, window_values
+
+    def unpacked(self, first: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Tokens from `first` to before `stop`, which are packed, chunk by chunk: number of the first, keys, values. A
+        chunk is valid until the next one is asked for.
+        """
+        layout = self._layout
+        for page in range(first // PAGE_TOKENS, stop // PAGE_TOKENS if first < stop else 0, self._pages_at_once):
+            pages = self._pages[page : min(page + self._pages_at_once, stop // PAGE_TOKENS)]
+            tokens = len(pages) * PAGE_TOKENS
+            sizes = [layout.heads * tokens * dim for dim in (layout.key_dim, layout.value_dim)]
+            both = self._store.scratch(sum(sizes), self._dtype, pages.device).split(sizes)
+            codes = self._store.scratch(max(sizes), torch.uint8, pages.device)
+            keys, values = (part.view(layout.heads, tokens, -1) for part in both)
+            unpack_pages(views_of(pages, layout), layout, keys, values, codes)
+            begin = page * PAGE_TOKENS
+            skipped = max(0, first - begin)
+            yield begin + skipped, keys[:, skipped:], values[:, skipped:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self._pages.nbytes + sum(window.nbytes for window in self._window)
+
+
+def _steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Tokens `start` to before `stop` in parts that see the same pages packed."""
+    while start < stop:
+        begin = max((start // PAGE_TOKENS + 1) * PAGE_TOKENS, SHORT_TOKENS)
+        yield start, min(begin, stop)
+        start = begin

@@ -1,0 +1,131 @@
+"""What a low-bit KV cache costs: never less than the cache itself takes, and what more fits the same budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan.budget_models import GIB, model, plan
+
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.lengths import Lengths
+from pipo_ray.model.facts import ModelFacts
+from pipo_ray.model.kv_low_bit import LowBitStore
+from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.params import SamplingParams
+from pipo_ray.plan.budget import RunPlan
+from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout, low_bit_kv
+from pipo_ray.quant.kv_policy import KVPrecision
+from pipo_ray.scheduling.limits import Limits, limits_of
+from pipo_ray.scheduling.sequences import Sequence
+
+
+def facts_of(heads: int, key_dim: int, value_dim: int, layers: int, itemsize: int = 2) -> ModelFacts:
+    _, facts = model(layers, 64, 100)
+    width = heads * (key_dim + value_dim)
+    return replace(
+        facts, kv_bytes_per_token=layers * width * itemsize, kv_shapes=((heads, key_dim, value_dim),), num_layers=layers
+    )
+
+
+def with_low_bit(low: LowBitKV) -> RunPlan:
+    return replace(FOUND, low_bit_kv=low, state_tokens=-(-low.window_bytes // low.token_bytes))
+
+
+def of_plan(found: RunPlan, facts: ModelFacts) -> Limits:
+    limits = limits_of(found, facts, "cpu", prefix_cache=True)
+    assert limits.sharing == "none"  # low-bit pages belong to one sequence each
+    return limits
+
+
+FOUND = plan(model(1, 64, 100), memory_bytes=3 * GIB)
+SEQUENCE = partial(Sequence, "", "", "", 0, params=SamplingParams(max_tokens=1), seed=0, max_tokens=1)
+
+
+def test_llamas_heads_take_the_share_that_is_promised() -> None:
+    """32,768 tokens, scales and the 16-bit window included."""
+    facts = facts_of(8, 128, 128, 32)
+    for bits, least in ((8, 1.85), (4, 3.5)):
+        low = LowBitKV.of((bits,) * 32, facts)
+        assert 32768 * facts.kv_bytes_per_token / (32768 * low.token_bytes + low.window_bytes) >= least
+    assert LowBitKV.of((4,) * 32, facts).label == "4 bits"
+    assert LowBitKV.of((16, *(4,) * 30, 8), facts).label == "16, 8 and 4 bits"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 700), st.lists(st.sampled_from([16, 8, 4]), min_size=1, max_size=3).filter(lambda b: min(b) < 16),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([16, 24, 128]),
+)  # fmt: skip
+def test_what_is_reserved_is_what_the_cache_takes(capacity: int, bits: list[int], dtype: torch.dtype, dim: int) -> None:
+    facts = facts_of(2, dim, 16, len(bits), dtype.itemsize)
+    low = LowBitKV.of(bits, facts)
+    cache = LowBitStore(tuple(bits)).open(capacity)
+    for layer in range(len(bits)):
+        cache.attend(layer, *(torch.zeros(2, 1, size, dtype=dtype) for size in (dim, dim, 16)), AttentionRule(1.0))
+    assert cache.nbytes <= capacity * low.token_bytes + low.window_bytes
+    reserved = of_plan(with_low_bit(low), facts).reserved(SEQUENCE(prompt=(0,) * (capacity - 1)))
+    assert cache.nbytes <= reserved * low.token_bytes
+    if capacity <= 192:  # of a short sequence no more than at 16 bits
+        assert reserved <= capacity * low.wide_token_bytes / low.token_bytes + 1
+
+
+@given(st.integers(1, 5000), st.sampled_from([8, 4]))
+def test_the_longest_sequence_is_the_longest(kv_tokens: int, bits: int) -> None:
+    facts = facts_of(2, 128, 128, 3)
+    limits = replace(of_plan(with_low_bit(LowBitKV.of((bits,) * 3, facts)), facts), kv_tokens=kv_tokens)
+    longest = limits.longest
+    if longest > 0:
+        assert limits.reserved(SEQUENCE(prompt=(0,) * (longest - 1))) <= kv_tokens
+    assert limits.reserved(SEQUENCE(prompt=(0,) * longest)) > kv_tokens
+
+
+def test_more_tokens_fit_the_same_budget_and_the_user_is_told() -> None:
+    one = model(4, 64, 100)
+    facts = replace(facts_of(8, 128, 128, 4, 4), chunked=True)
+    wide, low = (
+        plan((one[0], facts), memory_bytes=1 * GIB, low_bit_kv=few) for few in (None, LowBitKV.of((4,) * 4, facts))
+    )
+    assert low.kv_tokens - low.state_tokens > 3 * wide.kv_tokens or low.kv_bytes < wide.kv_bytes / 3
+    assert f"({low.kv_tokens} tokens at 4 bits, {low.kv_bytes // facts.kv_bytes_per_token} at 16)" in low.explanation[0]
+    assert "at 16" not in wide.explanation[0]
+
+
+def test_what_a_run_needs_depends_on_the_number_of_its_sequences() -> None:
+    one, facts = model(4, 64, 100), facts_of(8, 128, 128, 4, 4)
+    low = LowBitKV.of((4,) * 4, facts)
+    options = {"memory_bytes": 3 * GIB, "weight_memory_bytes": None, "max_kv_tokens": 20000, "low_bit_kv": low}
+    single, several, many = (
+        plan((one[0], facts), max_kv_sequences=count, **options).kv_bytes for count in (1, 10, 20000)
+    )
+    assert single <= several <= many
+
+
+def test_an_architecture_with_its_own_cache_is_refused_by_name() -> None:
+    facts = replace(facts_of(2, 16, 16, 3), ragged=False, model_type="falcon")
+    assert low_bit_kv(KVPrecision.parse(16), facts) is None
+    with pytest.raises(UnsupportedModelError, match=r"architecture 'falcon' keeps its model's own KV cache"):
+        low_bit_kv(KVPrecision.parse(4), facts)
+
+
+def test_pages_are_aligned() -> None:
+    assert all(PageLayout(h, k, v, bits).page_bytes % 64 == 0 for h in (1, 3) for k in (2, 6) for v in (3, 130)
+               for bits in (4, 8))  # fmt: skip
+
+
+def test_a_request_that_the_cache_cannot_hold_is_refused() -> None:
+    from pipo_ray.errors import InputError
+
+    one, facts = model(4, 64, 100), replace(facts_of(8, 128, 128, 4, 4), context_length=1 << 20)
+    found = plan((one[0], facts), memory_bytes=2 * GIB, low_bit_kv=LowBitKV.of((4,) * 4, facts))
+    lengths = Lengths(facts, found, of_plan(found, facts), None)
+    longest = of_plan(found, facts).longest
+    assert longest == found.kv_tokens - found.state_tokens
+    params = SamplingParams(max_tokens=1)
+    assert lengths.most_new_tokens("the prompt", longest - 1, params, False) == 1
+    with pytest.raises(InputError, match=rf"need {longest + 1} tokens of KV cache, the memory budget holds {longest}"):
+        lengths.most_new_tokens("the prompt", longest, params, False)
