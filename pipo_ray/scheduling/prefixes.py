@@ -187,7 +187,6 @@ class PrefixCache:
         node = self._running.pop(sequence.name, None)
         if node is None:
             return
-        node.computed = min(node.computed, sequence.length)
         node.token_ids, node.sequence = sequence.tokens(node.first, node.computed), None
         sequence.begins = sequence.shared = 0
         if not node.begun:
