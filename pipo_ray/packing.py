@@ -134,7 +134,7 @@ def pack_checkpoint(
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
     with _opened(Path(source)) as checkpoint:
-        policy = chosen_precision(quantization, checkpoint.config, checkpoint.folder)
+        policy = chosen_precision(quantization, checkpoint.config, checkpoint.origin)
         precision = packed_dtype(dtype, policy, checkpoint.config)
         from pipo_ray.model.graph import load_config, resolve_dtype
         from pipo_ray.model.inspect import find_facts
@@ -151,7 +151,7 @@ def pack_checkpoint(
         try:
             model, trace, facts = find_facts(config, torch_dtype, checkpoint.folder)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{checkpoint.folder} cannot be run: {error}; choose another model") from error
+            raise UnsupportedModelError(f"{checkpoint.origin} cannot be run: {error}; choose another model") from error
         foreign = _foreign_view(checkpoint, model)
         plain = foreign or checkpoint
         tensors = TensorSource(model, plain, torch_dtype)

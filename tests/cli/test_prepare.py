@@ -128,7 +128,7 @@ def test_another_processor_has_a_store_of_its_own(checkpoint: Path, monkeypatch:
         for layout in ("avx512", "avx2"):
             monkeypatch.setattr(pipo_ray.prepare, "machine_layout", lambda layout=layout: layout)
             for policy in ("int4", "int4-g32", "16bit"):
-                names.add(pipo_ray.prepare._store_name(opened, "bfloat16", Precision.parse(policy)))
+                names.add(pipo_ray.prepare._store_name(opened, "bfloat16", Precision.parse(policy), None))
     assert len(names) == 5
 
 
