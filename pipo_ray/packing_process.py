@@ -60,8 +60,10 @@ def _child_environment(job: str) -> Mapping[str, str]:
     # No GPU is needed, and a CUDA context would take half a GB of it. Only a download may use the network.
     offline = {} if job == "download" else {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     own = {"PIPO_PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    # One thread reads and others quantize; those that torch starts for each of them would only spin beside them.
-    return os.environ | own | offline | {"OMP_NUM_THREADS": "1"}
+    # One thread reads and others quantize; those that torch starts for each of them would only spin beside them. Large
+    # tensors come and go in a thread per window of text: each thread's share of the heap would keep what it once had.
+    threads = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "4194304"}
+    return os.environ | own | offline | threads
 
 
 def _end(child: subprocess.Popen[str]) -> None:
