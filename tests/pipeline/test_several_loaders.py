@@ -183,8 +183,10 @@ def test_an_epoch_begins_only_when_both_loaders_have_ended_their_reads(
         position += 1
         time.sleep(0.05)
         filling = [s for s in range(3) if pipeline.table.view(s).state == SlotState.FILLING]
+    before = pipeline.table.epoch
     thread.start()
-    time.sleep(0.3)
+    wait_until(lambda: pipeline.table.epoch_seen(0) > before)  # who is just falling asleep wakes after half a second
+    time.sleep(0.2)
     epoch = pipeline.table.epoch
     assert pipeline.table.epoch_seen(0) == epoch
     assert pipeline.table.epoch_seen(1) == epoch - 1
@@ -222,8 +224,10 @@ def test_a_slot_is_not_taken_twice_when_an_epoch_begins(
     check_sweep(pipeline.stream, store)
     assert arrived.wait(10)
     thread = threading.Thread(target=pipeline.stream.abandon, daemon=True)
+    before = pipeline.table.epoch
     thread.start()
-    time.sleep(0.3)
+    wait_until(lambda: pipeline.table.epoch_seen(0) > before)
+    time.sleep(0.2)
     assert pipeline.table.epoch_seen(0) == pipeline.table.epoch
     first = pipeline.table.first_load
     assert all(pipeline.table.view(slot).load < first for slot in range(num_slots)), "filled for the new epoch"
