@@ -105,10 +105,10 @@ def main() -> int:
     for row in rows:
         sizes = "".join(f"{format_size(row[name]):>10}" for name in ("memory", "peak", "resident", "streamed"))
         print(f"{row['mode']:13}{sizes}{statistics.median(row['seconds']):9.3f}{row['streamed'] / rate:9.3f}")
-    if arguments.picture:
-        draw(rows, rate, arguments.picture)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
+    if arguments.picture:
+        draw(rows, rate, arguments.picture)
     return 0
 
 
