@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
-from pipo_ray.model.kv_page import MOVING, LookAhead, Page, PageState
+from pipo_ray.model.kv_page import LookAhead, Page, PageState
 from pipo_ray.model.kv_page_copies import PageCopies
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
 from pipo_ray.pipeline.device_ops import DeviceOps
-from pipo_ray.pipeline.page_table import FrameState, PageTable
+from pipo_ray.pipeline.page_table import MOVING, FrameState, PageTable
 from pipo_ray.pipeline.slots import U8
 from pipo_ray.plan.kv_disk import PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, kept_pages, pages_of
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from pipo_ray.pipeline.page_table import FrameState
-
 if TYPE_CHECKING:
     from pipo_ray.model.kv_disk import DiskCache
 
@@ -23,9 +21,6 @@ class PageState(Enum):
     LOADING = auto()
     STAGED = auto()
     GONE = auto()
-
-
-MOVING = (FrameState.SAVE, FrameState.LOAD)
 
 
 @dataclass(eq=False)

@@ -47,7 +47,8 @@ class FrameState(IntEnum):
     FAILED = 4
 
 
-_OPEN = (FrameState.SAVE, FrameState.LOAD)
+MOVING = (FrameState.SAVE, FrameState.LOAD)
+"""Of a frame that the loader has been asked to move."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ class PageTable:
     def wait(self, frame: int) -> float:
         """Until the frame's request is done, or has failed; seconds waited. Raises StoppedError."""
         state = self.state(frame)
-        if state not in _OPEN:
+        if state not in MOVING:
             return 0.0
         begin = time.perf_counter()
-        while state in _OPEN:
+        while state in MOVING:
             if self.stopped:
                 raise StoppedError
             futex.wait(self._address + 8 * self._row(frame), int(state), _WAIT_SLICE_S)
@@ -242,6 +243,6 @@ class PageTable:
 
     def _request(self, frame: int) -> PageRequest | None:
         row, state = self._row(frame), self.state(frame)
-        if state not in _OPEN:
+        if state not in MOVING:
             return None
         return PageRequest(int(self._words64[row + _NUMBER]), state, frame, int(self._words64[row + _PAGE]))

@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 
-from pipo_ray.errors import CheckpointError
 from pipo_ray.quant.foreign.detect import SourceFormat, whole_number
 from pipo_ray.quant.foreign.reading import FLOATS, TensorFiles
 from pipo_ray.quant.foreign.weight import (
@@ -45,12 +44,8 @@ def find_weights(files: TensorFiles, source: SourceFormat) -> dict[str, ForeignW
 
 def _weight(files: TensorFiles, module: str, group: int) -> ForeignWeight:
     name, key = f"{module}.weight", f"{module}.qweight"
-    shape = files.header(name, key, ("I32",)).shape
-    if len(shape) != 2 or not all(shape):
-        raise CheckpointError(
-            f"tensor {key!r} in {files.checkpoint.files[key]} has shape {list(shape)}, not a matrix's"
-        )
-    columns, rows = shape[0], 8 * shape[1]
+    columns, words = files.matrix(name, key, ("I32",))
+    rows = 8 * words
     group = group_columns(name, columns, group)
     files.header(name, f"{module}.qzeros", ("I32",), (columns // group, rows // 8))
     files.header(name, f"{module}.scales", FLOATS, (columns // group, rows))

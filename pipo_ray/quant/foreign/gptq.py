@@ -53,7 +53,7 @@ def find_weights(files: TensorFiles, source: SourceFormat) -> dict[str, ForeignW
 
 def _weight(files: TensorFiles, module: str, bits: int, group: int, first: int) -> ForeignWeight:
     name = f"{module}.weight"
-    words, rows = _matrix(files, name, f"{module}.qweight")
+    words, rows = files.matrix(name, f"{module}.qweight", ("I32",))
     columns = words * 32 // bits
     group = group_columns(name, columns, group)
     groups = columns // group
@@ -73,15 +73,6 @@ def _weight(files: TensorFiles, module: str, bits: int, group: int, first: int) 
     if order is None and bits in (4, 8) and holding(bits, columns, group, True) is not None:
         return replace(weight, low_bit=holding(bits, columns, group, weight.is_symmetric()))
     return weight
-
-
-def _matrix(files: TensorFiles, name: str, key: str) -> tuple[int, int]:
-    shape = files.header(name, key, ("I32",)).shape
-    if len(shape) != 2 or not all(shape):
-        raise CheckpointError(
-            f"tensor {key!r} in {files.checkpoint.files[key]} has shape {list(shape)}, not a matrix's"
-        )
-    return shape[0], shape[1]
 
 
 @dataclass(frozen=True)

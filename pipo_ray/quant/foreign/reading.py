@@ -52,6 +52,15 @@ class TensorFiles:
             )
         return found
 
+    def matrix(self, weight: str, name: str, dtypes: tuple[str, ...]) -> tuple[int, int]:
+        """Rows and columns of the tensor `name`, see `header`. Raises CheckpointError also if it is no matrix."""
+        shape = self.header(weight, name, dtypes).shape
+        if len(shape) != 2 or not all(shape):
+            raise CheckpointError(
+                f"tensor {name!r} in {self.checkpoint.files[name]} has shape {list(shape)}, not a matrix's"
+            )
+        return shape[0], shape[1]
+
     def whole(self, name: str) -> torch.Tensor:
         """All of a tensor."""
         header = self.checkpoint.tensors[name]
