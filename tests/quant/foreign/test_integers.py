@@ -260,6 +260,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ),
         (lambda parts: parts["g_idx"].__setitem__(7, 99), "'up.g_idx' puts a column into group 99"),
         (lambda parts: parts.__setitem__("qweight", parts["qweight"].float()), "is F32 of shape .* needs I32"),
+        (lambda parts: parts.__setitem__("qweight", parts["qweight"].flatten()), "'up.qweight' .* not a matrix's"),
     ],
 )
 def test_damaged_parts_are_named(
