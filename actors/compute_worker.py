@@ -10,7 +10,9 @@ from typing import Any
 import ray
 from pipo_ray.actors.calls import obtain_lease
 
+from pipo_ray.errors import WorkerLostError
 from pipo_ray.messages import ComputeSetup, StageSetup, StageTimes, SweepRequest, SweepResult
+from pipo_ray.model.engine_thread import EngineThread, OvertookError
 from pipo_ray.pipeline.roll import ActorRoll
 from pipo_ray.session.processes import is_alive
 
@@ -29,6 +31,7 @@ class ComputeWorker:
         self._compute_setup = setup
         self._setup: StageSetup = obtain_lease("ComputeWorker")
         self._memory = StageMemory.attach(self._setup)
+        self._thread = EngineThread()
         self._engine: Any = None
         self._text: Any = None
 
@@ -36,6 +39,10 @@ class ComputeWorker:
         """Build the graph and wait for the loader; forget all sequences. Returns the pid. Raises PipoError for what
         cannot be run.
         """
+        self._thread.call(self._set_up)
+        return os.getpid()
+
+    def _set_up(self) -> None:
         if self._engine is None:
             ComputeEngine = _import_engine()
             self._engine = ComputeEngine(self._setup, self._compute_setup, self._memory)
@@ -44,17 +51,22 @@ class ComputeWorker:
             gc.freeze()
         else:
             self._engine.forget_all()
-        return os.getpid()
 
+    @ray.method(concurrency_group="sweeps")
     def run_sweep(self, request: SweepRequest) -> SweepResult:
         """One sweep over the weights for everybody in `request`. Raises WorkerLostError before `set_up`, and for what a
         scheduler sent ahead that has died.
         """
-        sender = request.sent_ahead_by
-        if self._engine is None or (sender is not None and not is_alive(sender)):
-            from pipo_ray.scheduling.loop import WorkerLostError
+        if self._engine is None:
+            raise WorkerLostError("the compute worker that was set up has died")
+        try:
+            return self._thread.sweep(request, lambda: self._run_sweep(request))
+        except OvertookError as error:
+            raise WorkerLostError(str(error)) from error
 
-            raise WorkerLostError("the compute worker that was set up has died, or the scheduler")
+    def _run_sweep(self, request: SweepRequest) -> SweepResult:
+        if request.sent_ahead_by is not None and not is_alive(request.sent_ahead_by):
+            raise WorkerLostError("the scheduler that sent this sweep has died")
         result: SweepResult = self._engine.run_sweep(request)
         return result
 

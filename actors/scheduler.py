@@ -11,14 +11,14 @@ from typing import Any
 from pipo_ray.actors.calls import find, obtain_lease
 from ray.exceptions import RayActorError, RayTaskError
 
-from pipo_ray.errors import ActorFailedError, DriveError, MisreadError, PipoError
+from pipo_ray.errors import ActorFailedError, DriveError, MisreadError, PipoError, WorkerLostError
 from pipo_ray.messages import RequestSpec, StageTimes, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.slots import PieceUnreadableError
 from pipo_ray.pipeline.stage_memory import StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.scheduling.limits import Limits
-from pipo_ray.scheduling.loop import AHEAD_S, SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.loop import AHEAD_S, SchedulingLoop
 
 
 class Scheduler:

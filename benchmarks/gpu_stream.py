@@ -3,7 +3,7 @@
 How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes):
 
     python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk] [--gpu-memory 6GiB]
-                                    [--folder FOLDER] [--json FILE] [--quick]
+                                    [--folder FOLDER] [--json FILE] [--trace FOLDER] [--quick]
 
 Checkpoints of these shapes with random bf16 weights are made and packed in --folder (a temporary one). Decoding: 1, 4,
 or 32 requests with prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a
@@ -89,12 +89,19 @@ def worker_times(llm: LLM) -> dict[str, float]:
 
 
 def run_row(
-    store: Path, name: str, row: str, gpu_memory: int, sweeps: int, rounds: int, shape: LlamaShape | OptShape
+    store: Path,
+    name: str,
+    row: str,
+    gpu_memory: int,
+    sweeps: int,
+    rounds: int,
+    shape: LlamaShape | OptShape,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
     prompts = prompts_for(row, shape.vocabulary)
-    with LLM(store, device="cuda", gpu_memory=gpu_memory, **settings(row, sweeps, rounds)) as llm:
+    with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **settings(row, sweeps, rounds)) as llm:
         started = time.perf_counter() - begin
         print(*llm.describe(), sep="\n", flush=True)
         plan = llm._plan
@@ -176,6 +183,7 @@ def main() -> int:
     parser.add_argument("--keep-checkpoints", action="store_true", help="for `gpu_peers/`")
     parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--trace", type=Path, help="a folder for a trace of each row, which costs speed")
     options = parser.parse_args()
     names, gpu_memory = options.shapes.split(","), parse_size(options.gpu_memory, "--gpu-memory")
     if options.quick:
@@ -187,7 +195,8 @@ def main() -> int:
         for name in names:
             store = make_store(folder, name, options.keep_checkpoints)
             for row in options.rows.split(","):
-                rows.append(run_row(store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name]))
+                trace = options.trace / f"{name}-{row}.json" if options.trace else None
+                rows.append(run_row(store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name], trace))
                 show(rows[-1])
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1))

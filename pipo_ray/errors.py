@@ -45,3 +45,9 @@ class MisreadError(DriveError):
 
 class ActorFailedError(PipoError):
     """An actor died too often, or reported an error that a restart does not cure."""
+
+
+class WorkerLostError(Exception):
+    """Between actors, never a user's error: the compute worker's process is gone and will come back empty, or its sweep
+    has to be done again.
+    """

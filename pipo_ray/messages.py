@@ -137,7 +137,7 @@ class SweepRequest:
     """Before it begins, the caches of the sequences in `drop` go, and of those in `cut` all but so many of the tokens
     that they keep themselves: they have ended, too, and others may begin with these tokens. `sent_ahead_by` is the
     process of the scheduler that sent it before the sweep in front had ended: if that has died since, nobody waits for
-    it.
+    it. `turn` counts what the scheduler has sent, from 1: the sweep in front has the turn before.
     """
 
     number: int
@@ -145,6 +145,7 @@ class SweepRequest:
     drop: tuple[str, ...] = ()
     cut: tuple[tuple[str, int], ...] = ()
     sent_ahead_by: ProcessId | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)

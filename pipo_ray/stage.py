@@ -104,9 +104,9 @@ class Stage:
             actor(NvmeLoader, loader_name(number), max_concurrency=2).remote(roll, number)
             for number in range(num_loaders)
         ]
-        self.compute_worker = actor(ComputeWorker, "ComputeWorker", concurrency_groups={"text": 1}).remote(
-            roll, compute
-        )
+        # Two sweeps: one runs, and the one behind it is already there.
+        groups = {"text": 1, "sweeps": 2}
+        self.compute_worker = actor(ComputeWorker, "ComputeWorker", concurrency_groups=groups).remote(roll, compute)
         self.scheduler = actor(Scheduler, "Scheduler", max_concurrency=64).remote(roll, limits)
         # While the actors' processes start and import what they need; they wait for the lease then.
         self._table_buffer = session.allocate(_table_bytes(plan))

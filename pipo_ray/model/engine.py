@@ -25,7 +25,13 @@ from pipo_ray.messages import (
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
-from pipo_ray.model.gpu import check_device, gpu_memory_in_use, limit_gpu_memory, open_device_stream
+from pipo_ray.model.gpu import (
+    check_device,
+    choose_attention_kernels,
+    gpu_memory_in_use,
+    limit_gpu_memory,
+    open_device_stream,
+)
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
@@ -73,6 +79,7 @@ class ComputeEngine:
         check_device(compute.device)
         if compute.device == "cuda":
             limit_gpu_memory(compute, self._device)
+            choose_attention_kernels()
         dtype = DTYPES[compute.dtype]
         config = load_config(setup.store)
         manifest = Manifest.load(setup.store)
@@ -87,7 +94,7 @@ class ComputeEngine:
         self._kv_disk: KVDisk | None = None
         kv_store: KVStore | None = None
         if self._device.type == "cuda":
-            self._ops = CudaOps(self._device)
+            self._ops = CudaOps(self._device, self._trace)
             if setup.kv_disk is not None:
                 kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
             elif compute.kv is not None:

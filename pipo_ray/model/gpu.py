@@ -25,6 +25,13 @@ def check_device(device: str) -> None:
         )
 
 
+def choose_attention_kernels() -> None:
+    """Keep cuDNN out of torch's attention. It makes a plan for every length of keys, 35 - 60 ms each time (torch 2.11,
+    H100): with one request every token has a new length.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def limit_gpu_memory(compute: ComputeSetup, device: torch.device) -> None:
     """Hold torch's allocator to the GPU budget minus what the CUDA context takes. Raises BudgetError if the context
     leaves nothing.

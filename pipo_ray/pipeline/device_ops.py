@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from typing import Any, Literal, Protocol, get_args
 
 import torch
+
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +59,18 @@ class DeviceOps(Protocol):
 
 
 class CudaOps:
-    """CUDA through torch: copy streams beside the stream that computes."""
+    """CUDA through torch: copy streams beside the stream that computes. With `trace`, what was measured by CUDA's clock
+    is written there when it is asked for: the copies of weights, and where the computation waited for one.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, trace: TraceWriter = NO_TRACE) -> None:
         self.device = device
         self._copy_streams = {name: torch.cuda.Stream(device) for name in get_args(CopyStream)}
         self._registered: list[int] = []
         self.pinned_bytes = 0
         self.refused_bytes = 0
-        self._stalls, self._weight_copies = _Spans(), _Spans()
+        self._stalls = _Spans("GPU waits for a piece", trace)
+        self._weight_copies = _Spans("weights on the link", trace)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 memory on the GPU."""
@@ -138,10 +144,12 @@ class CudaOps:
 
 
 class _Spans:
-    """Work on streams, from an event to another; in the order in which it ends."""
+    """Work on streams, from an event to another; in the order in which it ends. `kind` is its name in the trace."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str, trace: TraceWriter) -> None:
         self._spans: deque[tuple[Any, Any]] = deque()
+        self._kind, self._trace = kind, trace
+        self._origin: tuple[Any, float] | None = None
 
     def append(self, begin: Any, end: Any) -> None:
         """Work between two recorded events."""
@@ -152,5 +160,19 @@ class _Spans:
         seconds = 0.0
         while self._spans and self._spans[0][1].query():
             begin, end = self._spans.popleft()
-            seconds += begin.elapsed_time(end) / 1000
+            took = begin.elapsed_time(end) / 1000
+            seconds += took
+            if self._trace.enabled:
+                begin_s = self._seconds_at(begin)
+                self._trace.add(self._kind, begin_s, begin_s + took, {})
         return seconds
+
+    def _seconds_at(self, event: Any) -> float:
+        """When `event`, which is over, happened by the host's clock."""
+        if self._origin is None:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+            now.synchronize()
+            self._origin = now, time.perf_counter()
+        origin, origin_s = self._origin
+        return origin_s - float(event.elapsed_time(origin)) / 1000

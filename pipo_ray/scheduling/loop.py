@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipo_ray.errors import ActorFailedError, PipoError
+from pipo_ray.errors import ActorFailedError, PipoError, WorkerLostError
 from pipo_ray.messages import (
     RequestSpec,
     SequenceStep,
@@ -32,11 +32,6 @@ from pipo_ray.scheduling.policy import admit, after, form_batch
 from pipo_ray.scheduling.prefixes import PrefixCache
 from pipo_ray.scheduling.sequences import Sequence as RunningSequence
 from pipo_ray.session.processes import ProcessId, identify
-
-
-class WorkerLostError(Exception):
-    """The compute worker's process is gone, and will come back empty; or its sweep has to be done again."""
-
 
 AHEAD_S = 0.05
 """How long before the end of a sweep the next one is sent: calls are faster, and who arrives before takes part."""
@@ -90,6 +85,7 @@ class SchedulingLoop:
         self._ahead_s = ahead_s if limits.rebuild_length is None else None
         self._leave_out = leave_out
         self._process = identify(os.getpid())
+        self._turn = 0
         self._next: _Sent | None = None
         self._stale: _Sent | None = None  # sent behind a sweep that failed
         self._last_sweep_s: float | None = None
@@ -202,7 +198,8 @@ class SchedulingLoop:
             raise
 
     def _send(self, number: int, steps: list[SequenceStep], sent_ahead_by: ProcessId | None = None) -> _Sent:
-        request = SweepRequest(number, tuple(steps), *self._prefixes.changes(), sent_ahead_by)
+        self._turn += 1
+        request = SweepRequest(number, tuple(steps), *self._prefixes.changes(), sent_ahead_by, self._turn)
         result = asyncio.ensure_future(self._run_sweep(request))
         return _Sent(request, result, time.perf_counter())
 

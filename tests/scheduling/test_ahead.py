@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from pipo_ray.errors import DriveError
+from pipo_ray.errors import DriveError, WorkerLostError
 from pipo_ray.messages import RequestSpec, SequenceStep, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
-from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.loop import SchedulingLoop
 from pipo_ray.session.processes import identify
 
 

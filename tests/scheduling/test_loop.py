@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pipo_ray.errors import StoreError
+from pipo_ray.errors import StoreError, WorkerLostError
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
-from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.loop import SchedulingLoop
 
 
 class Worker:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipo_ray.errors import ActorFailedError, DriveError, PipoError
+from pipo_ray.errors import ActorFailedError, DriveError, PipoError, WorkerLostError
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
-from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.loop import SchedulingLoop
 
 # Two requests run, the third waits for room in the KV cache.
 LIMITS = Limits(20, 512, True, None)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipo_ray.errors import DriveError
+from pipo_ray.errors import DriveError, WorkerLostError
 from pipo_ray.messages import RequestSpec, SequenceStep, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling import loop as loop_module
 from pipo_ray.scheduling import prefixes as prefixes_module
 from pipo_ray.scheduling.limits import Limits
-from pipo_ray.scheduling.loop import SchedulingLoop, WorkerLostError
+from pipo_ray.scheduling.loop import SchedulingLoop
 from pipo_ray.scheduling.policy import admit, form_batch
 from pipo_ray.scheduling.prefixes import LEAST_SHARED, PrefixCache, Sharing, _common
 from pipo_ray.scheduling.sequences import Sequence
