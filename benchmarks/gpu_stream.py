@@ -4,13 +4,17 @@ How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes
 
     python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk] [--gpu-memory 6GiB]
                                     [--folder FOLDER] [--json FILE] [--trace FOLDER] [--quick]
+    python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b,llama-3-70b --rows 1,4,32    (100 GB of RAM)
 
-Checkpoints of these shapes with random bf16 weights are made and packed in --folder (a temporary one). Decoding: 1, 4,
+Checkpoints of these shapes with random bf16 weights are made and packed in --folder (a temporary one); with --precision
+the bits of the checkpoint are made up as they are read (`invented_weights.py`). Decoding: 1, 4,
 or 32 requests with prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a
-sweep moves, from pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens in one sweep. `disk`: one
-request, and 8 GiB of RAM for everything.
+sweep moves, from pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens in one sweep, others in every
+round. `disk`: one request, and 8 GiB of RAM for everything.
 
     link limit   (weights without what is looked up - (GPU budget - 1 GiB)) / rate of the pure copies
+    disk limit   of the row `disk`: (the same - (RAM budget - 1.5 GiB)) / the best rate of plain O_DIRECT reads, of
+                 several sizes and depths, before each round (for want of fio, 3 s)
     of limit     median over the rounds of link limit / seconds per sweep
     busy         share of the sweeps in which the compute stream did not wait for a piece, by CUDA's events
     link         share of the time between tokens in which weights were being copied, by CUDA's events, and how fast
@@ -26,6 +30,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,11 +44,14 @@ from random_llama import LlamaShape, make_checkpoint
 from random_opt import OPT_13B, OptShape
 
 from pipo_ray import LLM, SamplingParams
+from pipo_ray.plan.drive_probe import measure_drive
 from pipo_ray.session.memory import format_size, parse_size
 
 SHAPES: dict[str, LlamaShape | OptShape] = {
     "llama-3-8b": LlamaShape(32, 4096, 14336, 32, 8, vocabulary=128256, rope_theta=500000.0),
     "opt-13b": OPT_13B,
+    "opt-30b": OptShape(layers=48, hidden=7168, heads=56),
+    "llama-3-70b": LlamaShape(80, 8192, 28672, 64, 8, vocabulary=128256, rope_theta=500000.0),
     "small": LlamaShape(12, 4096, 14336, 32, 8),
 }
 PROMPT = 32
@@ -53,6 +61,11 @@ BESIDE_WEIGHTS = 1 << 30
 """Bytes of the GPU budget that the link limit leaves for everything that is not weights."""
 
 
+BESIDE_RAM_WEIGHTS = 3 << 29
+"""The same for the RAM budget and the disk limit."""
+DISK_ROW_MEMORY = 8 << 30
+
+
 def settings(row: str, sweeps: int, rounds: int) -> dict[str, Any]:
     """The arguments of LLM for a row."""
     if row == "prompt":
@@ -60,15 +73,15 @@ def settings(row: str, sweeps: int, rounds: int) -> dict[str, Any]:
     batch = 1 if row == "disk" else int(row)
     length = PROMPT + sweeps + 17
     return {
-        "max_batch_tokens": max(64, batch * PROMPT), "max_kv_tokens": batch * length,
-        "memory": "8GiB" if row == "disk" else "64GiB",
+        "max_batch_tokens": max(64, min(256, batch * PROMPT)), "max_kv_tokens": batch * length,
+        "memory": DISK_ROW_MEMORY if row == "disk" else "64GiB",
     }  # fmt: skip
 
 
-def prompts_for(row: str, vocabulary: int) -> list[list[int]]:
-    """Token ids without meaning, different in every prompt."""
+def prompts_for(row: str, vocabulary: int, number: int) -> list[list[int]]:
+    """Token ids without meaning, different in every prompt and for every `number`: nothing is there from before."""
     count, length = (LONG_PROMPTS, LONG) if row == "prompt" else (1 if row == "disk" else int(row), PROMPT)
-    generator = torch.Generator().manual_seed(count)
+    generator = torch.Generator().manual_seed(1000 * number + count)
     return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
 
 
@@ -96,11 +109,12 @@ def run_row(
     sweeps: int,
     rounds: int,
     shape: LlamaShape | OptShape,
+    precision: str | None = None,
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
-    prompts = prompts_for(row, shape.vocabulary)
+    prompts = prompts_for(row, shape.vocabulary, 0)
     with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **settings(row, sweeps, rounds)) as llm:
         started = time.perf_counter() - begin
         print(*llm.describe(), sep="\n", flush=True)
@@ -119,8 +133,13 @@ def run_row(
         seconds, limits, busy, links, copying = [], [], [], [], []
         with PinnedLink() as link:
             link.rate(sizes)
-            for _ in range(rounds):
+            streamable = plan.model_bytes
+            if precision is None:
+                streamable = shape.num_bytes - shape.embedding_bytes
+            for number in range(1, rounds + 1):
+                prompts = prompts_for(row, shape.vocabulary, number)
                 links.append(link.rate(sizes))
+                drive = drive_rate(store) if row == "disk" else 0.0
                 before = worker_times(llm)
                 if row == "prompt":
                     begin_s = time.perf_counter()
@@ -133,8 +152,11 @@ def run_row(
                 busy.append(spent["busy_s"] / (spent["busy_s"] + spent["waiting_s"]))
                 # A round has a sweep over the prompt besides, and the first copies of the next one.
                 copying.append(spent["weight_copies_s"] / (1 if row == "prompt" else sweeps + 2))
-                streamable = shape.num_bytes - shape.embedding_bytes - max(0, gpu_memory - BESIDE_WEIGHTS)
-                limits.append(streamable / links[-1])
+                left = streamable - max(0, gpu_memory - BESIDE_WEIGHTS)
+                if row == "disk":
+                    limits.append((left - (DISK_ROW_MEMORY - BESIDE_RAM_WEIGHTS)) / drive)
+                else:
+                    limits.append(left / links[-1])
     shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
     return {
         "shape": name, "row": row, "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
@@ -147,6 +169,12 @@ def run_row(
         "unpinned_gb": worker["unpinned_bytes"] / 1e9, "start_s": started, "warm_up_s": warm_up,
         "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9,
     }  # fmt: skip
+
+
+def drive_rate(store: Path) -> float:
+    """Bytes per second of plain O_DIRECT reads of the store's largest file, as many at a time as is best."""
+    file = max(store.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    return max(point.bytes_per_s for point in measure_drive(file, 3.0))
 
 
 def wait_until_pinned(llm: LLM, arena_bytes: int, patience_s: float = 60.0) -> None:
@@ -177,6 +205,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="llama-3-8b,opt-13b", help="default: %(default)s")
     parser.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
     parser.add_argument("--gpu-memory", default="6GiB")
+    parser.add_argument("--precision", help="of the weights, for example int4 (default: 16 bits)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sweeps", type=int, default=12, help="in a round")
     parser.add_argument("--folder", type=Path, help="for checkpoints and stores, which are kept there")
@@ -193,10 +222,15 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in names:
-            store = make_store(folder, name, options.keep_checkpoints)
+            store = make_store(folder, name, options.precision, options.keep_checkpoints)
             for row in options.rows.split(","):
                 trace = options.trace / f"{name}-{row}.json" if options.trace else None
-                rows.append(run_row(store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name], trace))
+                rows.append(
+                    run_row(
+                        store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name], options.precision,
+                        trace,
+                    )
+                )  # fmt: skip
                 show(rows[-1])
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1))
@@ -215,13 +249,17 @@ def main() -> int:
     return 0
 
 
-def make_store(folder: Path, name: str, keep_checkpoint: bool) -> Path:
+def make_store(folder: Path, name: str, precision: str | None, keep_checkpoint: bool) -> Path:
     """The packed store of a shape; its checkpoint is deleted unless it is to be kept."""
     from pipo_ray.prepare import pack_store
 
-    store = folder / f"{name}.store"
+    store = folder / (f"{name}.store" if precision is None else f"{name}-{precision}.store")
+    begin = time.perf_counter()
+    if precision is not None and not store.exists():
+        script = Path(__file__).with_name("invented_weights.py")
+        subprocess.run([sys.executable, str(script), name, str(store), precision], check=True)
+        print(f"{name} in {precision}: made up and packed in {time.perf_counter() - begin:.0f} s", flush=True)
     if not store.exists():
-        begin = time.perf_counter()
         make_checkpoint(folder / name, SHAPES[name])
         made = time.perf_counter()
         pack_store(folder / name, store)

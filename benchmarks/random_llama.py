@@ -119,10 +119,11 @@ class Shape(Protocol):
         """What stands in config.json."""
 
 
-def make_checkpoint(folder: Path, shape: Shape) -> None:
+def make_checkpoint(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
     """A random model in a new `folder`, in shards of 1 GiB, written to the disk and dropped from the page cache.
 
-    The matrices hold the same random numbers, turned. The tokenizer is the bundled model's.
+    The matrices hold the same random numbers, turned. The tokenizer is the bundled model's. `sparse`: files with
+    headers and without weights, which take no room on the disk.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape.config()))
@@ -144,12 +145,12 @@ def make_checkpoint(folder: Path, shape: Shape) -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         where |= dict.fromkeys(shard, file)
-        _write_shard(folder / file, shard, noise, ones)
+        _write_shard(folder / file, shard, noise, ones, sparse)
     index = {"metadata": {"total_size": shape.num_bytes}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], noise: Any, ones: Any) -> None:
+def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], noise: Any, ones: Any, sparse: bool) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in tensors.items():
@@ -160,6 +161,9 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], noise: Any, on
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if sparse:
+            file.truncate(file.tell() + offset)
+            return
         for number, (name, shape) in enumerate(tensors.items()):
             left = int(np.prod(shape))
             if "norm" in name:

@@ -24,6 +24,7 @@ try:
     before = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 except (OSError, ValueError, IndexError, subprocess.CalledProcessError):
     before = None
+torch.backends.cuda.enable_cudnn_sdp(False)  # as in the compute worker
 for dtype in (torch.float32, torch.bfloat16):
     x = torch.randn(1, 4, 64, 64, device="cuda", dtype=dtype)
     torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True) @ x

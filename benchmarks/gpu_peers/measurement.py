@@ -176,6 +176,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens-total", type=int, default=16384, help="of the long prompt; 0 for none")
     parser.add_argument("--prompt-length", type=int, default=2048, help="tokens of each of its sequences")
     parser.add_argument("--from", dest="source", choices=("ram", "disk"), default="ram")
+    parser.add_argument("--resident", type=int, help="bytes of weights to begin with on the GPU; default: what is left")
     parser.add_argument("--out", type=Path, required=True, help="JSON, written after every row")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     return parser
@@ -305,6 +306,8 @@ def _measure(options: Options, peer: Peer, shape: Shape, case: Case, plan: Plan)
 
 def _plan(options: Options, peer: Peer, shape: Shape, group: list[Case], allowed: int) -> Plan:
     """What the group's neediest case leaves for weights that stay on the GPU."""
+    if options.extra.resident is not None:
+        return Plan(options.extra.resident, offload_cache=False)
     kv_bytes = max(shape.kv_bytes(case) for case in group)
     left = allowed - max(shape.activation_bytes(case) for case in group) - peer.in_flight_bytes - RUNTIME_BYTES
     if left - kv_bytes >= shape.outside_bytes or options.device == "cpu":

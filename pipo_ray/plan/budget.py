@@ -273,14 +273,17 @@ def _plan_gpu_run(
             f"{format_least(processes + least_host)} would do: processes with CUDA "
             f"{format_size(processes)}, slots {format_size(least_host)}"
         )
+    # Weights that were asked for have their room before keys and values in RAM, as on the CPU.
+    wanted_host = max(least_host, min(weight_memory_bytes or 0, sum(p.read_bytes for p in least_sweep.pieces)))
+    spare_ram = max(0, memory_bytes - processes - wanted_host)
     kv = None
     if kv_in_ram:
-        kv = _kv_tiers(manifest, facts, kv_bytes, memory_bytes - processes - least_host, context)
+        kv = _kv_tiers(manifest, facts, kv_bytes, spare_ram, context)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
     kv_disk = None
     if kv_on_disk is not None:
         wanted_tokens = max_kv_tokens or max(_WANTED_KV_TOKENS, context)
-        room = _kv_room(memory_bytes - processes - least_host, max_kv_tokens)
+        room = _kv_room(spare_ram, max_kv_tokens)
         kv_ram_bytes = max(min(room, ram_bytes_for(facts, wanted_tokens)), least_ram_bytes(facts))
         if memory_bytes - processes - least_host < kv_ram_bytes:
             raise BudgetError(

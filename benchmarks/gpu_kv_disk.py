@@ -1,0 +1,152 @@
+"""A prompt of 64k tokens on a GPU with three tiers of KV: GPU, RAM and drive, against all of it in memory.
+
+How to run (a machine with CUDA, 40 GB of RAM and 45 GB of temporary disk; eight minutes):
+
+    python benchmarks/gpu_kv_disk.py [--tokens 65536] [--new 32] [--layers 32] [--kv 2GiB] [--folder DIR] [--json FILE]
+
+Llama-3-8B's shape with random bf16 weights and a GPU budget of 6 GiB. A prompt of random tokens in chunks of 2048, then
+32 tokens more. In the first run the KV cache has --kv bytes on GPU and RAM together, and the rest is in an encrypted
+file; in the second RAM has room for all of it. The 1000 highest log probabilities of every new token, over the whole
+vocabulary, must be the same bits in both. Below them the run without pages, with a GPU budget that holds everything:
+another order of additions, so its log probabilities differ by rounding; the largest difference is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_llama import LlamaShape, make_checkpoint
+
+from pipo_ray import LLM, SamplingParams
+from pipo_ray.device import choose_device
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES
+from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, gpu_bytes_for, pages_of, ram_bytes_for
+from pipo_ray.prepare import prepare_store
+from pipo_ray.session.memory import format_size, parse_size
+
+CHUNK = 2048
+COMPARED = 1000
+GPU_MEMORY = 6 << 30
+
+
+@dataclass(frozen=True)
+class LongLlama(LlamaShape):
+    """With room for the prompt."""
+
+    def config(self) -> dict[str, Any]:
+        """What stands in config.json."""
+        return super().config() | {"max_position_embeddings": 131072}
+
+
+def run(store: Path, prompt: list[int], arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """One start."""
+    params = SamplingParams(temperature=0.0, max_tokens=arguments.new, ignore_eos=True, logprobs=COMPARED)
+    total = len(prompt) + arguments.new
+    with LLM(store, device="cuda", max_batch_tokens=CHUNK, max_model_len=total, **settings) as llm:
+        print(*llm.describe(), sep="\n", flush=True)
+        output = llm.generate([{"prompt_token_ids": prompt}], params)[0]
+        stages = {stage["stage"]: stage for stage in llm.report()["stages"]}
+    loader, worker, metrics = stages["NvmeLoader"], stages["ComputeWorker"], output.metrics
+    assert metrics.tokens_per_s is not None
+    return {
+        "first_token_s": metrics.ttft_s, "per_token_s": 1 / metrics.tokens_per_s,
+        "saved_bytes": loader.get("kv_saved_bytes", 0), "loaded_bytes": loader.get("kv_loaded_bytes", 0),
+        "gpu_bytes": worker["gpu_reserved_bytes"] + worker["gpu_context_bytes"],
+        "kv_waited_s": worker.get("kv_waited_s", 0.0),
+        "answer": (output.outputs[0].token_ids, output.outputs[0].logprobs),
+    }  # fmt: skip
+
+
+def largest_difference(mine: Any, other: Any) -> float:
+    """Of the log probabilities of the first new token; of tokens that both have."""
+    a, b = mine[1][0], other[1][0]
+    return max(abs(a[token].logprob - b[token].logprob) for token in a if token in b)
+
+
+def measure(store: Path, arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
+    """All runs."""
+    facts = prepare_store(str(store)).facts
+    prompt = torch.randint(
+        3, facts.vocab_size, (arguments.tokens,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    total = arguments.tokens + arguments.new
+    everything = facts.num_layers * pages_of(total) * disk_page_bytes(facts)
+    weights = 16 << 30
+    in_ram = parse_size(arguments.kv, "--kv") - gpu_bytes_for(facts, 1)
+    file = KVOnDisk(2 * everything, str(base))
+    kinds: dict[str, dict[str, Any]] = {
+        "three tiers": {"memory": CUDA_PROCESS_BYTES + weights + in_ram, "kv_on_disk": file},
+        "pages in RAM": {"memory": CUDA_PROCESS_BYTES + weights + ram_bytes_for(facts, total), "kv_on_disk": file},
+    }
+    rows: dict[str, Any] = {}
+    for name, settings in kinds.items():
+        rows[name] = run(
+            store, prompt, arguments, gpu_memory=GPU_MEMORY, weight_memory=weights, max_kv_tokens=total, **settings
+        )
+        show(name, rows[name])
+    whole = rows["no pages"] = run(store, prompt, arguments, gpu_memory=40 << 30, memory="40GiB", max_kv_tokens=total)
+    show("no pages", whole)
+    answers = {name: row.pop("answer") for name, row in rows.items()}
+    return {
+        "tokens": arguments.tokens, "kv_bytes": everything, "rows": rows,
+        "bit_equal": answers["three tiers"] == answers["pages in RAM"],
+        "difference_without_pages": largest_difference(answers["three tiers"], answers["no pages"]),
+        "device": torch.cuda.get_device_name(0),
+    }  # fmt: skip
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """A line."""
+    print(
+        f"{name:>14}: first token {row['first_token_s']:7.1f} s, {row['per_token_s']:7.3f} s a token, "
+        f"{row['saved_bytes'] / 1e9:.1f} GB saved, {row['loaded_bytes'] / 1e9:.1f} GB loaded, waited for pages "
+        f"{row['kv_waited_s']:.1f} s, GPU {row['gpu_bytes'] / 1e9:.2f} GB",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=65536, help="of the prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens that are generated")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv", default="2GiB", help="KV cache on GPU and RAM together")
+    parser.add_argument("--folder", type=Path, help="for the store, which is kept there, and the file of KV pages")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    choose_device("cuda")  # says what is missing
+    base = arguments.folder or Path(tempfile.mkdtemp(prefix="pipo-bench-kv-"))
+    base.mkdir(parents=True, exist_ok=True)
+    try:
+        store = base / "long.store"
+        if not store.exists():
+            from pipo_ray.prepare import pack_store
+
+            shape = LongLlama(arguments.layers, 4096, 14336, 32, 8, vocabulary=128256, rope_theta=500000.0)
+            make_checkpoint(base / "checkpoint", shape)
+            pack_store(base / "checkpoint", store)
+            shutil.rmtree(base / "checkpoint")
+        found = measure(store, arguments, base)
+    finally:
+        if arguments.folder is None:
+            shutil.rmtree(base, ignore_errors=True)
+    print(f"{found['device']}: {format_size(found['kv_bytes'])} of KV pages, bit-equal: {found['bit_equal']}; largest "
+          f"difference from the run without pages {found['difference_without_pages']:.4f}")  # fmt: skip
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+    return 0 if found["bit_equal"] else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(main())
