@@ -52,6 +52,10 @@ class ComputeWorker:
         else:
             self._engine.forget_all()
 
+    def notes(self) -> tuple[str, ...]:
+        """After `set_up`: lines for the user, about what this machine cannot do."""
+        return self._engine.notes if self._engine is not None else ()
+
     @ray.method(concurrency_group="sweeps")
     def run_sweep(self, request: SweepRequest) -> SweepResult:
         """One sweep over the weights for everybody in `request`. Raises WorkerLostError before `set_up`, and for what a

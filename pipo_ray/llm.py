@@ -35,6 +35,7 @@ from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transf
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.kv_policy import KVPrecision
+from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.target import Target
 from pipo_ray.scheduling.limits import limits_of
 from pipo_ray.session.background import give_way
@@ -156,8 +157,8 @@ class LLM:
         if profile := slowest(profiles):
             sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
             self._plan = plan(transfer=choose_transfer(profile, chosen_mode, num_drives=len(folders), **sizes))
-        missing = obstacle() if chosen.kind == "cpu" else None
-        self._lines = [budget_line, *prepared.describe(missing), *self._plan.explanation]
+        processor = (machine_layout(), obstacle()) if chosen.kind == "cpu" else ()
+        self._lines = [budget_line, *prepared.describe(*processor), *self._plan.explanation]
         if profile:
             self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
         if self._facts.probe_reason:
@@ -196,6 +197,7 @@ class LLM:
             if self._trace is not None:
                 self._stack.callback(self._write_trace)
             self._stage.wait_until_ready()
+            self._lines += self._stage.notes()
             if background:
                 give_way(session.node.pids())  # on a cluster that was joined, the actors
         except BaseException:

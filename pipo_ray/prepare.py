@@ -69,10 +69,10 @@ class PreparedStore:
     packed_now: bool
     chosen: Chosen | None = None
 
-    def describe(self, missing: str | None = None) -> list[str]:
-        """Lines for the user: its precision, where that is not plain; `missing` as for `describe_precision`."""
+    def describe(self, layout: str | None = None, obstacle: str | None = None) -> list[str]:
+        """Lines for the user: its precision, where that is not plain; the arguments are `describe_precision`'s."""
         chosen = [] if self.chosen is None else [str(self.chosen)]
-        return [*chosen, *describe_precision(self.manifest, machine_layout(), missing)]
+        return [*chosen, *describe_precision(self.manifest, layout, obstacle)]
 
 
 def prepare_store(

@@ -145,6 +145,10 @@ class Stage:
         self.call(self.scheduler, "ready")
         self.call(self.compute_worker, "set_up")
 
+    def notes(self) -> list[str]:
+        """Lines for the user, from actors that are ready: about what this machine cannot do."""
+        return list(self.call(self.compute_worker, "notes"))
+
     def call(self, actor: Any, method: str, *arguments: Any, patience_s: float = _START_PATIENCE_S) -> Any:
         """Call an actor and wait; asks again while it is being restarted. Errors of ours come back as themselves."""
         import ray

@@ -41,7 +41,7 @@ from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
-from pipo_ray.model.low_bit import products_for
+from pipo_ray.model.low_bit_choice import products_for
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
@@ -70,7 +70,7 @@ class _Running:
 
 
 class ComputeEngine:
-    """Graph, weight stream, runner, sampler and text of one stage."""
+    """Graph, weight stream, runner, sampler and text of one stage. `notes` are lines for the user."""
 
     def __init__(self, setup: StageSetup, compute: ComputeSetup, memory: StageMemory) -> None:
         torch.set_num_threads(compute.num_threads)
@@ -131,6 +131,7 @@ class ComputeEngine:
         profile = Path(compute.kernel_profile).with_name("low-bit-kernels.json") if compute.kernel_profile else None
         code_folder = Path(compute.code_folder) if compute.code_folder else None
         low_bit = products_for(setup.plan, profile, self._device, code_folder)
+        self.notes = () if low_bit is None or low_bit.obstacle is None else (_unpacked_note(low_bit.obstacle),)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products, low_bit
         )
@@ -323,3 +324,7 @@ class ComputeEngine:
 
 def _left_out(step: SequenceStep) -> StepResult:
     return StepResult(step.sequence, left_out=True)
+
+
+def _unpacked_note(obstacle: str) -> str:
+    return f"low-bit weights are unpacked by torch for every product, because {obstacle}: Triton's kernels are faster"

@@ -1,4 +1,7 @@
-"""Which kernel multiplies 16-bit or low-bit weights on the CPU: measured seconds in, a choice out. Without torch."""
+"""Which kernel multiplies low-bit weights, or 16-bit ones on the CPU: measured seconds in, a choice out.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from typing import Literal
 
 from pipo_ray.json_file import write_json
 
-Layout = Literal["linear", "matmul", "int4", "int8"]
+Layout = Literal["linear", "matmul", "int4", "int8", "cuda-int4", "cuda-int8"]
 """How a weight is multiplied: "linear" is `x @ weight.T` of [out, in], "matmul" is `x @ weight` of [in, out];
-"int4" and "int8" are `x @ weight.T` of low-bit panels.
+"int4" and "int8" are `x @ weight.T` of low-bit panels, with "cuda" in front on a CUDA device.
 """
 
-Kernel = Literal["native", "wide", "tall", "packed", "compiled"]
+Kernel = Literal["native", "wide", "tall", "packed", "compiled", "vector", "tiles"]
 """Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
 weights times inputs; or torch's low-bit product, or one of our own (`pipo_ray/compiled`). Low-bit weights are widened
-to 16 bits for the native one.
+to 16 bits for the native one. The last two are CUDA's, for few and for more rows (`pipo_ray/triton_kernels`).
 """
 
 KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
@@ -27,12 +30,19 @@ KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
     "matmul": ("native", "wide"),
     "int4": ("packed", "compiled", "native", "wide"),
     "int8": ("packed", "native", "wide"),
+    "cuda-int4": ("vector", "tiles", "native"),
+    "cuda-int8": ("vector", "tiles", "native"),
 }
 SIXTEEN_BIT_LAYOUTS: tuple[Layout, ...] = ("linear", "matmul")
 
 SCRATCH_BYTES = 4 << 20
 """What a chunk of weights takes in float32. Large enough that starting the threads for each chunk costs little, small
 enough for the last-level cache of most processors.
+"""
+
+GPU_SCRATCH_BYTES = 64 << 20
+"""What low-bit weights take on a CUDA device while they are multiplied: for sums of parts, and for weights unpacked to
+16 bits, of which a product with fewer rows than this allows would leave processors idle.
 """
 
 

@@ -4,6 +4,9 @@ Where the processor has what it takes, a kernel of our own multiplies int4 weigh
 inputs at the memory's bandwidth, many at the processor's. Otherwise torch's kernel takes few rows; for many it computes
 at less than half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache,
 and multiplied by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
+
+On a CUDA device Triton's kernels multiply (`pipo_ray/triton_kernels`), or torch's product behind several operations
+that unpack, where those cannot be had.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -20,10 +23,12 @@ from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
 from pipo_ray.model.streamed import LinearProduct, LowBitMatrix
-from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.quant.codec import PanelViews, halves, views_of
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, INT8_LAYOUT, Panels, divide, machine_layout
+
+if TYPE_CHECKING:
+    from pipo_ray.triton_kernels.products import TritonProducts
 
 ACTIVATIONS = torch.bfloat16
 """What torch's low-bit kernels take, and what a model with low-bit weights is computed in."""
@@ -54,29 +59,23 @@ class LowBitProducts:
         machine: str,
         device: torch.device | None = None,
         compiled: CompiledInt4 | None = None,
+        triton: TritonProducts | None = None,
+        obstacle: str | None = None,
     ) -> None:
-        self._profile, self._machine, self._compiled = profile, machine, compiled
+        self._profile, self._machine, self._compiled, self._triton = profile, machine, compiled, triton
+        self.obstacle = obstacle
         self._device = device or torch.device("cpu")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._chosen: dict[tuple[int, Panels], Kernel] = {}
 
     @classmethod
-    def for_run(
-        cls, layouts: Collection[Layout], file: Path | None, device: torch.device, code_folder: Path | None = None
-    ) -> LowBitProducts:
-        """With the profile in `file`; measured (and written there) if there is none for these layouts and this number
-        of threads. It takes 0.15 s for each of them. Machine code is kept in `code_folder`.
+    def for_run(cls, layouts: Collection[Layout], file: Path | None, code_folder: Path | None = None) -> LowBitProducts:
+        """On the CPU, with the profile in `file`; measured (and written there) if there is none for these layouts and
+        this number of threads. It takes 0.15 s for each of them. Machine code is kept in `code_folder`.
         """
-        num_threads = torch.get_num_threads()
-        compiled = compiled_int4(code_folder) if device.type == "cpu" and "int4" in layouts else None
-        profile = None if file is None else KernelProfile.load(file)
-        if profile is None or profile.num_threads != num_threads or not set(layouts) <= set(profile.costs):
-            profile = KernelProfile("bfloat16", num_threads, {})
-            if device.type == "cpu":
-                profile = measure_low_bit(layouts, compiled)
-            if file is not None:
-                profile.save(file)
-        return cls(profile, machine_layout(), device, compiled)
+        compiled = compiled_int4(code_folder) if "int4" in layouts else None
+        profile = kept_profile(file, layouts, lambda: measure_low_bit(layouts, compiled))
+        return cls(profile, machine_layout(), compiled=compiled)
 
     def bind(self, memory: torch.Tensor, panels: Panels, first: int) -> torch.Tensor:
         """A stand-in for the rows of a weight whose panels from the `first` on are `memory`, uint8 [panels,
@@ -122,6 +121,8 @@ class LowBitProducts:
     def _rows_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         """The product for inputs bf16 [num_inputs, columns], contiguous."""
         kernel = self._kernel(num_inputs, panels)
+        if self._triton is not None:
+            return self._triton.product(memory, panels, num_rows, num_inputs, kernel)
         if kernel == "compiled":
             assert self._compiled is not None  # `_choose`
             return self._compiled.product(memory, panels, num_rows, num_inputs)
@@ -163,6 +164,8 @@ class LowBitProducts:
         return kernel
 
     def _choose(self, num_rows: int, panels: Panels) -> Kernel:
+        if self._triton is not None:
+            return self._triton.choose(self._profile, num_rows, panels)
         if not num_rows or self._device.type != "cpu":
             return "native"
         without: set[Kernel] = set() if panels.layout in (self._machine, INT8_LAYOUT) else {"packed"}
@@ -219,13 +222,16 @@ class LowBitProducts:
         return scratch[:num_elements]
 
 
-def products_for(
-    plan: SweepPlan, file: Path | None, device: torch.device, code_folder: Path | None = None
-) -> LowBitProducts | None:
-    """The products of the plan's low-bit weights; None if it has none. See `LowBitProducts.for_run` for the rest."""
-    formats = {tensor.panels.low_bit for piece in plan.pieces for tensor in piece.tensors if tensor.panels is not None}
-    layouts = {layout_of(low_bit) for low_bit in formats}
-    return LowBitProducts.for_run(layouts, file, device, code_folder) if layouts else None
+def kept_profile(file: Path | None, layouts: Collection[Layout], measure: Callable[[], KernelProfile]) -> KernelProfile:
+    """The profile in `file`; measured, and written there, if there is none for these layouts and this number of
+    threads.
+    """
+    profile = None if file is None else KernelProfile.load(file)
+    if profile is None or profile.num_threads != torch.get_num_threads() or not set(layouts) <= set(profile.costs):
+        profile = measure()
+        if file is not None:
+            profile.save(file)
+    return profile
 
 
 def compiled_int4(code_folder: Path | None = None) -> CompiledInt4 | None:

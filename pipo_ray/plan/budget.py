@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipo_ray.errors import BudgetError, InputError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
+from pipo_ray.model.kernel_profile import GPU_SCRATCH_BYTES
 from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
 from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
@@ -236,6 +237,8 @@ def _plan_gpu_run(
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
     activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
+    if any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors):
+        activations += GPU_SCRATCH_BYTES
     least_slot = least_slot_bytes(manifest)
     least_sweep = sweep_plan(manifest, facts, least_slot)
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")

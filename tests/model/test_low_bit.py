@@ -117,16 +117,16 @@ def test_any_other_use_is_refused() -> None:
 def test_the_profile_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1, 32))
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
-    file, cpu = tmp_path / "profile.json", torch.device("cpu")
-    LowBitProducts.for_run(["int4"], file, cpu)
+    file = tmp_path / "profile.json"
+    LowBitProducts.for_run(["int4"], file)
     saved = KernelProfile.load(file)
     assert saved is not None
     assert set(saved.costs) == {"int4"}
     assert set(saved.costs["int4"]) == set(KERNELS) - (set() if COMPILED else {"compiled"})
     monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda layouts: pytest.fail("measured again"))
-    LowBitProducts.for_run(["int4"], file, cpu)
+    LowBitProducts.for_run(["int4"], file)
     monkeypatch.setattr(low_bit_module, "measure_low_bit", measure_low_bit)
-    LowBitProducts.for_run(["int8"], file, cpu)
+    LowBitProducts.for_run(["int8"], file)
     assert "int8" in KernelProfile.load(file).costs  # type: ignore[union-attr]
 
 
@@ -134,7 +134,7 @@ def test_without_a_compiler_the_other_kernels_are_measured(tmp_path: Path, monke
     monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1,))
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
     monkeypatch.setattr(low_bit_module, "obstacle", lambda: "llvmlite is not installed")
-    products = LowBitProducts.for_run(["int4"], tmp_path / "profile.json", torch.device("cpu"))
+    products = LowBitProducts.for_run(["int4"], tmp_path / "profile.json")
     saved = KernelProfile.load(tmp_path / "profile.json")
     assert saved is not None
     assert set(saved.costs["int4"]) == set(KERNELS) - {"compiled"}

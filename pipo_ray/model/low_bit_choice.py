@@ -1,0 +1,76 @@
+"""The products of a plan's low-bit weights, for the device that computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipo_ray.model.kernel_profile import KernelProfile
+from pipo_ray.model.low_bit import LowBitProducts, kept_profile, layout_of
+from pipo_ray.plan.pieces import SweepPlan
+from pipo_ray.quant.panels import Panels, machine_layout
+from pipo_ray.triton_kernels.support import keep_compiled_in, obstacle
+
+_TRITON_FOLDER = "triton"
+
+
+def products_for(
+    plan: SweepPlan, file: Path | None, device: torch.device, code_folder: Path | None = None
+) -> LowBitProducts | None:
+    """The products of the plan's low-bit weights; None if it has none. `file` and `code_folder` are those of
+    `LowBitProducts.for_run`.
+    """
+    used = [tensor.panels for piece in plan.pieces for tensor in piece.tensors if tensor.panels is not None]
+    if not used:
+        return None
+    if device.type == "cpu":
+        return LowBitProducts.for_run({layout_of(panels.low_bit) for panels in used}, file, code_folder)
+    return cuda_products(most_used(used), file, device, code_folder)
+
+
+def most_used(panels: Sequence[Panels]) -> list[Panels]:
+    """Of each width, panels of the format and the layout that most of them have."""
+    kinds = Counter((one.low_bit.bits, one.format, one.layout) for one in panels)
+    chosen = {bits: (format, layout) for (bits, format, layout), _ in reversed(kinds.most_common())}
+    return [next(one for one in panels if (one.format, one.layout) == kind) for _, kind in sorted(chosen.items())]
+
+
+def cuda_products(
+    kinds: Sequence[Panels], file: Path | None, device: torch.device, code_folder: Path | None
+) -> LowBitProducts:
+    """Products on a CUDA device: by Triton's kernels if they can be had and are right for panels like `kinds`, else by
+    torch, and then they say why (`LowBitProducts.obstacle`).
+
+    A few seconds when kernels are compiled, which are then kept in `code_folder`; half a second when they are measured.
+    """
+    reason = obstacle(torch.cuda.get_device_capability(device))
+    if reason is None:
+        try:
+            keep_compiled_in(None if code_folder is None else code_folder / _TRITON_FOLDER)
+            return _triton_products(kinds, file, device)
+        except Exception as error:
+            # Whatever a compiler that we do not own may raise: without it everything can be computed, too.
+            reason = f"its kernels do not work here ({_first_line(error)})"
+    empty = KernelProfile("bfloat16", torch.get_num_threads(), {})
+    return LowBitProducts(empty, machine_layout(), device, obstacle=reason)
+
+
+def _triton_products(kinds: Sequence[Panels], file: Path | None, device: torch.device) -> LowBitProducts:
+    from pipo_ray.triton_kernels.measure import check, measure
+    from pipo_ray.triton_kernels.products import TritonProducts
+    from pipo_ray.triton_kernels.products import layout_of as cuda_layout_of
+
+    products = TritonProducts(device)
+    for panels in kinds:
+        check(products, panels, device)
+    profile = kept_profile(file, [cuda_layout_of(one) for one in kinds], lambda: measure(products, kinds, device))
+    torch.cuda.empty_cache()
+    return LowBitProducts(profile, machine_layout(), device, triton=products)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,253 @@
+"""Products with low-bit panels on a CUDA device. Importing this needs triton.
+
+Three kernels, by name: "vector" multiplies up to four rows of inputs as exactly as float32 can, "tiles" any number by
+tensor cores with weights rounded to bf16, both straight from the panels and with one launch for all panels of a weight;
+"native" unpacks part of a weight into scratch memory as bf16 and has torch multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+
+from pipo_ray.model.kernel_profile import GPU_SCRATCH_BYTES, Kernel, KernelProfile, Layout
+from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, Panels
+from pipo_ray.triton_kernels import int4, int8
+
+RowsProduct = Callable[[torch.Tensor], torch.Tensor]
+"""Inputs bf16 [n, columns] in, products bf16 [n, rows] out."""
+
+VECTOR_INPUTS = 4
+"""Rows of inputs that the vector kernel takes at most."""
+
+_MOST_PARTS = 16
+_INTERPRETED_PROCESSORS = 2
+
+
+@dataclass(frozen=True)
+class VectorShape:
+    """What a program of the int4 vector kernel takes at once (see `int4.int4_vector`), with so many warps, in so many
+    steps that are loaded ahead.
+    """
+
+    lanes: int
+    run: int
+    stages: int = 2
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How kernels are cut. `vector` by the number of inputs that the kernel is compiled for; programs for each
+    multiprocessor, as several must wait for memory at the same time.
+    """
+
+    vector: Mapping[int, VectorShape] = field(
+        default_factory=lambda: {1: VectorShape(64, 8), 2: VectorShape(32, 8), 4: VectorShape(16, 8)}
+    )
+    vector_programs: int = 8
+    tiles_programs: int = 4
+    tiles_stages: int = 3
+
+
+class TritonProducts:
+    """Multiplies bf16 inputs with panels on `device`. One caller at a time, on torch's current stream.
+
+    Takes `scratch_bytes` of the device's memory, for parts of sums and for unpacked weights: at least what 64 rows of a
+    weight are in bf16. On the CPU only under Triton's interpreter.
+    """
+
+    def __init__(
+        self, device: torch.device, scratch_bytes: int = GPU_SCRATCH_BYTES, tuning: Tuning | None = None
+    ) -> None:
+        self._tuning = tuning or Tuning()
+        on_gpu = device.type == "cuda"
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _INTERPRETED_PROCESSORS
+        )
+        self._dot = tl.bfloat16 if on_gpu else tl.float32
+        with torch.inference_mode(False):  # written to in and out of inference mode
+            self._scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+            self._arrivals = torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+    def product(
+        self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int, kernel: Kernel
+    ) -> RowsProduct:
+        """`F.linear` with the first `num_rows` rows in the panels `memory`, uint8 [panels, panel_bytes]: takes inputs,
+        bf16 [num_inputs, columns] and contiguous, and gives bf16 [num_inputs, num_rows]. `kernel` is one of those
+        above, "vector" for at most VECTOR_INPUTS inputs.
+        """
+        is_int4 = panels.low_bit.bits == 4
+        if not num_inputs:
+            return lambda rows: rows.new_empty(0, num_rows)
+        if kernel == "vector":
+            make = self._int4_vector if is_int4 else self._int8_vector
+        elif kernel == "tiles":
+            make = self._int4_tiles if is_int4 else self._int8_tiles
+        else:
+            make = self._int4_unpacked if is_int4 else self._int8_unpacked
+        return make(memory, panels, num_rows, num_inputs)
+
+    def choose(self, profile: KernelProfile, num_inputs: int, panels: Panels) -> Kernel:
+        """The kernel that takes the least time with so many inputs, by what was measured."""
+        if not num_inputs:
+            return "native"
+        without: tuple[Kernel, ...] = () if num_inputs <= VECTOR_INPUTS else ("vector",)
+        return profile.choose(layout_of(panels), num_inputs, panels.rows * panels.columns, without)
+
+    def _int4_vector(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        compiled_for = triton.next_power_of_2(num_inputs)
+        shape = self._tuning.vector[compiled_for]
+        block = INT4_LAYOUTS[panels.layout].block
+        blocks = triton.cdiv(num_rows, block)
+        step = max(panels.low_bit.group, shape.lanes * shape.run)
+        wanted = self._tuning.vector_programs * self._processors // blocks
+        parts, part_columns = self._divide(panels.columns, step, wanted, num_inputs * num_rows, blocks)
+        numbers = (
+            num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
+            *_int4_constants(panels), compiled_for, shape.lanes, shape.run, _MOST_PARTS, shape.stages,
+        )  # fmt: skip
+        launch, partials, arrivals = int4.int4_vector[(blocks, parts)], self._partials, self._arrivals
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = rows.new_empty(num_inputs, num_rows)
+            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=shape.warps)
+            return output
+
+        return multiply
+
+    def _int4_tiles(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        block, group = INT4_LAYOUTS[panels.layout].block, panels.low_bit.group
+        inputs = _tile_inputs(num_inputs)
+        blocks, tiles = triton.cdiv(num_rows, block), triton.cdiv(num_inputs, inputs)
+        wanted = self._tuning.tiles_programs * self._processors // (blocks * tiles)
+        parts, part_columns = self._divide(
+            panels.columns, max(group, 256), wanted, num_inputs * num_rows, blocks * tiles
+        )
+        numbers = (
+            num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
+            *_int4_constants(panels), inputs, min(group, 64), self._dot,
+        )  # fmt: skip
+        launch, partials, arrivals = int4.int4_tiles[(blocks, parts, tiles)], self._partials, self._arrivals
+        warps, stages = 8 if inputs >= 64 else 4, self._tuning.tiles_stages
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = rows.new_empty(num_inputs, num_rows)
+            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=warps, num_stages=stages)
+            return output
+
+        return multiply
+
+    def _int4_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        block, columns = INT4_LAYOUTS[panels.layout].block, panels.columns
+        at_once, step = self._rows_at_once(columns), 64
+        constants = (*_int4_constants(panels), step)
+        chunks = []
+        for first in range(0, num_rows, at_once):
+            count = min(at_once, num_rows - first)
+            held = -(-count // BLOCK_ROWS) * BLOCK_ROWS
+            matrix = self._scratch.view(torch.bfloat16)[: held * columns].view(columns, held)
+            launch = int4.int4_unpack[(triton.cdiv(count, block), triton.cdiv(columns, step))]
+            numbers = (first // block, columns, memory.stride(0), panels.panel_rows // block, held, *constants)
+            chunks.append((launch, matrix, numbers, matrix[:, :count], slice(first, first + count)))
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = rows.new_empty(num_inputs, num_rows)
+            for launch, matrix, numbers, weight, place in chunks:
+                launch(memory, matrix, *numbers, num_warps=4)
+                torch.mm(rows, weight, out=output[:, place])
+            return output
+
+        return multiply
+
+    def _int8_vector(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        rows_at_once = 4
+        numbers = (
+            num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows,
+            triton.next_power_of_2(num_inputs), rows_at_once, 512,
+        )  # fmt: skip
+        launch = int8.int8_vector[(triton.cdiv(num_rows, rows_at_once),)]
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = rows.new_empty(num_inputs, num_rows)
+            launch(rows, memory, output, *numbers, num_warps=4)
+            return output
+
+        return multiply
+
+    def _int8_tiles(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        inputs = _tile_inputs(num_inputs)
+        blocks, tiles = triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(num_inputs, inputs)
+        wanted = self._tuning.tiles_programs * self._processors // (blocks * tiles)
+        parts, part_columns = self._divide(panels.columns, 256, wanted, num_inputs * num_rows, blocks * tiles)
+        numbers = (
+            num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows, part_columns, parts,
+            inputs, BLOCK_ROWS, 64, self._dot,
+        )  # fmt: skip
+        launch, partials, arrivals = int8.int8_tiles[(blocks, parts, tiles)], self._partials, self._arrivals
+        warps, stages = 8 if inputs >= 64 else 4, self._tuning.tiles_stages
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = rows.new_empty(num_inputs, num_rows)
+            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=warps, num_stages=stages)
+            return output
+
+        return multiply
+
+    def _int8_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        columns = panels.columns
+        at_once, rows_each, step = self._rows_at_once(columns), 8, 512
+        chunks = []
+        for first in range(0, num_rows, at_once):
+            count = min(at_once, num_rows - first)
+            held = -(-count // rows_each) * rows_each
+            matrix = self._scratch.view(torch.bfloat16)[: held * columns].view(held, columns)
+            launch = int8.int8_unpack[(held // rows_each, triton.cdiv(columns, step))]
+            numbers = (first, columns, memory.stride(0), panels.panel_rows, rows_each, step)
+            chunks.append((launch, matrix, numbers, matrix[:count].t(), slice(first, first + count)))
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = rows.new_empty(num_inputs, num_rows)
+            for launch, matrix, numbers, weight, place in chunks:
+                launch(memory, matrix, *numbers, num_warps=4)
+                torch.mm(rows, weight, out=output[:, place])
+            return output
+
+        return multiply
+
+    @property
+    def _partials(self) -> torch.Tensor:
+        return self._scratch.view(torch.float32)
+
+    def _divide(self, columns: int, step: int, wanted: int, outputs: int, counters: int) -> tuple[int, int]:
+        """How many parts of the columns are computed apart, and the columns of each, a multiple of `step`; one where
+        their sums do not fit the scratch memory.
+        """
+        if counters > self._arrivals.numel():
+            return 1, -(-columns // step) * step
+        room = self._scratch.numel() // 4 // max(1, outputs)
+        most = max(1, min(wanted, _MOST_PARTS, room, -(-columns // step)))
+        part_columns = -(-columns // (most * step)) * step
+        return -(-columns // part_columns), part_columns
+
+    def _rows_at_once(self, columns: int) -> int:
+        """Rows whose unpacked weights fit the scratch memory."""
+        return max(1, self._scratch.numel() // 2 // columns // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def layout_of(panels: Panels) -> Layout:
+    """Under which kernels for these panels are measured."""
+    return "cuda-int4" if panels.low_bit.bits == 4 else "cuda-int8"
+
+
+def _int4_constants(panels: Panels) -> tuple[int, bool, int, int, int]:
+    order = INT4_LAYOUTS[panels.layout]
+    return panels.low_bit.group, panels.low_bit.symmetric, order.block // 2, order.stride, order.offset
+
+
+def _tile_inputs(num_inputs: int) -> int:
+    return min(64, max(16, int(triton.next_power_of_2(num_inputs))))

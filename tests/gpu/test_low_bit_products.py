@@ -1,0 +1,108 @@
+"""Triton's kernels compiled for the device, against float64; measured, chosen, and without what they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from low_bit_weights import RandomWeight
+
+from pipo_ray.model import low_bit_choice
+from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
+from pipo_ray.model.low_bit_choice import cuda_products
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
+KINDS = [*((name, "avx512") for name in NAMES), ("int4", "avx2"), ("int4-g32", "plain")]
+STEP = 2.0**-8
+
+
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS["cuda-int4"])
+@pytest.mark.parametrize("name, layout", KINDS)
+def test_products_are_those_of_the_unpacked_weight(name: str, layout: str, kernel: Kernel) -> None:
+    """Shapes in which the last panel is not full, a part of the columns shorter than the others, and a result wider
+    than the processors; without the parts of sums, and with them, twice.
+    """
+    pytest.importorskip("triton")
+    from pipo_ray.triton_kernels.products import VECTOR_INPUTS, TritonProducts
+
+    generator = torch.Generator().manual_seed(len(name) + len(layout))
+    products = TritonProducts(device())
+    counts = (1, 2, 3, VECTOR_INPUTS) if kernel == "vector" else (1, 5, 16, 17, 40, 64, 130, 512)
+    for rows, columns, panel_bytes in ((1, 128, 1), (200, 640, 1), (1000, 4096 + 128, 1 << 20), (20_000, 384, 1 << 22)):
+        weight = RandomWeight.make(name, layout, rows, columns, panel_bytes, generator)
+        memory = weight.memory.to(device())
+        for num_inputs in counts:
+            inputs = torch.randn(num_inputs, columns, generator=generator).bfloat16()
+            product = products.product(memory, weight.panels, rows, num_inputs, kernel)
+            on_device = inputs.to(device())
+            first, second = product(on_device), product(on_device)
+            rounded = kernel != "vector"
+            weight.require_product(first, inputs, rounded=rounded, step=STEP, sums=1e-4 if rounded else 1e-5)
+            assert torch.equal(first, second), "the order in which parts arrive shows"
+            assert not products._arrivals.any()
+
+
+def test_products_on_another_stream_are_in_its_order() -> None:
+    pytest.importorskip("triton")
+    from pipo_ray.triton_kernels.products import TritonProducts
+
+    generator = torch.Generator().manual_seed(1)
+    weight = RandomWeight.make("int4", "avx512", 4096, 4096, 1 << 22, generator)
+    inputs = torch.randn(1, 4096, generator=generator).bfloat16()
+    memory, on_device = weight.memory.to(device()), torch.zeros_like(inputs, device=device())
+    product = TritonProducts(device()).product(memory, weight.panels, 4096, 1, "vector")
+    product(on_device)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        on_device.copy_(inputs.to(device(), non_blocking=True))
+        got = product(on_device)
+    stream.synchronize()
+    weight.require_product(got, inputs, rounded=False, step=STEP)
+
+
+def test_crossovers_are_measured_once_and_what_is_chosen_is_right(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(2)
+    weights = [RandomWeight.make(name, "avx512", 3000, 1024, 1 << 20, generator) for name in ("int4-g32", "int8")]
+    kinds = [weight.panels for weight in weights]
+    products = cuda_products(kinds, tmp_path / "profile.json", device(), tmp_path / "code")
+    assert products.obstacle is None
+    profile = KernelProfile.load(tmp_path / "profile.json")
+    assert profile is not None
+    assert set(profile.costs) == {"cuda-int4", "cuda-int8"}
+    for weight in weights:
+        memory = weight.memory.to(device())
+        for num_inputs in (1, 3, 7, 33, 500):
+            inputs = torch.randn(num_inputs, 1024, generator=generator).bfloat16()
+            got = products.linear(inputs.to(device()), memory, weight.panels, 3000, None)
+            weight.require_product(got, inputs, rounded=True, step=STEP, sums=1e-4)
+    again = cuda_products(kinds, tmp_path / "profile.json", device(), tmp_path / "code")
+    assert again._profile == profile
+
+
+def test_without_triton_torch_unpacks_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = RandomWeight.make("int4", "avx512", 300, 256, 1 << 20, generator)
+    inputs = torch.randn(3, 256, generator=generator).bfloat16()
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    for reason in ("triton is not installed", None):
+        monkeypatch.setattr(low_bit_choice, "obstacle", lambda capability, reason=reason: reason)
+        monkeypatch.setattr(low_bit_choice, "_triton_products", fails)
+        products = cuda_products([weight.panels], None, device(), None)
+        assert products.obstacle == (
+            reason or "its kernels do not work here (RuntimeError: Failed to find C compiler.)"
+        )
+        got = products.linear(inputs.to(device()), weight.memory.to(device()), weight.panels, 300, None)
+        weight.require_product(got, inputs, rounded=True, step=2 * STEP)

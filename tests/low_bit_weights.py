@@ -1,0 +1,50 @@
+"""Random low-bit weights as panels, and what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipo_ray.quant.codec import read_rows, views_of, write_rows
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import Panels, divide
+from pipo_ray.quant.rounding import round_to_nearest, values_of
+
+
+@dataclass(frozen=True)
+class RandomWeight:
+    """`memory` uint8 [panels, panel_bytes], and float64 `values` [rows, columns]."""
+
+    panels: Panels
+    memory: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def make(
+        cls, name: str, layout: str, rows: int, columns: int, panel_bytes: int, generator: torch.Generator
+    ) -> RandomWeight:
+        """In the format called `name`."""
+        panels = divide(rows, columns, LowBitFormat.parse(name), layout, panel_bytes)
+        weight = torch.randn(rows, columns, generator=generator) / 8 + 0.05
+        memory = torch.zeros(panels.shape, dtype=torch.uint8)
+        values = []
+        for index, panel in enumerate(memory):
+            start, stop = panels.rows_of(index, index + 1)
+            views = views_of(panel, panels)
+            write_rows(views, panels, 0, round_to_nearest(weight[start:stop], panels.low_bit))
+            values.append(values_of(read_rows(views, panels), panels.low_bit))
+        return cls(panels, memory, torch.cat(values)[:rows].double())
+
+    def require_product(
+        self, got: torch.Tensor, inputs: torch.Tensor, *, rounded: bool, step: float, sums: float = 1e-5
+    ) -> None:
+        """Fail if `got` is not `inputs` times the weight. The result may be off by `step` of itself, as bf16 is, and if
+        `rounded` each weight as well; sums by `sums` of what they would be without signs.
+        """
+        wanted = inputs.double() @ self.values.T
+        terms = inputs.double().abs() @ self.values.abs().T
+        allowed = step * wanted.abs() + (step * rounded + sums) * terms + 1e-30
+        assert (got.dtype, got.shape) == (torch.bfloat16, wanted.shape)
+        excess = ((got.cpu().double() - wanted).abs() / allowed).max()
+        assert bool(excess <= 1), f"{self.panels}: off by {float(excess):.2f} times what rounding explains"

@@ -1,0 +1,89 @@
+"""Triton's kernels on the CPU, by its interpreter, against float64. Needs triton, which torch's CPU build has not.
+
+tests/gpu/test_low_bit_products.py has them compiled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from low_bit_weights import RandomWeight
+from triton_interpreter import STEP
+
+from pipo_ray.model.kernel_profile import KERNELS, Cost, Kernel, KernelProfile
+from pipo_ray.quant.panels import INT4_LAYOUTS
+from pipo_ray.triton_kernels.measure import check
+from pipo_ray.triton_kernels.products import VECTOR_INPUTS, TritonProducts
+
+NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(
+    st.sampled_from(NAMES), st.sampled_from(sorted(INT4_LAYOUTS)), st.sampled_from(KERNELS["cuda-int4"]),
+    st.integers(1, 300), st.integers(1, 12), st.integers(1, 70), st.sampled_from([1, 20_000, 1 << 20]),
+    st.sampled_from([1, 3, 40]), st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_products_are_those_of_the_unpacked_weight(
+    name: str, layout: str, kernel: Kernel, rows: int, groups: int, num_inputs: int, panel_bytes: int, processors: int,
+    seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * 128 if name != "int8" else groups * 112  # in part no multiple of what a loop takes at once
+    weight = RandomWeight.make(name, layout, rows, columns, panel_bytes, generator)
+    if kernel == "vector":
+        num_inputs = 1 + num_inputs % VECTOR_INPUTS
+    inputs = torch.randn(num_inputs, columns, generator=generator).bfloat16()
+    products = TritonProducts(CPU, scratch_bytes=1 << 20)
+    products._processors = processors  # decides into how many parts a product is cut
+    product = products.product(weight.memory, weight.panels, rows, num_inputs, kernel)
+    for _ in range(2):  # what the first one leaves behind must not disturb the second
+        products._scratch.fill_(0x7F)
+        weight.require_product(product(inputs), inputs, rounded=kernel != "vector", step=STEP)
+        assert not products._arrivals.any()
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_a_weight_larger_than_the_scratch_memory_is_unpacked_in_pieces(name: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = RandomWeight.make(name, "avx512", 200, 128, 20_000, generator)
+    inputs = torch.randn(3, 128, generator=generator).bfloat16()
+    products = TritonProducts(CPU, scratch_bytes=64 * 128 * 2)
+    got = products.product(weight.memory, weight.panels, 200, 3, "native")(inputs)
+    weight.require_product(got, inputs, rounded=True, step=STEP)
+
+
+@pytest.mark.parametrize("kernel", KERNELS["cuda-int4"])
+def test_some_of_the_panels_are_some_of_the_rows(kernel: Kernel) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight = RandomWeight.make("int4", "plain", 200, 128, 1, generator)
+    inputs = torch.randn(2, 128, generator=generator).bfloat16()
+    products = TritonProducts(CPU, scratch_bytes=1 << 20)
+    got = products.product(weight.memory[2:], weight.panels, 72, 2, kernel)(inputs)
+    some = RandomWeight(weight.panels, weight.memory[2:], weight.values[128:])
+    some.require_product(got, inputs, rounded=kernel != "vector", step=STEP)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-sym", "int8"])
+def test_a_kernel_that_multiplies_wrongly_is_found_out(name: str) -> None:
+    weight = RandomWeight.make(name, "avx2", 64, 128, 1 << 20, torch.Generator().manual_seed(7))
+    products = TritonProducts(CPU, scratch_bytes=1 << 20)
+    check(products, weight.panels, CPU)
+    original = products.product
+    products.product = lambda *arguments: lambda rows: 1.03 * original(*arguments)(rows)  # type: ignore[method-assign]
+    with pytest.raises(ArithmeticError, match="is off by"):
+        check(products, weight.panels, CPU)
+
+
+def test_the_profile_chooses_and_the_vector_kernel_only_for_few() -> None:
+    panels = RandomWeight.make("int4", "avx512", 64, 128, 1 << 20, torch.Generator().manual_seed(8)).panels
+    fast, slow = Cost(0.0, (1, 2), (0.0, 0.0)), Cost(0.0, (1, 2), (1.0, 1.0))
+    profile = KernelProfile("bfloat16", 1, {"cuda-int4": {"vector": fast, "tiles": slow, "native": slow}})
+    products = TritonProducts(CPU, scratch_bytes=1 << 20)
+    assert products.choose(profile, VECTOR_INPUTS, panels) == "vector"
+    assert products.choose(profile, VECTOR_INPUTS + 1, panels) == "tiles"
+    assert products.product(torch.empty(0), panels, 64, 0, "native")(torch.empty(0, 128).bfloat16()).shape == (0, 64)
