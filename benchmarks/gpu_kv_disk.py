@@ -5,8 +5,8 @@ How to run (a machine with CUDA, 40 GB of RAM and 45 GB of temporary disk; eight
     python benchmarks/gpu_kv_disk.py [--tokens 65536] [--new 32] [--layers 32] [--kv 2GiB] [--folder DIR] [--json FILE]
 
 Llama-3-8B's shape with random bf16 weights and a GPU budget of 6 GiB. A prompt of random tokens in chunks of 2048, then
-32 tokens more. In the first run the KV cache has --kv bytes on GPU and RAM together, and the rest is in an encrypted
-file; in the second RAM has room for all of it. The 1000 highest log probabilities of every new token, over the whole
+32 tokens more. In the first run RAM has room for all of it; in the second the KV cache has --kv bytes on GPU and RAM
+together, and the rest is in an encrypted file. The 1000 highest log probabilities of every new token, over the whole
 vocabulary, must be the same bits in both. Below them the run without pages, with a GPU budget that holds everything:
 another order of additions, so its log probabilities differ by rounding; the largest difference is printed.
 """
@@ -29,7 +29,7 @@ from random_llama import LlamaShape, make_checkpoint
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.device import choose_device
 from pipo_ray.plan.budget import CUDA_PROCESS_BYTES
-from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, gpu_bytes_for, pages_of, ram_bytes_for
+from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, pages_of, ram_bytes_for
 from pipo_ray.prepare import prepare_store
 from pipo_ray.session.memory import format_size, parse_size
 
@@ -55,10 +55,12 @@ def run(store: Path, prompt: list[int], arguments: argparse.Namespace, **setting
         print(*llm.describe(), sep="\n", flush=True)
         output = llm.generate([{"prompt_token_ids": prompt}], params)[0]
         stages = {stage["stage"]: stage for stage in llm.report()["stages"]}
+        plan = llm._plan
     loader, worker, metrics = stages["NvmeLoader"], stages["ComputeWorker"], output.metrics
     assert metrics.tokens_per_s is not None
     return {
         "first_token_s": metrics.ttft_s, "per_token_s": 1 / metrics.tokens_per_s,
+        "gpu_kv_bytes": plan.kv_bytes - (plan.kv_disk.ram_bytes if plan.kv_disk else 0),
         "saved_bytes": loader.get("kv_saved_bytes", 0), "loaded_bytes": loader.get("kv_loaded_bytes", 0),
         "gpu_bytes": worker["gpu_reserved_bytes"] + worker["gpu_context_bytes"],
         "kv_waited_s": worker.get("kv_waited_s", 0.0),
@@ -81,18 +83,17 @@ def measure(store: Path, arguments: argparse.Namespace, base: Path) -> dict[str,
     total = arguments.tokens + arguments.new
     everything = facts.num_layers * pages_of(total) * disk_page_bytes(facts)
     weights = 16 << 30
-    in_ram = parse_size(arguments.kv, "--kv") - gpu_bytes_for(facts, 1)
     file = KVOnDisk(2 * everything, str(base))
-    kinds: dict[str, dict[str, Any]] = {
-        "three tiers": {"memory": CUDA_PROCESS_BYTES + weights + in_ram, "kv_on_disk": file},
-        "pages in RAM": {"memory": CUDA_PROCESS_BYTES + weights + ram_bytes_for(facts, total), "kv_on_disk": file},
-    }
+    settings: dict[str, Any] = {
+        "gpu_memory": GPU_MEMORY, "weight_memory": weights, "max_kv_tokens": total, "kv_on_disk": file,
+    }  # fmt: skip
     rows: dict[str, Any] = {}
-    for name, settings in kinds.items():
-        rows[name] = run(
-            store, prompt, arguments, gpu_memory=GPU_MEMORY, weight_memory=weights, max_kv_tokens=total, **settings
-        )
-        show(name, rows[name])
+    fixed = CUDA_PROCESS_BYTES + weights
+    rows["pages in RAM"] = run(store, prompt, arguments, memory=fixed + ram_bytes_for(facts, total), **settings)
+    show("pages in RAM", rows["pages in RAM"])
+    in_ram = parse_size(arguments.kv, "--kv") - rows["pages in RAM"]["gpu_kv_bytes"]
+    rows["three tiers"] = run(store, prompt, arguments, memory=fixed + in_ram, **settings)
+    show("three tiers", rows["three tiers"])
     whole = rows["no pages"] = run(store, prompt, arguments, gpu_memory=40 << 30, memory="40GiB", max_kv_tokens=total)
     show("no pages", whole)
     answers = {name: row.pop("answer") for name, row in rows.items()}

@@ -101,6 +101,9 @@ class FakeDevice:
             self._do(event)
             _merge(self._clocks.setdefault("compute", {}), event.clock)
 
+    def look_at_clocks(self) -> None:
+        pass
+
     def stalled_s(self) -> float:
         return 0.0
 

@@ -31,7 +31,7 @@ from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
 from pipo_ray.pipeline.device_ops import DeviceOps
 from pipo_ray.pipeline.page_table import MOVING, FrameState, PageTable
 from pipo_ray.pipeline.slots import U8
-from pipo_ray.plan.kv_disk import PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, kept_pages, pages_of
+from pipo_ray.plan.kv_disk import GROUP_PAGES, PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, kept_pages, pages_of
 
 
 class KVPagesLostError(Exception):
@@ -79,13 +79,18 @@ class _Pages:
     num_tokens: int
 
     def chunks(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Span`: a part is a page."""
-        for page in self.pages[first // PAGE_TOKENS : pages_of(self.num_tokens)]:
-            start = page.index * PAGE_TOKENS
-            rows = slice(max(0, first - start), min(PAGE_TOKENS, self.num_tokens - start))
-            keys, values = self.store.read(page)
+        """See `Span`: a part is as many pages as are attended to at once. Which ones those are depends on their
+        numbers alone, so a part is the same wherever its pages are.
+        """
+        index, stop = first // PAGE_TOKENS, pages_of(self.num_tokens)
+        while index < stop:
+            behind = min(stop, (index // self.store.at_once + 1) * self.store.at_once)
+            start = index * PAGE_TOKENS
+            rows = slice(max(0, first - start), min(behind * PAGE_TOKENS, self.num_tokens) - start)
+            keys, values = self.store.read(self.pages[index:behind])
             yield keys[:, rows], values[:, rows]
-            self.store.used(page)
+            self.store.used(self.pages[index:behind])
+            index = behind
 
 
 class KVDisk:
@@ -111,7 +116,8 @@ class KVDisk:
         self._copies = None
         if ops is not None:
             newest = placement.gpu_pages - PASSING_PAGES
-            self._copies = PageCopies(ram, dtype, ops, newest, PASSING_PAGES)
+            self._copies = PageCopies(ram, dtype, ops, newest, GROUP_PAGES)
+        self.at_once = 1 if ops is None else GROUP_PAGES
         self._free = deque(range(placement.ram_pages))
         self._free_stored = list(reversed(range(placement.disk_pages)))
         self._saving: deque[Page] = deque()
@@ -197,10 +203,19 @@ class KVDisk:
         self._append(cache, layer, keys, values)
         return attended
 
-    def read(self, page: Page) -> tuple[Tensor, Tensor]:
-        """Keys [kv_heads, PAGE_TOKENS, head_dim] and values of a page, in its frame; waits for it."""
-        self._bring(page)
-        return self._views(page)
+    def read(self, pages: Sequence[Page]) -> tuple[Tensor, Tensor]:
+        """Keys [kv_heads, tokens, head_dim] and values of `at_once` pages or fewer, whole ones; waits for them. They
+        are valid until `used`.
+        """
+        if self._copies is None:
+            (page,) = pages
+            self._bring(page)
+            return self._views(page)
+        for row, page in enumerate(pages):
+            self._bring(page)
+            self._copies.into_group(row, page.frame)
+            self.release(page)  # a frame is needed for the copy alone: RAM need not hold a group at once
+        return self._group_views(self._copies.group(len(pages)), pages[0].layer)
 
     def _bring(self, page: Page) -> None:
         """The page is in RAM."""
@@ -212,11 +227,12 @@ class KVDisk:
             self._arrived(page)
             self._raise_if_lost([page.owner])
 
-    def used(self, page: Page) -> None:
+    def used(self, pages: Sequence[Page]) -> None:
         """What was read has been computed with, or will be before anything that is computed from here on."""
         if self._copies is not None:
-            self._copies.passed(page.frame)
-        self.release(page)
+            self._copies.passed()
+        else:
+            self.release(pages[0])
 
     def release(self, page: Page) -> None:
         """The page in RAM has been used, or will not be."""
@@ -463,8 +479,17 @@ class KVDisk:
             )
 
     def _views(self, page: Page) -> tuple[Tensor, Tensor]:
+        frame = self._frames[page.frame] if self._copies is None else self._copies.written(page.frame)
         heads, dim, value_dim = self._shapes[page.layer]
-        frame = self._frames[page.frame] if self._copies is None else self._copies.read(page.frame)
         middle = heads * PAGE_TOKENS * dim
         stop = middle + heads * PAGE_TOKENS * value_dim
         return frame[:middle].view(heads, PAGE_TOKENS, dim), frame[middle:stop].view(heads, PAGE_TOKENS, value_dim)
+
+    def _group_views(self, group: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The pages' keys and values one behind the other: one copy on the GPU makes a range of them."""
+        heads, dim, value_dim = self._shapes[layer]
+        middle = heads * PAGE_TOKENS * dim
+        stop = middle + heads * PAGE_TOKENS * value_dim
+        keys = group[:, :middle].view(-1, heads, PAGE_TOKENS, dim).transpose(0, 1)
+        values = group[:, middle:stop].view(-1, heads, PAGE_TOKENS, value_dim).transpose(0, 1)
+        return keys.reshape(heads, -1, dim), values.reshape(heads, -1, value_dim)

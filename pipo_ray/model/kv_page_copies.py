@@ -1,9 +1,9 @@
 """KV pages on a GPU: what computes is given a copy of the page in RAM, and the newest pages are written there.
 
-The GPU has a *place* for the newest page of each layer of each sequence, and some that pages pass through. Copies from
-RAM ("KV load") run ahead of the computation as far as there are places; a page that is full is copied to its frame in
-RAM ("KV save"). The host waits for a copy only where it hands a frame to somebody who knows nothing of CUDA: to the
-loader.
+The GPU has a *place* for the newest page of each layer of each sequence, and two *groups* of places that pages pass
+through, several of a layer at once. Copies from RAM ("KV load") run ahead of the computation by a group; a page that is
+full is copied to its frame in RAM ("KV save"). The host waits for a copy only where it hands a frame to somebody who
+knows nothing of CUDA: to the loader.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ class _Place:
 
 
 class PageCopies:
-    """Copies of `frames` (uint8 [ram_pages, page_bytes], in RAM), `newest` places for pages that are written, and
-    `passing` for those that are only read.
+    """Copies of `frames` (uint8 [ram_pages, page_bytes], in RAM), `newest` places for pages that are written, and two
+    groups of `group` for those that are only read.
     """
 
-    def __init__(self, frames: Tensor, dtype: torch.dtype, ops: DeviceOps, newest: int, passing: int) -> None:
+    def __init__(self, frames: Tensor, dtype: torch.dtype, ops: DeviceOps, newest: int, group: int) -> None:
         self._frames, self._ops = frames, ops
         page_bytes = frames.shape[1]
-        memory = ops.allocate((newest + passing) * page_bytes).view(newest + passing, page_bytes)
-        places = [_Place(row.view(dtype)) for row in memory]
+        memory = ops.allocate((newest + 2 * group) * page_bytes).view(newest + 2 * group, page_bytes)
         self._dtype = dtype
-        self._newest, self._passing = deque(places[:newest]), deque(places[newest:])
+        self._newest = deque(_Place(row.view(dtype)) for row in memory[:newest])
+        self._groups = deque(_Place(rows.view(dtype)) for rows in memory[newest:].split(group))  # [group, elements]
         self._written: dict[int, _Place] = {}  # by the frame that it will be copied to
         self._leaving: dict[int, Event] = {}  # copies from a frame, and to it, that may be under way
         self._arriving: dict[int, Event] = {}
+        self._latest: Event | None = None  # copy into the next group
         # Registering takes 0.4 s per GB; nobody waits for it.
         self._pinning = threading.Thread(target=lambda: ops.pin(frames.view(-1)), name="pin KV", daemon=True)
         self._pinning.start()
@@ -58,7 +59,9 @@ class PageCopies:
     def reopen(self, frame: int) -> None:
         """The same, with what it has in RAM."""
         self.open(frame)
-        self._load(frame, self._written[frame])
+        place = self._written[frame]
+        self._copy(frame, place.memory, place.free_at)
+        self._ops.compute_waits_for(self._leaving[frame])
 
     def settle(self, frame: int) -> None:
         """The page is full: it goes to its frame, and its place is free."""
@@ -73,19 +76,29 @@ class PageCopies:
             place.free_at = self._ops.record_on_compute()
             self._newest.append(place)
 
-    def read(self, frame: int) -> Tensor:
-        """The page on the GPU, for what is computed until `passed`."""
-        if (place := self._written.get(frame)) is None:
-            place = self._passing[0]
-            self._load(frame, place)
-        return place.memory
+    def written(self, frame: int) -> Tensor:
+        """The page that is written, on the GPU."""
+        return self._written[frame].memory
 
-    def passed(self, frame: int) -> None:
-        """What computes with the page was issued."""
-        if frame not in self._written:
-            place = self._passing.popleft()
-            place.free_at = self._ops.record_on_compute()
-            self._passing.append(place)
+    def into_group(self, row: int, frame: int) -> None:
+        """Put a copy of the page into the next group. The frame is not needed any more once `complete` returns."""
+        group = self._groups[0]
+        if (place := self._written.get(frame)) is not None:
+            group.memory[row].copy_(place.memory)  # both are the computation's own
+        else:
+            self._copy(frame, group.memory[row], group.free_at)
+
+    def group(self, num_pages: int) -> Tensor:
+        """The pages [num_pages, elements] that were put into the next group, for what is computed until `passed`."""
+        if self._latest is not None:
+            self._ops.compute_waits_for(self._latest)  # and for those before it, on the same stream
+            self._latest = None
+        return self._groups[0].memory[:num_pages]
+
+    def passed(self) -> None:
+        """What computes with the group was issued."""
+        self._groups[0].free_at = self._ops.record_on_compute()
+        self._groups.rotate(-1)
 
     def complete(self, frame: int) -> None:
         """Wait until all copies to and from the frame are done: somebody else is to read it or to write to it."""
@@ -93,11 +106,10 @@ class PageCopies:
             if (event := events.pop(frame, None)) is not None:
                 event.synchronize()
 
-    def _load(self, frame: int, place: _Place) -> None:
+    def _copy(self, frame: int, target: Tensor, after: Event | None) -> None:
         if (event := self._arriving.pop(frame, None)) is not None:
             event.synchronize()
-        self._leaving[frame] = event = self._ops.copy(self._row(frame), place.memory, place.free_at, "KV load")
-        self._ops.compute_waits_for(event)
+        self._leaving[frame] = self._latest = self._ops.copy(self._row(frame), target, after, "KV load")
 
     def _row(self, frame: int) -> Tensor:
         return self._frames[frame].view(self._dtype)

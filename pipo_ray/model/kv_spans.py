@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipo_ray.model.cpu_linear import HALF_DTYPES
+from pipo_ray.model.fused_rows import can_attend
 
 CHUNK_TOKENS = 4096
 """The most tokens in a chunk. In float32, keys and values of 8 heads of 128: 32 MiB."""
@@ -136,13 +137,16 @@ class OnlineAttention:
             keys, values = keys.float(), values.float()
         for start, stop, visible in self._parts(first, keys.shape[1], *(rows or (0, self._query.shape[1]))):
             at_once = stop - start
-            if not fused or visible == "some":
-                at_once = max(1, MAX_SCORES // (keys.shape[1] * (1 if fused else self._query.shape[0])))
+            # The kernel for CUDA takes no mask.
+            in_kernel = fused and (visible != "some" or not keys.is_cuda)
+            if not in_kernel or visible == "some":
+                at_once = max(1, MAX_SCORES // (keys.shape[1] * (1 if in_kernel else self._query.shape[0])))
             for row in range(start, stop, at_once):
                 part = slice(row, min(row + at_once, stop))
-                mask = None if visible == "all" or (fused and visible == "causal") else self._mask(part, first, keys)
+                no_mask = visible == "all" or (in_kernel and visible == "causal")
+                mask = None if no_mask else self._mask(part, first, keys)
                 query = self._query[:, part].to(keys.dtype)
-                if fused:
+                if in_kernel:
                     mean, log_sum = _attend_fused(query, keys, values, self._rule.scale, visible, mask)
                 else:
                     mean, log_sum = _attend_plain(query, keys, values, self._rule, mask)
@@ -184,13 +188,14 @@ class OnlineAttention:
 
 
 def _can_fuse(query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> bool:
-    """Whether torch's fused kernel for the CPU does it: scores as they are, heads of one size."""
-    return (
-        rule.softcap is None
-        and query.device.type == "cpu"
-        and query.shape[-1] == values.shape[-1]
-        and all(tensor.stride(-1) == 1 for tensor in (query, keys, values))
-    )
+    """Whether torch's fused kernel for the device does it: scores as they are, heads of one size; on CUDA in 16 bits.
+    Sinks are no matter of a chunk's.
+    """
+    if any(tensor.stride(-1) != 1 for tensor in (query, keys, values)):
+        return False
+    if query.device.type != "cpu":
+        return keys.dtype == query.dtype and can_attend(query, values, rule.softcap, None)
+    return rule.softcap is None and query.shape[-1] == values.shape[-1]
 
 
 def _attend_fused(
@@ -206,6 +211,11 @@ def _attend_fused(
         alone = query.shape[1] == 1 and half_on_cpu(query)
         if alone:
             query = query.expand(-1, 2, -1)
+    if query.is_cuda:
+        mean, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query[None], keys[None], values[None], 0.0, visible == "causal", False, scale=scale
+        )
+        return mean[0].reshape(heads, rows, dim), log_sum[0].reshape(heads, rows)
     bias = None if mask is None else torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(mask, -torch.inf)
     mean, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None], keys[None], values[None], 0.0, visible == "causal", attn_mask=bias, scale=scale

@@ -43,9 +43,14 @@ class DeviceOps(Protocol):
     def compute_waits_for(self, event: Event) -> None:
         """What is computed from here on waits for `event`."""
 
+    def look_at_clocks(self) -> None:
+        """Read the device's clock for all that is over by now: `stalled_s` tells of no more. It takes some time of the
+        host's, which is best given while the device is busy.
+        """
+
     def stalled_s(self) -> float:
-        """Seconds that the computation has spent in `compute_waits_for`, since this was last asked; what is not over
-        yet counts next time.
+        """Seconds that the computation has spent in `compute_waits_for`, since this was last asked, as far as
+        `look_at_clocks` has seen it.
         """
 
     def record_on_compute(self) -> Event:
@@ -102,12 +107,17 @@ class CudaOps:
         behind.record(stream)
         self._stalls.append(before, behind)
 
+    def look_at_clocks(self) -> None:
+        """See `DeviceOps.look_at_clocks`: without waiting for the device."""
+        self._stalls.look()
+        self._weight_copies.look()
+
     def stalled_s(self) -> float:
-        """See `DeviceOps.stalled_s`: by CUDA's clock, and without waiting for the device."""
+        """See `DeviceOps.stalled_s`."""
         return self._stalls.take_s()
 
     def weight_copies_s(self) -> float:
-        """Seconds of copying weights, since this was last asked; what is not over yet counts next time."""
+        """Seconds of copying weights, in the same way."""
         return self._weight_copies.take_s()
 
     def record_on_compute(self) -> Any:
@@ -150,21 +160,25 @@ class _Spans:
         self._spans: deque[tuple[Any, Any]] = deque()
         self._kind, self._trace = kind, trace
         self._origin: tuple[Any, float] | None = None
+        self._seconds = 0.0
 
     def append(self, begin: Any, end: Any) -> None:
         """Work between two recorded events."""
         self._spans.append((begin, end))
 
-    def take_s(self) -> float:
-        """Seconds of what is over, which is forgotten with this."""
-        seconds = 0.0
+    def look(self) -> None:
+        """Count what is over."""
         while self._spans and self._spans[0][1].query():
             begin, end = self._spans.popleft()
             took = begin.elapsed_time(end) / 1000
-            seconds += took
+            self._seconds += took
             if self._trace.enabled:
                 begin_s = self._seconds_at(begin)
                 self._trace.add(self._kind, begin_s, begin_s + took, {})
+
+    def take_s(self) -> float:
+        """Seconds of what was counted, which are forgotten with this."""
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def _seconds_at(self, event: Any) -> float:

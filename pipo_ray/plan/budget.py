@@ -262,7 +262,8 @@ def _plan_gpu_run(
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         wanted_kv = gpu_bytes_for(facts, rows)
-    kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
+    # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
+    kv_bytes = max(least_kv, min(_kv_room(spare, None if kv_on_disk is not None else max_kv_tokens), wanted_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
     least_host = 2 * least_slot
     if weight_memory_bytes is not None and weight_memory_bytes < least_host:

@@ -21,8 +21,11 @@ PAGE_TOKENS = 256
 of the newest page that are not there yet take room, in every layer: 128 on average.
 """
 
-PASSING_PAGES = 8
-"""Pages on a GPU that are only read, from RAM: copied while others are computed with."""
+GROUP_PAGES = 8
+"""So many pages of a layer a GPU attends to at once: by itself a page is too little work for the calls it takes."""
+
+PASSING_PAGES = 2 * GROUP_PAGES
+"""Pages on a GPU that are only read, from RAM: a group is copied while another is computed with."""
 
 _ALIGNMENT = 4096
 _LEAST_STAGING = 6
