@@ -6,7 +6,8 @@ addresses. It takes a part of the columns; where there are several parts, each w
 comes last adds them, in their order: the result does not depend on which was last. The number of columns is a multiple
 of GROUP; `part_columns` one of what the loop takes at once.
 
-A code becomes a float32 number without a conversion: behind the exponent of 2^23 its bits stand for 2^23 + code.
+A code is a float32 number as it is: its bits, in a word that is zero otherwise, stand for code x 2^-149 (a denormal,
+which a GPU multiplies as fast as any other number, and exactly). What is multiplied with it is a power of two larger.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
@@ -15,16 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+TO_64, FROM_64 = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
+TO_81, TO_85, TO_126 = tl.constexpr(2.0**81), tl.constexpr(2.0**85), tl.constexpr(2.0**126)
+TO_19, TO_23 = tl.constexpr(2.0**19), tl.constexpr(2.0**23)
 _UNSPECIALIZED = ("num_inputs", "panel_blocks", "num_parts")
 
 
 @triton.jit
 def values_of(codes):
-    """Of bytes: code - 8 in their low half, and 16 times (code - 8) in their high one, as float32."""
+    """Of bytes: the code in their low half times 2^-149, and that in their high one times 2^-145, as float32."""
     words = codes.to(tl.uint32)
-    low = ((words & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-    high = ((words & 240) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    return low, high
+    return (words & 15).to(tl.float32, bitcast=True), (words & 240).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -37,6 +39,15 @@ def scales_of(pairs):
 def zeros_of(pairs):
     """The bf16 in the high half of a word, as float32."""
     return ((pairs >> 16) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def offsets_of(pairs, SYMMETRIC: tl.constexpr):
+    """What a code 0 stands for, by the scale and the zero in a word's halves."""
+    offsets = -8.0 * scales_of(pairs)
+    if not SYMMETRIC:
+        offsets += zeros_of(pairs)
+    return offsets
 
 
 @triton.jit
@@ -133,47 +144,36 @@ def int4_vector(
         for step in tl.static_range(RUN):
             taken = tl.load(codes + (column + step)[:, None] * HALF + bytes_[None, :], mask=inside[:, None], other=0)
             low, high = values_of(taken)
-            x0 = tl.load(inputs + column + step, mask=inside, other=0.0).to(tl.float32)
+            x0 = tl.load(inputs + column + step, mask=inside, other=0.0).to(tl.float32) * TO_64
             low_sum0 += low * x0[:, None]
             high_sum0 += high * x0[:, None]
             sum0 += x0
             if INPUTS > 1:
-                x1 = tl.load(second + column + step, mask=inside, other=0.0).to(tl.float32)
+                x1 = tl.load(second + column + step, mask=inside, other=0.0).to(tl.float32) * TO_64
                 low_sum1 += low * x1[:, None]
                 high_sum1 += high * x1[:, None]
                 sum1 += x1
             if INPUTS > 2:
-                x2 = tl.load(third + column + step, mask=inside, other=0.0).to(tl.float32)
+                x2 = tl.load(third + column + step, mask=inside, other=0.0).to(tl.float32) * TO_64
                 low_sum2 += low * x2[:, None]
                 high_sum2 += high * x2[:, None]
                 sum2 += x2
-                x3 = tl.load(fourth + column + step, mask=inside, other=0.0).to(tl.float32)
+                x3 = tl.load(fourth + column + step, mask=inside, other=0.0).to(tl.float32) * TO_64
                 low_sum3 += low * x3[:, None]
                 high_sum3 += high * x3[:, None]
                 sum3 += x3
-        low_scale, high_scale = scales_of(low_pairs), scales_of(high_pairs) * 0.0625
-        low0 += low_sum0 * low_scale
-        high0 += high_sum0 * high_scale
+        low_scale, high_scale = scales_of(low_pairs) * TO_85, scales_of(high_pairs) * TO_81
+        low_offset, high_offset = offsets_of(low_pairs, SYMMETRIC), offsets_of(high_pairs, SYMMETRIC)
+        low0 += low_sum0 * low_scale + low_offset * (sum0 * FROM_64)[:, None]
+        high0 += high_sum0 * high_scale + high_offset * (sum0 * FROM_64)[:, None]
         if INPUTS > 1:
-            low1 += low_sum1 * low_scale
-            high1 += high_sum1 * high_scale
+            low1 += low_sum1 * low_scale + low_offset * (sum1 * FROM_64)[:, None]
+            high1 += high_sum1 * high_scale + high_offset * (sum1 * FROM_64)[:, None]
         if INPUTS > 2:
-            low2 += low_sum2 * low_scale
-            high2 += high_sum2 * high_scale
-            low3 += low_sum3 * low_scale
-            high3 += high_sum3 * high_scale
-        if not SYMMETRIC:
-            low_zero, high_zero = zeros_of(low_pairs), zeros_of(high_pairs)
-            low0 += low_zero * sum0[:, None]
-            high0 += high_zero * sum0[:, None]
-            if INPUTS > 1:
-                low1 += low_zero * sum1[:, None]
-                high1 += high_zero * sum1[:, None]
-            if INPUTS > 2:
-                low2 += low_zero * sum2[:, None]
-                high2 += high_zero * sum2[:, None]
-                low3 += low_zero * sum3[:, None]
-                high3 += high_zero * sum3[:, None]
+            low2 += low_sum2 * low_scale + low_offset * (sum2 * FROM_64)[:, None]
+            high2 += high_sum2 * high_scale + high_offset * (sum2 * FROM_64)[:, None]
+            low3 += low_sum3 * low_scale + low_offset * (sum3 * FROM_64)[:, None]
+            high3 += high_sum3 * high_scale + high_offset * (sum3 * FROM_64)[:, None]
     store_row(output, partials, tl.sum(low0, axis=0), tl.sum(high0, axis=0), 0, part, block,
               num_inputs, num_rows, num_parts, HALF, STRIDE, OFFSET)  # fmt: skip
     if INPUTS > 1:
@@ -220,8 +220,8 @@ def int4_tiles(
         pairs = scales + (start // GROUP) * panel_rows + bytes_ * STRIDE
         low_pairs, high_pairs = tl.load(pairs), tl.load(pairs + OFFSET)
         low, high = values_of(taken)
-        low = low * scales_of(low_pairs)[None, :]
-        high = high * (scales_of(high_pairs) * 0.0625)[None, :]
+        low = (low * TO_126 * TO_23 - 8.0) * scales_of(low_pairs)[None, :]
+        high = (high * TO_126 * TO_19 - 8.0) * scales_of(high_pairs)[None, :]
         if not SYMMETRIC:
             low += zeros_of(low_pairs)[None, :]
             high += zeros_of(high_pairs)[None, :]
@@ -272,8 +272,8 @@ def int4_unpack(
     else:
         pairs = scales + (column // GROUP)[:, None] * panel_rows + (bytes_ * STRIDE)[None, :]
         low_pairs, high_pairs = tl.load(pairs, mask=inside, other=0), tl.load(pairs + OFFSET, mask=inside, other=0)
-    low = low * scales_of(low_pairs)
-    high = high * (scales_of(high_pairs) * 0.0625)
+    low = (low * TO_126 * TO_23 - 8.0) * scales_of(low_pairs)
+    high = (high * TO_126 * TO_19 - 8.0) * scales_of(high_pairs)
     if not SYMMETRIC:
         low += zeros_of(low_pairs)
         high += zeros_of(high_pairs)

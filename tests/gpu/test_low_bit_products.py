@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
+from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from low_bit_weights import RandomWeight
 
 from pipo_ray.model import low_bit_choice
 from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
-from pipo_ray.model.low_bit_choice import cuda_products
+from pipo_ray.model.low_bit_choice import cuda_products, most_used
+from pipo_ray.quant.policy import Precision
 
 pytestmark = pytest.mark.gpu
 
@@ -87,6 +90,27 @@ def test_crossovers_are_measured_once_and_what_is_chosen_is_right(tmp_path: Path
             weight.require_product(got, inputs, rounded=True, step=STEP, sums=1e-4)
     again = cuda_products(kinds, tmp_path / "profile.json", device(), tmp_path / "code")
     assert again._profile == profile
+
+
+@pytest.mark.parametrize("precision", ["int4-g32", "int8"])
+def test_a_model_through_the_stream(precision: str, tmp_path: Path) -> None:
+    """Of two panels in a matrix, from slots and from memory of its own, against the same store on the processor."""
+    pytest.importorskip("triton")
+    architecture = next(one for one in ARCHITECTURES if one.slug == "llama")
+    architecture.save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(
+        tmp_path / "checkpoint", tmp_path / "store", torch.bfloat16, Precision.parse(precision), panel_bytes=1
+    )
+    prompts = random_prompts(packed.facts.vocab_size, (5, 23, 11))
+    with Pipeline(packed) as pipeline:
+        wanted = pipeline.follow(prompts, [3, 20, 8])
+    panels = [one.panels for block in packed.manifest.blocks for one in block.tensors if one.panels is not None]
+    products = cuda_products(most_used(panels), None, device(), None)
+    assert products.obstacle is None
+    with Pipeline(packed, device=device(), gpu_resident_pieces=2, low_bit=products) as pipeline:
+        followed = pipeline.follow(prompts, [3, 20, 8])
+    for ours, theirs in zip(followed, wanted, strict=True):
+        assert max(relative_errors(ours.logits.cpu(), theirs.logits)) <= 0.05
 
 
 def test_without_triton_torch_unpacks_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
