@@ -28,7 +28,7 @@ from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.device import choose_device
-from pipo_ray.plan.budget import CUDA_PROCESS_BYTES
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, plan_run
 from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, pages_of, ram_bytes_for
 from pipo_ray.prepare import prepare_store
 from pipo_ray.session.memory import format_size, parse_size
@@ -76,13 +76,15 @@ def largest_difference(mine: Any, other: Any) -> float:
 
 def measure(store: Path, arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     """All runs."""
-    facts = prepare_store(str(store)).facts
+    prepared = prepare_store(str(store))
+    facts = prepared.facts
     prompt = torch.randint(
         3, facts.vocab_size, (arguments.tokens,), generator=torch.Generator().manual_seed(0)
     ).tolist()
     total = arguments.tokens + arguments.new
     everything = facts.num_layers * pages_of(total) * disk_page_bytes(facts)
-    weights = 16 << 30
+    # More than does not fit on the GPU: so much has its room before keys and values.
+    weights = plan_run(prepared.manifest, facts, memory_bytes=64 << 30).model_bytes
     file = KVOnDisk(2 * everything, str(base))
     settings: dict[str, Any] = {
         "gpu_memory": GPU_MEMORY, "weight_memory": weights, "max_kv_tokens": total, "kv_on_disk": file,
