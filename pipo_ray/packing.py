@@ -25,20 +25,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from pipo_ray.errors import CheckpointError, InputError, PipoError, ResourceError, UnsupportedModelError
+from pipo_ray.errors import InputError, PipoError, UnsupportedModelError
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
 from pipo_ray.quant.formats import AS_SOURCE
-from pipo_ray.quant.panels import machine_layout
+from pipo_ray.quant.panels import Panels, machine_layout
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from pipo_ray.compiled.quantizer import CompiledRounding
+    from pipo_ray.model.blocks import BlockSpec
+    from pipo_ray.quant.ahead import PanelsAhead
     from pipo_ray.quant.foreign.checkpoint import ForeignCheckpoint
     from pipo_ray.store.checkpoint import Checkpoint
     from pipo_ray.store.manifest import Manifest
+    from pipo_ray.store.source import TensorSource
 
 PRECISIONS = ("bfloat16", "float16", "float32")
 PACKING_SLOT_BYTES = 64 << 20
@@ -51,9 +55,7 @@ Progress = Callable[[str, int, int], None]
 
 _PROGRESS_INTERVAL_S = 0.1
 _STOP_DEADLINE_S = 5.0
-_NETWORK_TIMEOUT_S = 10
 _NETWORK_STALL_S = 120.0
-_SIDE_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.bpe", "*.spm"]
 
 
 # --- the work --------------------------------------------------------------------------------------------------------
@@ -117,6 +119,7 @@ def pack_checkpoint(
     stripes: Sequence[str] = (),
     calibration: CalibrationText | None = None,
     memory: int | None = None,
+    own_process: bool = False,
 ) -> Manifest:
     """Pack the checkpoint folder or GGUF file `source` into a block store at `destination`, with the model's facts in
     its manifest.
@@ -126,16 +129,23 @@ def pack_checkpoint(
     `progress` gets (phase, done, total): "inspect" with a total of 0, then "pack" in bytes. `wait` for another process
     that packs to the same place, or raise. `stripes` are further folders, on other drives. With `calibration`, int4
     weights are rounded with that text (phase "calibrate", in bytes), in at most `memory` bytes. Imports torch and
-    transformers into this process; `prepare_store` does it in another.
+    transformers into this process; `prepare_store` does it in another: with `own_process` only the parts of
+    transformers that are needed are imported, and the first weights are read meanwhile.
 
     Raises what cannot be packed before anything is written: CheckpointError, UnsupportedModelError, BudgetError for the
     disk, and for `memory`; see `pack` in `store/pack.py` for the rest.
     """
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
-    with _opened(Path(source)) as checkpoint:
+    with _opened(Path(source)) as checkpoint, contextlib.ExitStack() as stack:
         policy = chosen_precision(quantization, checkpoint.config, checkpoint.origin)
         precision = packed_dtype(dtype, policy, checkpoint.config)
+        rounding = _rounding() if policy.is_low_bit else None
+        ahead = None
+        if own_process:
+            if calibration is None and not _is_begun(Path(destination)):
+                ahead = _panels_ahead(checkpoint, policy, rounding, stack)
+            _import_torch()
         from pipo_ray.model.graph import load_config, resolve_dtype
         from pipo_ray.model.inspect import find_facts
         from pipo_ray.model.layout import block_layout
@@ -173,38 +183,79 @@ def pack_checkpoint(
             extra[SOURCE_KEY] = codes.describe(blocks)
         if policy.is_low_bit:
             extra[POLICY_KEY] = policy.to_json()
-        with contextlib.ExitStack() as stack:
-            reader: BlockSource = tensors
-            prepare = None
-            if policy.is_low_bit:
-                reader = quantized = stack.enter_context(QuantizedSource(tensors, codes=codes))
-            if calibration is not None:
-                from pipo_ray.quant.calibrated import CalibratedSource, calibrate
+        if ahead is not None:
+            ahead.settle(_bf16_panels(tensors, blocks))
+        reader: BlockSource = tensors
+        prepare = None
+        if policy.is_low_bit:
+            reader = quantized = stack.enter_context(QuantizedSource(tensors, None, codes, rounding, ahead))
+        if calibration is not None:
+            from pipo_ray.quant.calibrated import CalibratedSource, calibrate
 
-                folder = Path(destination).absolute().parent
-                nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-                reader = calibrated = stack.enter_context(CalibratedSource(quantized, blocks, folder))
-                prepare = calibrate(
-                    calibrated, calibration, plain, config, facts, memory=memory, extra=extra,
-                    progress=lambda done, total: report("calibrate", done * nbytes // total, nbytes),
-                )  # fmt: skip
-            return pack(
-                blocks,
-                reader,
-                destination,
-                checkpoint=plain,
-                aliases=aliases,
-                architecture=checkpoint.architecture,
-                model_type=checkpoint.model_type,
-                precision=tensors.precision,
-                slot_bytes=slot_bytes,
-                progress=lambda done, total: report("pack", done, total),
-                extra=extra,
-                wait=wait,
-                stripes=stripes,
-                content="" if calibration is None else json.dumps(calibration.to_json()),
-                prepare=prepare,
-            )
+            folder = Path(destination).absolute().parent
+            nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+            reader = calibrated = stack.enter_context(CalibratedSource(quantized, blocks, folder))
+            prepare = calibrate(
+                calibrated, calibration, plain, config, facts, memory=memory, extra=extra,
+                progress=lambda done, total: report("calibrate", done * nbytes // total, nbytes),
+            )  # fmt: skip
+        return pack(
+            blocks,
+            reader,
+            destination,
+            checkpoint=plain,
+            aliases=aliases,
+            architecture=checkpoint.architecture,
+            model_type=checkpoint.model_type,
+            precision=tensors.precision,
+            slot_bytes=slot_bytes,
+            progress=lambda done, total: report("pack", done, total),
+            extra=extra,
+            wait=wait,
+            stripes=stripes,
+            content="" if calibration is None else json.dumps(calibration.to_json()),
+            prepare=prepare,
+        )
+
+
+def _import_torch() -> None:
+    from pipo_ray.model.lean_transformers import import_transformers
+
+    import_transformers()
+
+
+def _is_begun(destination: Path) -> bool:
+    """Whether there may be nothing, or little, to be packed."""
+    return destination.exists() or destination.with_name(f"{destination.name}.partial").exists()
+
+
+def _panels_ahead(
+    checkpoint: Checkpoint, policy: Precision, rounding: CompiledRounding | None, stack: contextlib.ExitStack
+) -> PanelsAhead | None:
+    """What reads and rounds the first weights while torch is imported, entered into `stack`."""
+    if rounding is None or checkpoint.origin.is_file() or source_format(checkpoint.config, checkpoint.origin):
+        return None
+    from pipo_ray.quant.ahead import PanelsAhead, guessed_panels, read_ahead_bytes
+
+    guesses = guessed_panels(checkpoint, policy, machine_layout())
+    return stack.enter_context(PanelsAhead(checkpoint, guesses, rounding, read_ahead_bytes()))
+
+
+def _bf16_panels(tensors: TensorSource, blocks: Sequence[BlockSpec]) -> dict[str, Panels]:
+    """By the checkpoint's names, what becomes panels of tensors that lie there in bf16."""
+    wanted = [spec for block in blocks for spec in block.tensors if spec.panels is not None]
+    return {key: spec.panels for spec in wanted if spec.panels and (key := tensors.bf16_key(spec)) is not None}
+
+
+def _rounding() -> CompiledRounding | None:
+    """The compiled kernel, where it can be had; without it torch rounds, to the same bits."""
+    from pipo_ray.compiled.quantizer import CompiledRounding
+    from pipo_ray.prepare import cache_folder
+
+    try:
+        return CompiledRounding(cache_folder() / "machine-code")
+    except ImportError:
+        return None
 
 
 @contextlib.contextmanager
@@ -234,92 +285,6 @@ def _foreign_view(checkpoint: Checkpoint, model: PreTrainedModel) -> ForeignChec
 
     assert isinstance(checkpoint, GgufCheckpoint)
     return view_gguf(checkpoint, model)
-
-
-def download(model_id: str, progress: Progress | None = None) -> Path:
-    """Fetch a hub model's configuration, tokenizer and safetensors weights into the usual cache; the snapshot's folder.
-
-    The configuration comes first: an architecture that cannot be run is refused before its weights are downloaded.
-    Raises ResourceError without a network, InputError for an id that the hub does not know or give,
-    UnsupportedModelError, CheckpointError for a model without safetensors weights.
-    """
-    from pipo_ray.store.checkpoint import INDEX_NAME, SINGLE_NAME
-
-    report: Progress = progress or (lambda phase, done, total: None)
-    report("download", 0, 0)
-    folder = _snapshot(model_id, None, _SIDE_PATTERNS, report)
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"hub model {model_id} has no config.json: choose a transformers checkpoint")
-    from pipo_ray.model.graph import load_config
-
-    load_config(folder)
-    wanted = [SINGLE_NAME]
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        wanted += sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
-    folder = _snapshot(model_id, folder.name, _SIDE_PATTERNS + wanted, report)
-    if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
-        raise CheckpointError(
-            f"hub model {model_id} has no safetensors weights (neither {SINGLE_NAME} nor {INDEX_NAME}); choose one "
-            "that has, or convert it with transformers' save_pretrained where you trust its pickles"
-        )
-    return folder
-
-
-def _snapshot(model_id: str, revision: str | None, patterns: list[str], report: Progress) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-    from tqdm.auto import tqdm
-
-    class Bar(tqdm):  # type: ignore[type-arg]
-        """Shows nothing; reports the bytes."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            self.counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **(kwargs | {"file": sink, "mininterval": 3600}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            changed: bool | None = super().update(n)
-            if self.counts_bytes:
-                report("download", int(self.n), int(self.total or 0))
-            return changed
-
-    with open(os.devnull, "w") as sink:
-        try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    model_id,
-                    revision=revision,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*/*"],
-                    etag_timeout=_NETWORK_TIMEOUT_S,
-                    tqdm_class=Bar,
-                )
-            )
-        except errors.GatedRepoError as error:
-            raise InputError(
-                f"hub model {model_id} is only given to who has accepted its terms; accept them at "
-                f"huggingface.co/{model_id} and log in with `hf auth login`"
-            ) from error
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise InputError(
-                f"the hub does not know the model {model_id} (and there is no such folder); check the name, or log in "
-                "with `hf auth login` if it is private"
-            ) from error
-        except errors.LocalEntryNotFoundError as error:
-            offline = huggingface_hub.constants.HF_HUB_OFFLINE
-            reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-            raise ResourceError(
-                f"model {model_id} is not a folder and not in the hub's cache, and {reason}; "
-                f"{'unset it' if offline else 'connect to the network'}, or give the folder of a checkpoint"
-            ) from error
-        except PipoError:
-            raise
-        except Exception as error:  # httpx's, the hub's and the disk's errors have no base of their own
-            raise ResourceError(
-                f"downloading the hub model {model_id} failed ({type(error).__name__}: {_one_line(error)}); run it "
-                "again: it goes on where it stopped, or give the folder of a checkpoint"
-            ) from error
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -415,6 +380,7 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             stripes=options.stripe,
             calibration=options.calibrate,
             memory=options.memory,
+            own_process=True,
         )
         return {"total_bytes": manifest.total_bytes}
     if options.job in ("choose", "measure"):
@@ -431,6 +397,8 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
 
         return {"facts": facts_of_store(options.store, Manifest.load(options.store)).to_json()}
     threading.Thread(target=_watch_network, args=(options.model_id, channel), daemon=True).start()
+    from pipo_ray.download import download
+
     return {"folder": str(download(options.model_id, channel.progress))}
 
 

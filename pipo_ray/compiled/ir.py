@@ -60,6 +60,12 @@ class Function:
         self.store(kind, value, name)
         return name
 
+    def room(self, num_bytes: int) -> str:
+        """A place of so many bytes on the stack, whose contents are undefined; it begins on a cache line."""
+        name = f"%s{self._next()}"
+        self._stack.append(f"{name} = alloca [{num_bytes} x i8], align 64")
+        return name
+
     def load(self, kind: str, place: str, align: int | None = None) -> str:
         """`align` is in bytes; without it that of the type."""
         return self.value(f"load {kind}, ptr {place}" + (f", align {align}" if align else ""))

@@ -1,4 +1,7 @@
-"""Machine code for this processor: compiled by LLVM, kept on disk, run on the threads that torch computes with."""
+"""Machine code for this processor: compiled by LLVM, kept on disk, run on the threads that torch computes with.
+
+Imports torch only for these threads.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 _DIGEST_BYTES = 32
 
@@ -62,6 +63,8 @@ def run_on_threads(address: int, context: int) -> None:
 
     Where torch's OpenMP has another interface than GNU's (which LLVM's and Intel's have, too), on this thread alone.
     """
+    import torch
+
     parallel = _parallel()
     if parallel is None:
         run_here(address, context)
@@ -84,6 +87,8 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
     """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that torch has loaded. Source: libgomp's
     manual, "Implementing PARALLEL construct".
     """
+    import torch
+
     library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
     try:
         function = library.GOMP_parallel

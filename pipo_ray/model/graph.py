@@ -78,7 +78,7 @@ def build_graph(
     (`_keep_in_fp32_modules_strict`).
     """
     try:
-        model = _on_meta(config, dtype, attention)
+        model = meta_model(config, dtype, attention)
     except Exception as error:
         raise UnsupportedModelError(
             f"architecture {config.model_type!r}: transformers cannot build it: {_one_line(error)}"
@@ -92,7 +92,7 @@ def build_graph(
     return model
 
 
-def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model with everything on meta, built without torch's Python kernels for meta tensors where that works."""
     for mode in (_NativeKernels(), contextlib.nullcontext()):
         try:

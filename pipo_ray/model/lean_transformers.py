@@ -19,7 +19,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Callable, Iterator, MutableSequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,8 @@ import torch.distributed
 
 _COMPILER = "torch._dynamo"
 _WRAPPED = "torch._dynamo._trace_wrapped_higher_order_op"
+_SYMBOLIC = "torch.fx.experimental.symbolic_shapes"
+_ALGEBRA = "sympy"
 
 
 @contextlib.contextmanager
@@ -37,7 +39,10 @@ def without_compiler() -> Iterator[None]:
     if _COMPILER in sys.modules:
         yield
         return
-    stand_ins = (_Compiler(_COMPILER), _Wrapped(_WRAPPED))
+    stand_ins = [_Compiler(_COMPILER), _Wrapped(_WRAPPED)]
+    if _ALGEBRA not in sys.modules and _SYMBOLIC not in sys.modules:
+        importlib.import_module("torch.fx.experimental._config")  # which it would have imported
+        stand_ins += [_Symbolic(_SYMBOLIC), _Algebra(_ALGEBRA)]
     sys.modules.update({one.__name__: one for one in stand_ins})
     torch.__dict__["_dynamo"] = stand_ins[0]
     finder = _RealModules()
@@ -80,7 +85,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what the import system asks every module
             raise AttributeError(name)
-        _remove()
+        _remove(self.__name__)
         return getattr(importlib.import_module(self.__name__), name)
 
 
@@ -106,13 +111,62 @@ class _Wrapped(_StandIn):
         return importlib.import_module(self.__name__).TransformGetItemToIndex(*arguments)
 
 
+class _Symbolic(_StandIn):
+    """What torch's Python kernels for meta tensors ask about sizes and conditions that may be symbols, for those that
+    are plain numbers; the real module, which imports sympy, answers about others.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        answer = _PLAIN_ANSWERS.get(name)
+        if answer is None:
+            return super().__getattr__(name)
+
+        def ask(*arguments: Any) -> Any:
+            if all(map(_is_plain, arguments)):
+                return answer(*arguments)
+            return super(_Symbolic, self).__getattr__(name)(*arguments)
+
+        return ask
+
+
+class _Algebra(_StandIn):
+    """sympy, which torch's Python kernels import to ask whether a number is one of its expressions."""
+
+    __path__: MutableSequence[str] = []  # noqa: RUF012  # as above
+    Basic = type("Basic", (), {})
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (bool, int) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_PLAIN_ANSWERS: dict[str, Callable[..., Any]] = {
+    "expect_true": _same,
+    "guard_or_false": _same,
+    "guard_or_true": _same,
+    "guard_size_oblivious": _same,
+    "guarding_hint_or_throw": _same,
+    "has_guarding_hint": lambda value: True,
+    "is_nested_int": lambda value: False,
+    "statically_known_true": _same,
+    "sym_and": lambda *values: all(values),
+    "sym_eq": lambda left, right: tuple(left) == tuple(right) if isinstance(left, (tuple, list)) else left == right,
+    "sym_or": lambda *values: any(values),
+}
+
+
 class _RealModules(importlib.abc.MetaPathFinder):
     """For the import of a module inside the stand-in: takes the stand-in away and finds the real one."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        if not fullname.startswith(f"{_COMPILER}.") or not isinstance(sys.modules.get(_COMPILER), _StandIn):
+        package = fullname.partition(".")[0] if fullname.startswith(f"{_ALGEBRA}.") else _COMPILER
+        if not fullname.startswith(f"{package}.") or not isinstance(sys.modules.get(package), _StandIn):
             return None
-        _remove()
+        _remove(package)
         return importlib.util.spec_from_loader(fullname, _Imported(importlib.import_module(fullname)))
 
 
@@ -129,10 +183,11 @@ class _Imported(importlib.abc.Loader):
         module.__spec__ = self._spec  # the import system has put its own there
 
 
-def _remove() -> None:
-    """Take the stand-ins away, if they are still there."""
-    for name in (_COMPILER, _WRAPPED):
-        if isinstance(sys.modules.get(name), _StandIn):
-            del sys.modules[name]
-    if isinstance(torch.__dict__.get("_dynamo"), _StandIn):
+def _remove(name: str = _COMPILER) -> None:
+    """Take the stand-ins away, if they are still there: those for symbols, for which another stays, or all."""
+    symbols = (_SYMBOLIC, _ALGEBRA)
+    for one in symbols if name in symbols else (*symbols, _COMPILER, _WRAPPED):
+        if isinstance(sys.modules.get(one), _StandIn):
+            del sys.modules[one]
+    if name not in symbols and isinstance(torch.__dict__.get("_dynamo"), _StandIn):
         del torch.__dict__["_dynamo"]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.facts import RAGGED_ATTENTION
+from pipo_ray.model.graph import meta_model
 from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache
 from pipo_ray.model.registry import special_case
 from pipo_ray.model.tiny_config import TINY_CONTEXT, tiny_config
@@ -100,8 +101,7 @@ def _chunks_fail(tiny: PretrainedConfig, attention: str) -> str | None:
 
 def _require_tiny(config: PretrainedConfig, tiny: PretrainedConfig) -> None:
     """Refuse a configuration with sizes under names that `tiny_config` does not know, before it takes all memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(tiny))
+    model = meta_model(copy.deepcopy(tiny), torch.float32, "eager")
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > _MAX_PARAMETERS:
         raise UnsupportedModelError(

@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.graph import build_graph, set_experts_implementation, stored_tensors
+from pipo_ray.model.lean_transformers import without_compiler
 
 TRACE_IMPLEMENTATION = "pipo_trace"
 _TRACE_TOKENS = 3
@@ -86,6 +87,9 @@ class _DecideOnMeta(TorchFunctionMode):
                 return torch.empty(0, tensor.dim(), dtype=torch.long, device="meta")
             if func in (torch.Tensor.unique, torch.unique):
                 return torch.empty(0, dtype=tensor.dtype, device="meta")
+        if func is torch.arange:
+            # Torch's kernel for it on meta is written in Python and imports sympy (half a second).
+            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
         return func(*args, **kwargs)
 
 
@@ -156,7 +160,7 @@ def _cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 def _run_on_meta(model: PreTrainedModel, num_tokens: int, failure: str, **options: Any) -> None:
     """A forward pass of `num_tokens` tokens without data. Raises UnsupportedModelError, which begins with `failure`."""
     try:
-        with torch.no_grad(), _DecideOnMeta(), torch.device("meta"):
+        with torch.no_grad(), without_compiler(), _DecideOnMeta(), torch.device("meta"):
             model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), **options)
     except Exception as error:
         raise UnsupportedModelError(

@@ -113,6 +113,10 @@ class CalibratedSource:
             done += count
         return result
 
+    def reads_apart(self, spec: TensorSpec) -> bool:
+        """As the source's."""
+        return (spec.name, spec.expert) in self._offsets or self._source.reads_apart(spec)
+
     def __enter__(self) -> CalibratedSource:
         return self
 

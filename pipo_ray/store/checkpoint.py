@@ -129,6 +129,10 @@ class Checkpoint:
             digest.update(f"{shard.path.name} {shard.size} {changed} {list(shard.tensors.values())}".encode())
         return digest.hexdigest()
 
+    def is_plain(self, name: str) -> bool:
+        """Whether tensor `name` lies in a file as `read` gives it."""
+        return name in self.tensors
+
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes `start` to `stop` of tensor `name`, as uint8 of shape (stop - start,).
 

@@ -14,12 +14,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -42,11 +43,14 @@ from pipo_ray.store.manifest import (
     require_free_place,
     sync_folder,
 )
+from pipo_ray.store.read_ahead import Reading, read_ahead
 from pipo_ray.store.stripe_folder import discard_stripe, held_stripes, stripe_folders
 from pipo_ray.store.striping import PART_BYTES, PartSource, plan_stripes, split_blocks
 from pipo_ray.store.writer import SequentialFile, WriteBuffers
 
-_Item = TypeVar("_Item")
+_Place = tuple[str, str | None]
+"""A file, and a block in it; no block for the header."""
+
 PARTIAL_SUFFIX = ".partial"
 Progress = Callable[[int, int], None]
 
@@ -54,6 +58,8 @@ _CHUNK_LIMIT_BYTES = 8 << 20
 _BUFFER_LIMIT_BYTES = 64 << 20
 _SPARE_BYTES = 8 << 20
 """For the manifest, the journal and the file system's own needs."""
+_READERS = 4
+"""Chunks that are read at the same time, as far as they fit: a drive wants several."""
 _POLL_S = 0.2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -64,6 +70,8 @@ class BlockSource(Protocol):
     def require(self, blocks: Sequence[BlockSpec]) -> None: ...
 
     def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor: ...
+
+    def reads_apart(self, spec: TensorSpec) -> bool: ...
 
 
 def pack(
@@ -202,8 +210,8 @@ class _Packer:
         self.folders, self.files, self.source, self.progress = folders, files, source, progress
         self.partial = folders[0]
         self.journal = Journal(self.partial)
-        # Half of the slot for the two write buffers; the rest for two chunks of rows, each also in the source's dtype.
-        self.buffer_bytes = min(slot_bytes // 2, _BUFFER_LIMIT_BYTES)
+        # Half of the slot for the two write buffers; the rest for chunks of rows that are read ahead.
+        self.buffer_bytes = self.ahead_bytes = min(slot_bytes // 2, _BUFFER_LIMIT_BYTES)
         self.chunk_bytes = max(1, min(slot_bytes // 8, _CHUNK_LIMIT_BYTES))
         self.done_bytes = 0
         self.total_bytes = sum(file.size for file in files)
@@ -225,16 +233,19 @@ class _Packer:
             _sync_file(self.partial / path)
         done: dict[str, FinishedFile] = {}
         buffers = WriteBuffers(self.buffer_bytes)
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-read")
+        readers = ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="pack-read")
         try:
             for file in self.files:
                 finished = (before or {}).get(file.name)
-                if finished is None or not self.still_good(file, finished, buffers.pair[0]):
-                    finished = self.write(file, buffers, reader)
-                    self.journal.add(finished)
-                done[file.name] = finished
+                if finished is not None and self.still_good(file, finished, buffers.pair[0]):
+                    done[file.name] = finished
+            missing = {file.name: file for file in self.files if file.name not in done}
+            with closing(read_ahead(self.parts(missing.values()), readers, self.ahead_bytes)) as parts:
+                for name, group in itertools.groupby(parts, key=lambda part: part[0][0]):
+                    done[name] = self.write(missing[name], group, buffers)
+                    self.journal.add(done[name])
         finally:
-            reader.shutdown(wait=True)
+            readers.shutdown(wait=True)
             buffers.close()
         return done
 
@@ -259,19 +270,18 @@ class _Packer:
             self.done_bytes = before
         return good
 
-    def write(self, file: FileLayout, buffers: WriteBuffers, reader: ThreadPoolExecutor) -> FinishedFile:
+    def write(
+        self, file: FileLayout, parts: Iterable[tuple[_Place, memoryview]], buffers: WriteBuffers
+    ) -> FinishedFile:
         path = self.folders[file.folder] / file.name
         output = SequentialFile(path, buffers, self.advance)
         checksums = {block.name: xxhash.xxh3_128().hexdigest() for block in file.blocks}
         try:
-            output.write(memoryview(file.header))
-            parts = _one_ahead(self.parts(file), reader)
-            with closing(parts):
-                for block, group in itertools.groupby(parts, key=lambda part: part[0]):
-                    digest = xxhash.xxh3_128()
-                    for _, data in group:
-                        digest.update(data)
-                        output.write(data)
+            for (_, block), group in itertools.groupby(parts, key=lambda part: part[0]):
+                digest = xxhash.xxh3_128()
+                for _, data in group:
+                    output.write(data, digest)
+                if block is not None:
                     checksums[block] = digest.hexdigest()
             output.finish()
         except BaseException as error:
@@ -284,20 +294,22 @@ class _Packer:
         sync_folder(path.parent)
         return FinishedFile(file.name, file.size, checksums)
 
-    def parts(self, file: FileLayout) -> Iterator[tuple[str, memoryview]]:
-        """Everything behind the header, in order, padding included: (name of the block, bytes)."""
-        for block in file.blocks:
-            position = block.offset
-            for tensor in block.tensors:
-                if position < tensor.offset:
-                    yield block.name, memoryview(bytes(tensor.offset - position))
-                for data in self.chunks(tensor):
-                    yield block.name, data
-                position = tensor.offset + tensor.nbytes
-            if position < block.offset + block.nbytes:
-                yield block.name, memoryview(bytes(block.offset + block.nbytes - position))
+    def parts(self, files: Iterable[FileLayout]) -> Iterator[Reading[_Place]]:
+        """Everything in `files`, in order, headers and padding included."""
+        for file in files:
+            yield _known((file.name, None), file.header)
+            for block in file.blocks:
+                place = file.name, block.name
+                position = block.offset
+                for tensor in block.tensors:
+                    if position < tensor.offset:
+                        yield _known(place, bytes(tensor.offset - position))
+                    yield from self.chunks(place, tensor)
+                    position = tensor.offset + tensor.nbytes
+                if position < block.offset + block.nbytes:
+                    yield _known(place, bytes(block.offset + block.nbytes - position))
 
-    def chunks(self, tensor: StoredTensor) -> Iterator[memoryview]:
+    def chunks(self, place: _Place, tensor: StoredTensor) -> Iterator[Reading[_Place]]:
         """The tensor's bytes, some rows at a time: as many as fit, but at least one."""
         if not tensor.nbytes:
             return
@@ -306,24 +318,21 @@ class _Packer:
         )
         rows = spec.shape[0] if spec.shape else 1
         step = max(1, self.chunk_bytes * rows // tensor.nbytes)
+        alone = not self.source.reads_apart(spec)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            data = self.source.read(spec, start, stop)
-            expected = tensor.nbytes // rows * (stop - start)
-            if data.numel() * data.element_size() != expected:
-                raise ValueError(f"rows {start} to {stop} of {spec} were read as {tuple(data.shape)} of {data.dtype}")
-            yield data.reshape(-1).view(torch.uint8).numpy().data
+            nbytes = tensor.nbytes // rows * (stop - start)
+            yield Reading(place, nbytes, partial(self.read, spec, start, stop, nbytes), alone)
+
+    def read(self, spec: TensorSpec, start: int, stop: int, expected: int) -> memoryview:
+        data = self.source.read(spec, start, stop)
+        if data.numel() * data.element_size() != expected:
+            raise ValueError(f"rows {start} to {stop} of {spec} were read as {tuple(data.shape)} of {data.dtype}")
+        return data.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _one_ahead(items: Iterator[_Item], thread: ThreadPoolExecutor) -> Generator[_Item, None, None]:
-    """`items`, the next of which is made in `thread` while the caller works on the one before."""
-    pending = thread.submit(next, items, None)
-    try:
-        while (item := pending.result()) is not None:
-            pending = thread.submit(next, items, None)
-            yield item
-    finally:
-        pending.exception()  # nobody may still be reading when the caller cleans up
+def _known(place: _Place, data: bytes) -> Reading[_Place]:
+    return Reading(place, len(data), lambda: memoryview(data))
 
 
 def _existing(destination: Path, fingerprint: str) -> Manifest | None:

@@ -8,10 +8,10 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-from pipo_ray.session.huge_pages import scratch_memory
+from pipo_ray.session.huge_pages import private_memory
 
 _STEP_BYTES = 2 << 20
-_MOST_KEPT_BYTES = 32 << 20
+_MOST_KEPT_BYTES = 64 << 20
 
 
 class ReadBuffers:
@@ -19,7 +19,9 @@ class ReadBuffers:
     Thread-safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_kept_bytes: int = _MOST_KEPT_BYTES) -> None:
+        """`most_kept_bytes` are those that nobody uses."""
+        self._most_kept_bytes = most_kept_bytes
         # Reentrant: an array may be collected, and its memory given back, in the middle of taking another.
         self._lock = threading.RLock()
         self._free: list[NDArray[np.uint8]] = []
@@ -33,7 +35,7 @@ class ReadBuffers:
             if memory is not None:
                 self._free = [free for free in self._free if free is not memory]
         if memory is None:
-            memory = scratch_memory(-(-nbytes // _STEP_BYTES) * _STEP_BYTES)
+            memory = private_memory(-(-nbytes // _STEP_BYTES) * _STEP_BYTES)
         lent = np.frombuffer(memory.data, np.uint8, nbytes)  # not a view of `memory`: views hold on to what they are of
         weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent
@@ -41,6 +43,6 @@ class ReadBuffers:
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         with self._lock:
             free = sorted([*self._free, memory], key=len)
-            while sum(map(len, free)) > _MOST_KEPT_BYTES:
+            while sum(map(len, free)) > self._most_kept_bytes:
                 free.pop()  # the largest: what is read in between in one piece is asked for seldom
             self._free = free

@@ -175,6 +175,32 @@ class TensorSource:
         with self._converting:
             return self._read_converted(spec, name, recipe, row_start, row_stop, dtype)
 
+    def reads_apart(self, spec: TensorSpec) -> bool:
+        """Whether several reads of it and its neighbours at a time cost no more than one after the other: not if a
+        conversion, or a group of a quantized checkpoint's columns, serves several.
+        """
+        name = self._present(spec.name)
+        return name is not None and self._plain_key(name) is not None
+
+    def read_bf16(self, spec: TensorSpec, row_start: int, row_stop: int) -> NDArray[np.uint8] | None:
+        """Rows of `spec` as they lie in the checkpoint, unchecked, if that is bf16 and row by row; else None."""
+        if (key := self.bf16_key(spec)) is None:
+            return None
+        row = 2 * math.prod(spec.shape[1:])
+        return self.checkpoint.read(key, row_start * row, row_stop * row)
+
+    def bf16_key(self, spec: TensorSpec) -> str | None:
+        """The checkpoint tensor that `spec` is as it lies there, if that is bf16; else None."""
+        name = self._present(spec.name)
+        key = None if name is None or spec.expert is not None else self._plain_key(name)
+        return key if key is not None and self.checkpoint.tensors[key].dtype == "BF16" else None
+
+    def _plain_key(self, name: str) -> str | None:
+        """The checkpoint tensor that the graph tensor `name` is, as it lies in the file."""
+        recipe = self._recipes[name]
+        key = recipe.sources[0][0]
+        return key if recipe.converter is None and self.checkpoint.is_plain(key) else None
+
     def _read_converted(
         self, spec: TensorSpec, name: str, recipe: _Recipe, row_start: int, row_stop: int, dtype: torch.dtype
     ) -> torch.Tensor:

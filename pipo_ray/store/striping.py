@@ -109,6 +109,11 @@ class PartSource:
         )
         return found
 
+    def reads_apart(self, spec: TensorSpec) -> bool:
+        """See `TensorSource.reads_apart`."""
+        apart: bool = self._source.reads_apart(self._whole[spec.name, spec.expert])
+        return apart
+
 
 def _streams(block: BlockSpec) -> bool:
     return block.kind not in ("embedding", "rest")

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pipo_ray.session.huge_pages import private_memory
 
 ALIGNMENT = 4096
+_STEP_BYTES = 256 << 10
+
+
+class Digest(Protocol):
+    """Whatever takes bytes: a checksum."""
+
+    def update(self, data: memoryview, /) -> None: ...
 
 
 class WriteBuffers:
@@ -18,7 +29,7 @@ class WriteBuffers:
 
     def __init__(self, total_bytes: int) -> None:
         self.size = max(ALIGNMENT, total_bytes // 2 // ALIGNMENT * ALIGNMENT)
-        self.pair = (memoryview(mmap.mmap(-1, self.size)), memoryview(mmap.mmap(-1, self.size)))
+        self.pair = (private_memory(self.size).data, private_memory(self.size).data)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-write")
 
     def close(self) -> None:
@@ -47,11 +58,15 @@ class SequentialFile:
             self._direct = False
             self._descriptor = os.open(path, flags, 0o666)
 
-    def write(self, data: memoryview) -> None:
-        """Append bytes."""
+    def write(self, data: memoryview, digest: Digest) -> None:
+        """Append bytes, which go through `digest` as well."""
         while len(data):
-            count = min(len(data), self._buffers.size - self._filled)
-            self._buffers.pair[self._current][self._filled : self._filled + count] = data[:count]
+            # What is small enough to be in the cache when it is copied was read from memory once.
+            count = min(len(data), self._buffers.size - self._filled, _STEP_BYTES)
+            part = data[:count]
+            digest.update(part)
+            place = self._buffers.pair[self._current][self._filled : self._filled + count]
+            np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(part, np.uint8))  # without the GIL
             self._filled += count
             data = data[count:]
             if self._filled == self._buffers.size:

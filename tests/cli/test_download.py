@@ -13,8 +13,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from pipo_ray.download import download
 from pipo_ray.errors import CheckpointError, InputError, ResourceError, UnsupportedModelError
-from pipo_ray.packing import download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -30,6 +30,36 @@ def test_a_graph_is_built_without_the_compiler() -> None:
     assert run(f"print([name for name in {unwanted} if name in sys.modules])") == "[]\n"
 
 
+def test_nor_is_it_needed_to_look_at_a_model() -> None:
+    """Torch's Python kernels for meta tensors import it, and sympy: a second before the first byte is packed."""
+    program = f"""
+from pipo_ray.model.inspect import find_facts
+find_facts(load_config({str(BUNDLED)!r}), torch.bfloat16, {str(BUNDLED)!r})
+print([name for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy") if name in sys.modules])
+"""
+    assert run(program) == "[]\n"
+
+
+def test_questions_about_symbols_are_answered_by_the_real_module() -> None:
+    program = """
+from pipo_ray.model.lean_transformers import without_compiler
+with without_compiler():
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, sym_and, sym_eq
+    assert guard_or_false(True) and not guard_or_false(False)
+    assert sym_eq((2, 3), torch.Size([2, 3])) and not sym_eq((2, 3), (2, 4)) and sym_and(True, True)
+    assert "sympy" not in sys.modules or type(sys.modules["sympy"]).__name__ == "_Algebra"
+    try:
+        guard_or_false("no condition")
+    except AssertionError:
+        print("refused")
+    import sympy
+    print(sympy.Integer(3) + 4, torch._dynamo.__class__.__name__)
+    import torch._dynamo.utils
+print(type(sys.modules["torch._dynamo"]).__name__)
+"""
+    assert run(program) == "refused\n7 _Compiler\nmodule\n"
+
+
 def test_the_compiler_works_when_it_is_asked_for() -> None:
     program = "print(torch.compile(lambda x: 2 * x, backend='eager')(torch.ones(1)).item(), torch._dynamo.__file__)"
     number, file = run(program).split()

@@ -12,6 +12,7 @@ from safetensors import safe_open
 import pipo_ray.store.pack as pack_module
 from pipo_ray.errors import CheckpointError
 from pipo_ray.packing import pack_checkpoint
+from pipo_ray.prepare import pack_store
 from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.store.layout import plan_files
 from pipo_ray.store.manifest import PLAIN_VERSION, Manifest
@@ -65,6 +66,19 @@ def test_a_store_is_a_safetensors_file_and_says_what_it_holds(
     plain = pack_checkpoint(checkpoint, tmp_path / "plain")
     assert plain.format_version == PLAIN_VERSION
     assert POLICY_KEY not in plain.extra
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_the_process_that_reads_ahead_packs_the_same_bytes(
+    precision: str, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    checkpoint = tiny_checkpoint("LlamaConfig", dtype="bfloat16", hidden_size=64, intermediate_size=128)
+    pack_checkpoint(checkpoint, tmp_path / "ours", quantization=Precision.parse(precision))
+    ours = Manifest.load(tmp_path / "ours")
+    assert pack_store(checkpoint, tmp_path / "theirs", precision=precision) == ours
+    for name in ours.files:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def test_an_infinite_weight_leaves_nothing_behind(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import pipo_ray.quant.source as source_module
+from pipo_ray.compiled.quantizer import CompiledRounding
 from pipo_ray.errors import CheckpointError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.quant.codec import read_rows, views_of
@@ -28,6 +30,13 @@ class OneTensor:
         assert (spec.dtype, spec.shape, spec.panels) == ("F32", tuple(self.weight.shape), None)
         self.most_rows = max(self.most_rows, row_stop - row_start)
         return self.weight[row_start:row_stop].clone()
+
+    def read_bf16(self, spec: TensorSpec, row_start: int, row_stop: int) -> None: ...
+
+    def bf16_key(self, spec: TensorSpec) -> None: ...
+
+    def reads_apart(self, spec: TensorSpec) -> bool:
+        return True
 
 
 def spec_of(weight: torch.Tensor, name: str) -> TensorSpec:
@@ -60,6 +69,40 @@ def test_infinity_is_refused(name: str) -> None:
     spec = spec_of(weight, name)
     with (
         QuantizedSource(OneTensor(weight), num_threads=2) as source,
+        pytest.raises(CheckpointError, match="'w' holds an infinite value"),
+    ):
+        source.read(spec, 0, spec.shape[0])
+
+
+class Bf16Tensor(OneTensor):
+    """A source whose weight lies in the checkpoint as bf16."""
+
+    def read_bf16(self, spec: TensorSpec, row_start: int, row_stop: int) -> np.ndarray:  # type: ignore[override,type-arg]
+        rows: np.ndarray = self.weight[row_start:row_stop].bfloat16().view(torch.uint8).numpy().reshape(-1)  # type: ignore[type-arg]
+        return rows.copy()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-g128-sym", "int8"])
+def test_the_compiled_kernel_makes_the_same_panels(name: str) -> None:
+    pytest.importorskip("llvmlite")
+    weight = torch.randn(1000, 128).bfloat16().float()  # the last 40 rows fill no block of the layout
+    spec = spec_of(weight, name)
+    with (
+        QuantizedSource(OneTensor(weight), 2) as plain,
+        QuantizedSource(compiled := Bf16Tensor(weight), 2, None, CompiledRounding()) as source,
+    ):
+        assert torch.equal(source.read(spec, 0, spec.shape[0]), plain.read(spec, 0, spec.shape[0]))
+    assert compiled.most_rows == (0 if name == "int8" else 40)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_the_compiled_kernel_refuses_infinity(name: str) -> None:
+    pytest.importorskip("llvmlite")
+    weight = torch.randn(300, 128)
+    weight[170, 3] = torch.inf
+    spec = spec_of(weight, name)
+    with (
+        QuantizedSource(Bf16Tensor(weight), 2, None, CompiledRounding()) as source,
         pytest.raises(CheckpointError, match="'w' holds an infinite value"),
     ):
         source.read(spec, 0, spec.shape[0])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipo_ray.session import huge_pages
-from pipo_ray.session.huge_pages import huge_page_bytes, scratch_memory, use_huge_pages
+from pipo_ray.session.huge_pages import huge_page_bytes, private_memory, scratch_memory, use_huge_pages
 
 MIB = 1 << 20
 
@@ -63,6 +63,21 @@ def test_scratch_memory_is_in_huge_pages() -> None:
     assert shared_huge_bytes() - others >= 6 * MIB
 
 
+def private_huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+@needs_collapse
+def test_private_memory_is_in_huge_pages() -> None:
+    before = private_huge_bytes()
+    memory = private_memory(8 * MIB)
+    assert memory.nbytes == 8 * MIB
+    assert memory.ctypes.data % mmap.PAGESIZE == 0
+    assert memory.flags.writeable
+    assert private_huge_bytes() - before == 8 * MIB
+
+
 def test_private_and_small_memory_is_left_alone() -> None:
     assert use_huge_pages([np.zeros(8 * MIB, np.uint8)]) == 0
     assert use_huge_pages([np.frombuffer(mmap.mmap(-1, 4096), np.uint8)]) == 0
@@ -73,6 +88,7 @@ def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(huge_pages, "_SIZE_FILE", tmp_path / "missing")
     assert use_huge_pages([np.frombuffer(mmap.mmap(-1, 8 * MIB), np.uint8)]) == 0
     assert scratch_memory(MIB).nbytes == MIB
+    assert private_memory(MIB + 5).nbytes == MIB + 5
 
 
 def test_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

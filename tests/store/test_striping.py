@@ -240,6 +240,9 @@ class Breaking:
 
     def require(self, blocks: object) -> None: ...
 
+    def reads_apart(self, spec: TensorSpec) -> bool:
+        return True
+
     def read(self, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor:
         self.left -= 1
         if self.left < 0:

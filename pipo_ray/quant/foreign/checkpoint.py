@@ -89,6 +89,10 @@ class ForeignCheckpoint(Checkpoint):
         """As of the checkpoint as it is."""
         return self.whole.fingerprint()
 
+    def is_plain(self, name: str) -> bool:
+        """As a Checkpoint's."""
+        return name not in self.weights and super().is_plain(name)
+
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """As a Checkpoint's; for a quantized weight bytes of float32 values."""
         weight = self.weights.get(name)

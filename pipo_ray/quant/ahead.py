@@ -1,0 +1,159 @@
+"""Matrices that are rounded before the model is known. Imports no torch.
+
+Importing torch and transformers takes longer than a fast drive needs for some billion bytes. In that time the matrices
+of the first layers are read and rounded into memory, as far as they can be told by names and shapes. That is a guess:
+what the model then wants in another form, or not at all, is dropped and made anew from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipo_ray.compiled.quantizer import CompiledRounding
+from pipo_ray.errors import CheckpointError
+from pipo_ray.quant.formats import AS_SOURCE, LowBitFormat
+from pipo_ray.quant.panels import BLOCK_ROWS, PANEL_BYTES, Panels, divide
+from pipo_ray.quant.policy import Precision
+from pipo_ray.session.memory import available_memory
+from pipo_ray.store.checkpoint import Checkpoint
+from pipo_ray.store.read_buffers import ReadBuffers
+
+_MOST_BYTES = 1 << 30
+_MEMORY_SHARE = 8
+"""No more than this part of the memory that is left: it is needed for less than a second more."""
+
+_THREADS = 2
+_CHUNK_BYTES = 4 << 20
+_SWITCH_S = 0.0005
+"""An import holds Python's lock for 5 ms at a time otherwise, and each of our threads asks for it after every read."""
+
+_Panel = tuple[str, int]
+
+
+def read_ahead_bytes() -> int:
+    """What may be kept in memory before the model is known."""
+    return min(_MOST_BYTES, available_memory() // _MEMORY_SHARE)
+
+
+def guessed_panels(checkpoint: Checkpoint, policy: Precision, layout: str) -> dict[str, Panels]:
+    """The checkpoint's tensors that `policy` will most likely turn into panels, layer by layer: bf16 matrices in a
+    numbered part of the model, other than experts, which models fuse.
+    """
+    result: dict[str, Panels] = {}
+    for name in sorted(checkpoint.tensors, key=_in_numbers):
+        header, rule = checkpoint.tensors[name], policy.rule_for(name)
+        if rule is None or rule.format == AS_SOURCE or header.dtype != "BF16" or not checkpoint.is_plain(name):
+            continue
+        low_bit = LowBitFormat.parse(rule.format)
+        parts = name.split(".")
+        if len(header.shape) != 2 or "experts" in parts or not any(part.isdigit() for part in parts):
+            continue
+        rows, columns = header.shape
+        if rows and columns and not columns % low_bit.columns_multiple:
+            result[name] = divide(rows, columns, low_bit, layout, PANEL_BYTES)
+    return result
+
+
+class PanelsAhead:
+    """Reads and rounds `guesses` in their order until `settle`, or until `most_bytes` of panels are there. A context
+    manager; leaving it ends its threads and gives the memory back.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, guesses: Mapping[str, Panels], rounding: CompiledRounding, most_bytes: int
+    ) -> None:
+        self._checkpoint, self._guesses, self._rounding = checkpoint, dict(guesses), rounding
+        self._left = most_bytes
+        self._buffers = ReadBuffers(0)
+        self._todo = deque((name, number) for name, panels in guesses.items() for number in range(panels.num_panels))
+        # A panel that is being made is there without its memory; one that could not be made is not there.
+        self._panels: dict[_Panel, NDArray[np.uint8] | None] = {}
+        self._changed = threading.Condition()
+        self._interval = sys.getswitchinterval()
+        self._threads = [threading.Thread(target=self._work, name="pack-ahead", daemon=True) for _ in range(_THREADS)]
+
+    def __enter__(self) -> PanelsAhead:
+        sys.setswitchinterval(_SWITCH_S)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.settle({})
+        for thread in self._threads:
+            thread.join()
+        self._panels.clear()
+
+    def settle(self, wanted: Mapping[str, Panels]) -> None:
+        """The model is known: nothing more is begun, and only panels of the tensors `wanted` are kept."""
+        sys.setswitchinterval(self._interval)
+        with self._changed:
+            self._todo.clear()
+            right = {name for name, panels in self._guesses.items() if wanted.get(name) == panels}
+            self._guesses = {name: self._guesses[name] for name in right}
+            self._panels = {panel: memory for panel, memory in self._panels.items() if panel[0] in right}
+
+    def take(self, name: str, panels: Panels, number: int) -> NDArray[np.uint8] | None:
+        """A panel, uint8 [panel_bytes], which is forgotten here; None if it is not there. Waits for one that is being
+        made.
+        """
+        with self._changed:
+            if self._guesses.get(name) != panels:
+                return None
+            self._changed.wait_for(lambda: self._panels.get((name, number), 0) is not None)
+            return self._panels.pop((name, number), None)
+
+    def _work(self) -> None:
+        while (panel := self._next()) is not None:
+            memory = None
+            try:
+                memory = self._made(*panel)
+            except CheckpointError:
+                pass  # it is found again, and said, when the panel is packed
+            finally:
+                with self._changed:
+                    if panel in self._panels:
+                        if memory is None:
+                            del self._panels[panel]
+                        else:
+                            self._panels[panel] = memory
+                    self._changed.notify_all()
+
+    def _next(self) -> _Panel | None:
+        with self._changed:
+            if not self._todo or self._guesses[self._todo[0][0]].panel_bytes > self._left:
+                return None
+            panel = self._todo.popleft()
+            self._left -= self._guesses[panel[0]].panel_bytes
+            self._panels[panel] = None
+            return panel
+
+    def _made(self, name: str, number: int) -> NDArray[np.uint8] | None:
+        panels = self._guesses[name]
+        memory = self._buffers.take(panels.panel_bytes)
+        first, last = panels.rows_of(number, number + 1)
+        if last - first < panels.panel_rows:
+            memory[:] = 0
+        row = 2 * panels.columns
+        step = max(1, _CHUNK_BYTES // row // BLOCK_ROWS) * BLOCK_ROWS
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            weight = self._checkpoint.read(name, start * row, stop * row)
+            if self._rounding.round(weight, panels, memory, start - first) < stop - start:
+                return None
+        return memory
+
+
+def _in_numbers(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
