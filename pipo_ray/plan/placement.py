@@ -65,7 +65,10 @@ def place(
     while True:
         sweep = sweep_plan(manifest, facts, slot_bytes)
         always = sum(p.read_bytes for p in sweep.pieces if p.kind == "rest")
-        num_slots = max(sweep.max_held + 1, min(transfer.num_slots, max(staging // slot_bytes, 2)))
+        wanted = transfer.num_slots
+        if slot_bytes > transfer.slot_bytes:  # matrices that cannot be cut so small: fewer slots, not more staging
+            wanted = max(sweep.max_held + 2, -(-transfer.staging_bytes // slot_bytes))
+        num_slots = max(sweep.max_held + 1, min(wanted, max(staging // slot_bytes, 2)))
         if num_slots * slot_bytes + always <= weight_bytes:
             break
         if slot_bytes == least:

@@ -56,7 +56,6 @@ WITHOUT_PROFILE_IN_PARTS = ReadRate(2 * MIB, 8, 1.0)
 """The reads of each of several such drives, on which weights lie in parts of 16 MiB (`store/striping.py`)."""
 
 _WITHIN = 0.01  # of the best sweep: what less staging may cost
-_SAVER_WITHIN = 0.07
 # An idle machine reads as fast with less, as the probe sees it; while products keep the cores busy, a read that has
 # ended waits until its thread gets one, and the others must last as long. (Tried by hand on one machine:
 # no script varies these two; `benchmarks/staging_modes.py` varies the number of slots.)
@@ -69,6 +68,7 @@ _MOST_WAITING_BYTES = 32 * MIB
 # Smaller ones cost more for the pieces' sake than they save (tried by hand: a prompt of 512 tokens, 8 MiB, 6 % longer).
 _SLOT_BYTES = 16 * MIB
 _SAVED = 4
+_SAVER_SLOTS = 12
 _HELD_SLOTS = 3
 
 
@@ -108,7 +108,7 @@ def choose_transfer(
     best = min(seconds(*one) for one in candidates)
     good = [staged for point, staged in candidates if seconds(point, staged) <= (1 + _WITHIN) * best]
     chosen = min(good, key=lambda staged: (staged.staging_bytes, staged.read_threads))
-    return chosen if mode == "performance" else _saving(chosen, num_drives, profile)
+    return chosen if mode == "performance" else _saving(chosen, num_drives)
 
 
 def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
@@ -155,17 +155,12 @@ def _staged(point: ReadRate, num_drives: int) -> Transfer:
     return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
 
 
-def _saving(full: Transfer, num_drives: int, profile: Sequence[ReadRate] = ()) -> Transfer:
-    """A quarter of the staging of `full`, with the reads that are fastest of those that fit into it."""
-    staging = full.staging_bytes // _SAVED
-    slot = max(256 * 1024, min(staging // (_HELD_SLOTS + 3), _SLOT_BYTES) // PAGE * PAGE)
-    slots = max(_HELD_SLOTS + 3, staging // slot)
-    in_flight = (slots - _HELD_SLOTS) * slot // num_drives
-    rates = smoothed(profile)
-    fitting = [r for r in profile if r.in_flight_bytes <= in_flight and r.transfer_bytes <= slot]
-    most = max((rates[r.in_flight_bytes] for r in fitting), default=0.0)
-    good = [r for r in fitting if rates[r.in_flight_bytes] >= (1 - _SAVER_WITHIN) * most]
-    if not good:
-        return Transfer(slot // 2 // PAGE * PAGE, full.read_threads, slot, slots)
-    point = max(good, key=lambda rate: (rate.in_flight_bytes, rate.threads))
-    return Transfer(point.transfer_bytes, point.threads, slot, slots)
+def _saving(full: Transfer, num_drives: int) -> Transfer:
+    """A quarter of the staging of `full`: small slots, each filled by one read, and half of them asked for at a time.
+
+    Many small slots, because one is in use by a product, and is credit again when that ends. Half of them, because a
+    drive may answer several reads at once when the last of them is done (a virtual one did): if all free slots were
+    asked for together, it would have nothing to do until a product has freed the first of them.
+    """
+    slot = max(256 * 1024, min(full.staging_bytes // _SAVED // _SAVER_SLOTS, _SLOT_BYTES) // PAGE * PAGE)
+    return Transfer(slot, max(1, _SAVER_SLOTS // 2 // num_drives), slot, _SAVER_SLOTS)

@@ -35,17 +35,29 @@ def use_huge_pages(views: Sequence[_Bytes]) -> int:
     """Put huge pages under these views (shared memory, every page touched), as far as the system can; what is in them
     stays. To be called before a drive reads into them: pages in use cannot be moved.
 
-    Returns the bytes that are in huge pages now: 0 on a kernel without MADV_COLLAPSE.
+    Returns the bytes of the views, and of what lies between them, that are in huge pages now: 0 on a kernel without
+    MADV_COLLAPSE.
+
+    Where a view that is larger than a huge page begins or ends within one, all of that page is moved, with what its
+    neighbours in the object store have of it: what stayed in ordinary pages would be read at half the speed or less,
+    and of six slots of 4 MiB that was a twelfth. A neighbour that is not there yet finds its pages made, at most one
+    huge page in front of all views and one behind.
     """
     size = huge_page_bytes()
     if not size:
         return 0
     done = 0
-    for start, stop, offset in _spans(views):
-        first = start + -offset % size
-        while first + size <= stop:
-            length = min(_PIECE * size, (stop - first) // size * size)
-            done += _collapse(first, length, size)
+    for start, stop, low, high, offset in _spans(views):
+        # Addresses of the first and the last multiple of `size` in the file that touch [start, stop).
+        first = start - (offset + start - low) % size
+        last = stop + -(offset + stop - low) % size
+        if stop - start < size:
+            continue
+        first, last = (first if first >= low else first + size), (last if last <= high else last - size)
+        while first < last:
+            length = min(_PIECE * size, last - first)
+            if _collapse(first, length, size):
+                done += min(first + length, stop) - max(first, start)
             first += length
     return done
 
@@ -58,9 +70,9 @@ def huge_page_bytes() -> int:
         return 0
 
 
-def _spans(views: Sequence[_Bytes]) -> Iterator[tuple[int, int, int]]:
-    """Addresses (start, stop) and the offset of start in the mapped file; neighbours with less than a page or two of
-    somebody else's between them are one.
+def _spans(views: Sequence[_Bytes]) -> Iterator[tuple[int, int, int, int, int]]:
+    """Addresses of each span of views (start, stop) and of the mapping that it is in (low, high), and the mapping's
+    offset in its file. Neighbours with less than a page or two of somebody else's between them are one span.
     """
     wanted = sorted((view.ctypes.data, view.ctypes.data + view.nbytes) for view in views if view.nbytes)
     joined: list[list[int]] = []
@@ -74,20 +86,20 @@ def _spans(views: Sequence[_Bytes]) -> Iterator[tuple[int, int, int]]:
         low, high = (int(part, 16) for part in addresses.split("-"))
         for start, stop in joined:
             if low <= start and stop <= high and flags[3] == "s":
-                yield start, stop, int(offset, 16) + start - low
+                yield start, stop, low, high, int(offset, 16)
 
 
-def _collapse(start: int, length: int, size: int) -> int:
-    """Bytes of [start, start + length) that are in huge pages now."""
+def _collapse(start: int, length: int, size: int) -> bool:
+    """Whether all of [start, start + length) is in huge pages now."""
     libc = _libc()
     room = libc.mmap(None, length + size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if room == _MAP_FAILED:
-        return 0
+        return False
     try:
         aligned = room + -room % size
         if libc.mremap(start, 0, length, _MREMAP_MAYMOVE_FIXED, aligned) == _MAP_FAILED:
-            return 0
-        return length if libc.madvise(aligned, length, _MADV_COLLAPSE) == 0 else 0
+            return False
+        return bool(libc.madvise(aligned, length, _MADV_COLLAPSE) == 0)
     finally:
         libc.munmap(room, length + size)
 
@@ -106,7 +118,8 @@ def _libc() -> ctypes.CDLL:
 
 def scratch_memory(nbytes: int) -> _Bytes:
     """Memory like the slots', in huge pages where these would be. It goes with the array."""
-    view = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    size = huge_page_bytes() or mmap.PAGESIZE
+    view: _Bytes = np.frombuffer(mmap.mmap(-1, -(-nbytes // size) * size), np.uint8)[:nbytes]
     view[:: mmap.PAGESIZE] = 1
     use_huge_pages([view])
     return view

@@ -13,7 +13,8 @@ from plan.budget_models import GIB, model, plan
 from pipo_ray.errors import BudgetError
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, whole_bytes
-from pipo_ray.session.memory import parse_size
+from pipo_ray.plan.transfer import Transfer
+from pipo_ray.session.memory import MIB, parse_size
 from pipo_ray.store.manifest import Manifest
 
 MODELS = st.builds(model, st.integers(1, 3), st.sampled_from([8, 64, 1000]), st.sampled_from([100, 1000]))
@@ -81,6 +82,14 @@ def test_weights_stay_within_their_budget(one: tuple[Manifest, ModelFacts], weig
     placement = found.placement
     assert found.weight_bytes == placement.num_slots * placement.slot_bytes + sum(placement.arena_bytes) <= weights
     assert found.resident_bytes + found.streamed_bytes_per_sweep == found.model_bytes
+
+
+def test_matrices_that_cannot_be_cut_as_small_as_slots_get_fewer_slots_and_not_more_staging() -> None:
+    transfer = Transfer(2 * MIB, 6, 2 * MIB, 12)
+    placement = plan(model(1, 32768, 100), weight_memory_bytes=8 * GIB, transfer=transfer).placement
+    assert placement.slot_bytes > 4 * MIB  # a 4096th of the model
+    assert transfer.staging_bytes <= placement.num_slots * placement.slot_bytes
+    assert placement.num_slots * placement.slot_bytes < transfer.staging_bytes + placement.slot_bytes
 
 
 @FEW

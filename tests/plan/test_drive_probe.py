@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipo_ray.pipeline.drive import Drive
 from pipo_ray.plan import drive_probe
 from pipo_ray.plan.drive_probe import describe_drive, drive_profile, drive_profiles, measure_drive
 from pipo_ray.plan.transfer import ReadRate, choose_transfer, slowest
@@ -87,3 +89,15 @@ def test_a_small_store_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "block.safetensors").write_bytes(bytes(4096))
     assert drive_profile(tmp_path, tmp_path) == ()
     assert drive_profile(tmp_path / "nothing", tmp_path) == ()
+
+
+def test_reads_go_to_more_memory_than_a_cache_holds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place for all of them would measure the processor's cache."""
+    places: set[int] = set()
+    monkeypatch.setattr(drive_probe, "_MEMORY_BYTES", 4 * MIB)
+    monkeypatch.setattr(
+        Drive, "read_into", lambda _, memory, *__: places.add(np.frombuffer(memory, np.uint8).ctypes.data)
+    )
+    measure_drive(store / "large.safetensors", 0.3)
+    first = min(places)
+    assert {place - first for place in places} == set(range(0, 4 * MIB, MIB // 2))

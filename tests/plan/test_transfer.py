@@ -92,6 +92,14 @@ def test_saving_takes_a_quarter_of_the_staging(profile: list[ReadRate]) -> None:
     assert saving.staging_bytes <= max(full.staging_bytes // 4, 5 * 256 * 1024)
 
 
+@given(profiles() | st.just([]))
+def test_saving_asks_for_half_of_the_slots_at_a_time(profile: list[ReadRate]) -> None:
+    """A drive that answers all reads together has the next ones while the products use what it has answered."""
+    saving = choose_transfer(profile, "memory-saver")
+    assert saving.transfer_bytes == saving.slot_bytes
+    assert 2 * saving.read_threads == saving.num_slots
+
+
 def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
     profile = [
         ReadRate(1 * MIB, 8, 2.1e9), ReadRate(2 * MIB, 8, 1.99e9), ReadRate(4 * MIB, 8, 1.98e9),
