@@ -39,12 +39,12 @@ def test_a_slot_holds_a_transfer_and_staging_what_is_in_flight(profile: list[Rea
         assert transfer.transfer_bytes * transfer.read_threads <= transfer.staging_bytes
         assert transfer.num_slots >= 3
     rates = smoothed(profile)
-    assert rates[chosen.transfer_bytes * chosen.read_threads] >= max(rates.values()) / 1.01
+    assert rates[chosen.transfer_bytes * chosen.read_threads] >= max(rates.values()) / 1.03
 
 
 @given(profiles(), st.integers(1, 64), st.integers(1, 64))
 def test_staging_is_worth_its_memory(profile: list[ReadRate], model_gib: int, weight_gib: int) -> None:
-    """No other point gives a sweep that is shorter by more than 1 %."""
+    """No other point gives a sweep that is shorter by more than 3 %."""
     sizes = {"model_bytes": (model_gib + weight_gib) * 1024 * MIB, "weight_bytes": weight_gib * 1024 * MIB}
     rates = smoothed(profile)
 
@@ -56,7 +56,7 @@ def test_staging_is_worth_its_memory(profile: list[ReadRate], model_gib: int, we
     for point in profile:
         if point.threads >= 8 and point.in_flight_bytes >= 16 * MIB:
             only = [ReadRate(point.transfer_bytes, point.threads, point.bytes_per_s)]
-            assert chosen <= 1.0101 * seconds(choose_transfer(only, **sizes))
+            assert chosen <= 1.0301 * seconds(choose_transfer(only, **sizes))
 
 
 def test_more_in_flight_where_that_reads_more_than_it_takes_from_the_residents() -> None:
