@@ -71,7 +71,7 @@ def settings(row: str, sweeps: int, rounds: int) -> dict[str, Any]:
     if row == "prompt":
         return {"max_batch_tokens": LONG * LONG_PROMPTS, "max_kv_tokens": (LONG + 16) * LONG_PROMPTS, "memory": "64GiB"}
     batch = 1 if row == "disk" else int(row)
-    length = PROMPT + sweeps + 17
+    length = PROMPT + sweeps + 3
     return {
         "max_batch_tokens": max(64, min(256, batch * PROMPT)), "max_kv_tokens": batch * length,
         "memory": DISK_ROW_MEMORY if row == "disk" else "64GiB",

@@ -20,6 +20,9 @@ from pipo_ray.model.trace import Trace
 from pipo_ray.pipeline.weight_stream import WeightStream
 from pipo_ray.plan.pieces import CallPlan, PieceTensor, SweepPlan
 
+_REMEMBERED = 8192
+"""Views of pieces in a memory, at most: some kilobytes each."""
+
 TableReader = Callable[[str, torch.Tensor], torch.Tensor]
 """(stored table name, row ids [n]) -> rows [n, width] on the compute device."""
 
@@ -136,7 +139,9 @@ class Binder:
             ]
             for piece in plan.pieces
         ]
-        self._bindings: dict[int, _Bindings] = {}
+        self._bindings: dict[int, _Bindings] = {}  # of each piece, as it was last bound
+        self._made: dict[tuple[int, int], _Bindings] = {}  # by piece and memory
+        self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by tensor and memory
         self._watch()
 
     # -- a sweep
@@ -293,13 +298,18 @@ class Binder:
     def _bind(self, position: int, memory: torch.Tensor) -> int:
         """Put views of `memory` into the piece's places; where the memory's storage begins.
 
-        A piece that stays in the same memory gets the views it had: making them costs more than a small product.
+        A piece in a memory that it was in before gets the views it had: making them costs more than a small product,
+        and a piece sees few slots.
         """
         piece = self._plan.order[position]
-        bindings, places = self._bindings.get(piece), self._places[piece]
+        bindings = self._made.get((piece, id(memory)))
         if bindings is None or bindings.memory is not memory:
-            values = [self._weight(memory, place.tensor) for place in places]
-            bindings = self._bindings[piece] = _Bindings(memory, memory.untyped_storage().data_ptr(), values)
+            values = [self._weight(memory, place.tensor) for place in self._places[piece]]
+            bindings = _Bindings(memory, memory.untyped_storage().data_ptr(), values)
+            if len(self._made) >= _REMEMBERED:
+                self._made.clear()
+            self._made[piece, id(memory)] = bindings
+        self._bindings[piece] = bindings
         self._put(piece)
         return bindings.storage
 
@@ -384,7 +394,13 @@ class Binder:
         start, stop = tensor.row_start, tensor.row_stop
         if tensor.panels is not None:
             start, stop = tensor.panels.rows_of(start, stop)
-        return start, stop, self._weight(memory, tensor)
+        of, part = self._parts.get((id(tensor), id(memory)), (None, None))
+        if part is None or of is not memory:
+            part = self._weight(memory, tensor)
+            if len(self._parts) >= _REMEMBERED:
+                self._parts.clear()
+            self._parts[id(tensor), id(memory)] = memory, part
+        return start, stop, part
 
     def _expert_answer(self, name: str) -> Callable[[int], torch.Tensor]:
         places: dict[int, tuple[int, PieceTensor]] = {}

@@ -64,12 +64,14 @@ class DeviceOps(Protocol):
 
 
 class CudaOps:
-    """CUDA through torch: copy streams beside the stream that computes. With `trace`, what was measured by CUDA's clock
+    """CUDA through torch: copy streams beside the stream that computes, which is the one that is current where this is
+    made, and in every thread that uses it. With `trace`, what was measured by CUDA's clock
     is written there when it is asked for: the copies of weights, and where the computation waited for one.
     """
 
     def __init__(self, device: torch.device, trace: TraceWriter = NO_TRACE) -> None:
         self.device = device
+        self._compute_stream = torch.cuda.current_stream(device)
         self._copy_streams = {name: torch.cuda.Stream(device) for name in get_args(CopyStream)}
         self._registered: list[int] = []
         self.pinned_bytes = 0
@@ -85,22 +87,25 @@ class CudaOps:
         """See `DeviceOps.copy`. With pinned memory it does not occupy the calling thread."""
         copy_stream = self._copy_streams[stream]
         timed = stream == "weight copy"
-        with torch.cuda.stream(copy_stream):
-            if after is not None:
-                copy_stream.wait_event(after)
-            begin = torch.cuda.Event(enable_timing=True) if timed else None
-            if begin is not None:
-                begin.record(copy_stream)
+        if after is not None:
+            copy_stream.wait_event(after)
+        begin = torch.cuda.Event(enable_timing=True) if timed else None
+        if begin is not None:
+            begin.record(copy_stream)
+        torch.cuda.set_stream(copy_stream)  # its context manager asks the driver four questions more
+        try:
             target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event(enable_timing=timed, blocking=True)
-            event.record(copy_stream)
+        finally:
+            torch.cuda.set_stream(self._compute_stream)
+        event = torch.cuda.Event(enable_timing=timed, blocking=True)
+        event.record(copy_stream)
         if begin is not None:
             self._weight_copies.append(begin, event)
         return event
 
     def compute_waits_for(self, event: Any) -> None:
         """See `DeviceOps.compute_waits_for`."""
-        stream = torch.cuda.current_stream(self.device)
+        stream = self._compute_stream
         before, behind = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record(stream)
         stream.wait_event(event)
@@ -123,7 +128,7 @@ class CudaOps:
     def record_on_compute(self) -> Any:
         """See `DeviceOps.record_on_compute`."""
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self._compute_stream)
         return event
 
     def synchronize(self) -> None:
