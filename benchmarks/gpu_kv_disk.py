@@ -8,8 +8,8 @@ How to run (a machine with CUDA, 40 GB of RAM and 45 GB of temporary disk; seven
 Llama-3-8B's shape with random bf16 weights and a GPU budget of 6 GiB. A prompt of random tokens in chunks of 2048, then
 32 tokens more. In the first run RAM has room for all of it; in the second the KV cache has --kv bytes on GPU and RAM
 together, and the rest is in an encrypted file. The 1000 highest log probabilities of every new token, over the whole
-vocabulary, must be the same bits in both. With --without-pages a third run has a GPU budget that holds everything,
-and no pages: another order of additions, so its log probabilities differ by rounding; the largest difference is printed.
+vocabulary, must be the same bits in both. With --without-pages a third run has a GPU budget that holds everything, and
+no pages: another order of additions, so its log probabilities differ by rounding; the largest difference is printed.
 """
 
 from __future__ import annotations

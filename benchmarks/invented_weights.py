@@ -1,11 +1,14 @@
 """Block stores of random models whose 16-bit checkpoint has no place on the drive: its bits are made up as they are
 read. A checkpoint of Llama-3-70B's shape has 141 GB, the store made from it in int4 40.
 
+Of each shape of a weight one panel is rounded, and all panels of such weights are that one: rounding 70 billion weights
+would take longer than what is to be measured.
+
 `gpu_stream.py` starts it; by hand, SHAPE is a name from there:
 
     python benchmarks/invented_weights.py SHAPE STORE [int4]
 
-Everything behind the reading is as in `pipo pack`: looking at the model, rounding to nearest, layout, checksums.
+Everything else is as in `pipo pack`: looking at the model, layout, checksums.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from random_llama import Shape, make_checkpoint
 
+from pipo_ray.model.blocks import TensorSpec
 from pipo_ray.packing import pack_checkpoint
+from pipo_ray.quant.panels import Panels
 from pipo_ray.quant.policy import Precision
+from pipo_ray.quant.source import QuantizedSource
 from pipo_ray.store.checkpoint import Checkpoint
 
 _ONE = 0x3F80
@@ -51,9 +58,26 @@ class _Noise:
         return found.view(np.uint8)
 
 
+class _Repeated:
+    """Panels, each the first one of its shape."""
+
+    def __init__(self) -> None:
+        self._first: dict[Panels, torch.Tensor] = {}
+        self._read = QuantizedSource.read
+
+    def read(self, source: QuantizedSource, spec: TensorSpec, row_start: int, row_stop: int) -> torch.Tensor:
+        """In place of `QuantizedSource.read`."""
+        if spec.panels is None:
+            return self._read(source, spec, row_start, row_stop)
+        if spec.panels not in self._first:
+            self._first[spec.panels] = self._read(source, spec, 0, 1).clone()
+        return self._first[spec.panels].expand(row_stop - row_start, -1).contiguous()
+
+
 def pack_invented(shape: Shape, store: Path, precision: str) -> None:
     """Pack a random model of `shape`; imports torch, and changes how checkpoints are read in this process."""
-    noise = _Noise()
+    noise, repeated = _Noise(), _Repeated()
+    QuantizedSource.read = lambda self, *place: repeated.read(self, *place)  # type: ignore[method-assign]
     Checkpoint.read = lambda self, *place: noise.read(self, *place)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="pipo-bench-", dir=store.parent) as folder:
         make_checkpoint(Path(folder) / "checkpoint", shape, sparse=True)
