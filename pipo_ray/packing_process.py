@@ -19,8 +19,9 @@ Progress = Callable[[str, int, int], None]
 
 _STOP_DEADLINE_S = 10.0
 # `-m` would put the current folder in front of the path, where any random.py would be taken for Python's own.
+# At the end everything is on the disk and said: taking torch and transformers apart first would take half a second.
 _CHILD = "import os, sys; sys.path[:] = os.environ.pop('PIPO_PYTHONPATH').split(os.pathsep); " + (
-    "from pipo_ray.packing import main; sys.exit(main())"
+    "from pipo_ray.packing import main; status = main(); sys.stderr.flush(); os._exit(status)"
 )
 
 

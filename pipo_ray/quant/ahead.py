@@ -26,14 +26,13 @@ from pipo_ray.session.memory import available_memory
 from pipo_ray.store.checkpoint import Checkpoint
 from pipo_ray.store.read_buffers import ReadBuffers
 
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 512 << 20
 _MEMORY_SHARE = 8
-"""No more than this part of the memory that is left: it is needed for less than a second more."""
+"""No more than this part of the memory that is left."""
 
-_THREADS = 2
 _CHUNK_BYTES = 4 << 20
 _SWITCH_S = 0.0005
-"""An import holds Python's lock for 5 ms at a time otherwise, and each of our threads asks for it after every read."""
+"""An import holds Python's lock for 5 ms at a time otherwise, and our thread asks for it after every read."""
 
 _Panel = tuple[str, int]
 
@@ -64,7 +63,7 @@ def guessed_panels(checkpoint: Checkpoint, policy: Precision, layout: str) -> di
 
 class PanelsAhead:
     """Reads and rounds `guesses` in their order until `settle`, or until `most_bytes` of panels are there. A context
-    manager; leaving it ends its threads and gives the memory back.
+    manager; leaving it ends its thread and gives the memory back.
     """
 
     def __init__(
@@ -78,20 +77,19 @@ class PanelsAhead:
         self._panels: dict[_Panel, NDArray[np.uint8] | None] = {}
         self._changed = threading.Condition()
         self._interval = sys.getswitchinterval()
-        self._threads = [threading.Thread(target=self._work, name="pack-ahead", daemon=True) for _ in range(_THREADS)]
+        # A second one would take more from the imports than it gives: it is Python's lock that both wait for.
+        self._thread = threading.Thread(target=self._work, name="pack-ahead", daemon=True)
 
     def __enter__(self) -> PanelsAhead:
         sys.setswitchinterval(_SWITCH_S)
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.settle({})
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
         self._panels.clear()
 
     def settle(self, wanted: Mapping[str, Panels]) -> None:
