@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.batch import SweepEntry, WantedLogits
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
@@ -145,6 +146,7 @@ class Pipeline:
         kv_pool: int | None = None,
         kv_store: Callable[[torch.dtype, DeviceOps], KVStore] | None = None,
         kv_bits: tuple[int, ...] | None = None,
+        attention: CompiledAttention | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -198,7 +200,9 @@ class Pipeline:
                 store = LowBitStore(kv_bits)
             if kv_store is not None:
                 store = kv_store(packed.dtype, ops or CudaOps(device))
-            self.runner = ModelRunner(self.model, self.binder, device, ragged=facts.ragged, kv_store=store)
+            self.runner = ModelRunner(
+                self.model, self.binder, device, ragged=facts.ragged, kv_store=store, attention=attention
+            )
         except BaseException:
             self.close()
             raise

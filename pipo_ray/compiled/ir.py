@@ -55,9 +55,14 @@ class Function:
 
     def variable(self, kind: str, value: str = "zeroinitializer") -> str:
         """A place on the stack, set to `value` whenever this point is passed."""
+        name = self.room(kind)
+        self.store(kind, value, name)
+        return name
+
+    def room(self, kind: str) -> str:
+        """A place on the stack, whatever is in it."""
         name = f"%s{self._next()}"
         self._stack.append(f"{name} = alloca {kind}")
-        self.store(kind, value, name)
         return name
 
     def room(self, num_bytes: int) -> str:
@@ -134,7 +139,18 @@ class Function:
 
     def everywhere(self, place: str, kind: str) -> str:
         """The 32 bits at `place`, 16 times, as a vector of type `kind`."""
-        return self.cast(INTS, self._splat(self.load("i32", place, align=4)), kind)
+        return self.cast(INTS, self.splat("i32", self.load("i32", place, align=4)), kind)
+
+    def splat(self, element: str, value: str) -> str:
+        """16 times the same number."""
+        kind = f"<16 x {element}>"
+        first = self.value(f"insertelement {kind} poison, {element} {value}, i32 0")
+        return self.value(f"shufflevector {kind} {first}, {kind} poison, {INTS} zeroinitializer")
+
+    def widened(self, place: str) -> str:
+        """16 numbers in bf16 as floats."""
+        words = self.value(f"zext <16 x i16> {self.load('<16 x i16>', place, align=2)} to {INTS}")
+        return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
 
     def dot(self, sums: str, left: str, right: str) -> str:
         """`sums` plus the products of each two neighbours of two vectors in bf16; the sums are float32."""
@@ -156,7 +172,7 @@ class Function:
     def store_rounded(self, floats: str, place: str, count: str) -> None:
         """The first `count` (i64, may be more than 16) of 16 floats, rounded to bf16."""
         halves = self.value(f"fptrunc {FLOATS} {floats} to <16 x bfloat>")
-        wanted = self._splat(self.value(f"trunc i64 {self.least(count, 16)} to i32"))
+        wanted = self.splat("i32", self.value(f"trunc i64 {self.least(count, 16)} to i32"))
         numbers = vector("i32", range(16))
         mask = self.value(f"icmp ult {INTS} {numbers}, {wanted}")
         words = self.cast("<16 x bfloat>", halves, "<16 x i16>")
@@ -167,10 +183,6 @@ class Function:
         self.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 0, i32 1)")
 
     # ------------------------------------------------------------------------------------------------------------------
-
-    def _splat(self, number: str) -> str:
-        first = self.value(f"insertelement {INTS} poison, i32 {number}, i32 0")
-        return self.value(f"shufflevector {INTS} {first}, {INTS} poison, {INTS} zeroinitializer")
 
     def _label(self, name: str, falls_through: bool = True) -> None:
         if falls_through:
@@ -189,6 +201,12 @@ class Function:
 def vector(element: str, numbers: Sequence[int]) -> str:
     """A constant vector of whole numbers."""
     return "<" + ", ".join(f"{element} {number}" for number in numbers) + ">"
+
+
+def float_bits(value: float) -> str:
+    """The nearest float32, as LLVM writes a constant: in the bits of a double."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    return f"0x{struct.pack('>d', single).hex().upper()}"
 
 
 def bf16_bits(value: float) -> int:

@@ -1,7 +1,4 @@
-"""Machine code for this processor: compiled by LLVM, kept on disk, run on the threads that torch computes with.
-
-Imports torch only for these threads.
-"""
+"""Machine code for this processor: compiled by LLVM and kept on disk."""
 
 from __future__ import annotations
 
@@ -55,21 +52,7 @@ class MachineCode:
 
 def run_here(address: int, context: int) -> None:
     """Call the function at `address` with the context at `context`, without the GIL."""
-    _function(address)(context)
-
-
-def run_on_threads(address: int, context: int) -> None:
-    """Call it on as many threads as torch has, and wait: torch's own, so that there are no more than cores.
-
-    Where torch's OpenMP has another interface than GNU's (which LLVM's and Intel's have, too), on this thread alone.
-    """
-    import torch
-
-    parallel = _parallel()
-    if parallel is None:
-        run_here(address, context)
-    else:
-        parallel(address, context, torch.get_num_threads(), 0)
+    function_at(address)(context)
 
 
 def context_of(words: Sequence[int]) -> Any:
@@ -78,25 +61,9 @@ def context_of(words: Sequence[int]) -> Any:
 
 
 @cache
-def _function(address: int) -> Callable[[int], None]:
+def function_at(address: int) -> Callable[[int], None]:
+    """The function at `address`, which takes the address of a context and runs without the GIL."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-
-
-@cache
-def _parallel() -> Callable[[int, int, int, int], None] | None:
-    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that torch has loaded. Source: libgomp's
-    manual, "Implementing PARALLEL construct".
-    """
-    import torch
-
-    library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
-    try:
-        function = library.GOMP_parallel
-    except AttributeError:
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    function.restype = None
-    return function
 
 
 def _compile(llvm: Any, machine: Any, source: str) -> bytes:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from pipo_ray.compiled import int4
-from pipo_ray.compiled.machine import MachineCode, context_of, run_here, run_on_threads
+from pipo_ray.compiled.crew import AHEAD_RANGES, run_on_threads
+from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
 
 _ROWS_ON_THREADS = 32  # whose sums take longer than starting the threads
@@ -25,6 +27,8 @@ class CompiledInt4:
         self._folder = folder
         self._codes: dict[int, MachineCode] = {}
         self._sums = torch.empty(0)
+        self._looks_ahead = False
+        self._last: _Weight | None = None
 
     def product(
         self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int
@@ -45,6 +49,8 @@ class CompiledInt4:
         }  # fmt: skip
         context = context_of([words.get(field, 0) for field in int4.FIELDS])
         address = ctypes.addressof(context)
+        weight = _Weight(memory)
+        few = num_inputs <= int4.MOST_INPUTS  # more are not bound by memory
 
         def multiply(rows: torch.Tensor) -> torch.Tensor:
             output = rows.new_empty(num_inputs, num_rows)
@@ -54,10 +60,29 @@ class CompiledInt4:
             context[_NEXT] = 0
             run_sums(sums, address)
             context[_NEXT] = 0
-            run_on_threads(product, address)
+            run_on_threads(product, address, self._ahead(weight) if few and self._looks_ahead else (), self._folder)
             return output
 
         return multiply
+
+    def look_ahead(self, on: bool) -> None:
+        """Whether, after a product with few inputs, threads bring near the weights that came next the last time. For
+        weights that stay where they are.
+        """
+        self._looks_ahead, self._last = on, None
+
+    def _ahead(self, weight: _Weight) -> list[tuple[torch.Tensor, int]]:
+        """What comes behind `weight`, whose turn it is; see `Crew.call`."""
+        if self._last is not None:
+            self._last.following = weight
+        self._last = weight
+        ahead: list[tuple[torch.Tensor, int]] = []
+        left, one = near_bytes(), weight.following
+        while one is not None and one is not weight and left and len(ahead) < AHEAD_RANGES:
+            ahead.append((one.memory, min(one.nbytes, left)))
+            left -= ahead[-1][1]
+            one = one.following
+        return ahead
 
     def _code(self, group: int) -> MachineCode:
         code = self._codes.get(group)
@@ -66,4 +91,23 @@ class CompiledInt4:
         return code
 
 
+class _Weight:
+    """A weight's panels, and what was multiplied after it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory, self.nbytes = memory, memory.nbytes
+        self.following: _Weight | None = None
+
+
+@cache
+def near_bytes() -> int:
+    """So much is brought near: half of the last cache that all cores share, 0 where the system does not tell."""
+    try:
+        size = _CACHE.read_text().strip()
+    except OSError:
+        return 0
+    return int(size.removesuffix("K")) * 1024 // 2 if size.endswith("K") else 0
+
+
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _INPUTS, _SUMS, _CODES, _OUTPUT, _NEXT = map(int4.FIELDS.index, ("inputs", "sums", "codes", "output", "next"))

@@ -191,6 +191,8 @@ class Binder:
             weight = module._parameters["weight"]
             if isinstance(weight, LowBitMatrix):
                 module.__dict__["forward"] = partial(_times, weight.product, module._parameters["bias"])
+        if self._low_bit is not None:
+            self._low_bit.look_ahead(True)
         self._settled = True
 
     def _unsettle(self) -> None:
@@ -198,6 +200,8 @@ class Binder:
             self._take_away(piece)
         for module in self._linears():
             module.__dict__.pop("forward", None)
+        if self._low_bit is not None:
+            self._low_bit.look_ahead(False)
         self._settled = False
         self._watch()
 

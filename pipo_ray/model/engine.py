@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
     ComputeSetup,
@@ -135,7 +136,11 @@ class ComputeEngine:
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products, low_bit
         )
-        self._runner = ModelRunner(graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store)
+        # Where int4 weights have brought a compiler along.
+        attention = CompiledAttention(code_folder) if low_bit is not None and low_bit.compiles else None
+        self._runner = ModelRunner(
+            graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store, attention=attention
+        )
         self._sequences: dict[str, _Running] = {}
         self._losses: Counter[str] = Counter()
         self._computing_s = self._waited_s = self._copying_s = 0.0

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache
 
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.kv_disk import DiskCache, KVDisk
@@ -66,13 +67,15 @@ _LEAST_MAPPING = 1 << 16
 @dataclass
 class SequenceCache:
     """Keys and values of one sequence: per layer a pair of tensors [num_key_value_heads, capacity, head_dim], of which
-    `length` are filled. They come behind those of `prefix`: so many of the first of each of these caches.
+    `length` are filled. They come behind those of `prefix`: so many of the first of each of these caches. What
+    `compiled` takes it does: a token that comes alone.
     """
 
     capacity: int
     length: int = 0
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     prefix: tuple[tuple[SequenceCache, int], ...] = ()
+    compiled: CompiledAttention | None = None
 
     @property
     def start(self) -> int:
@@ -86,11 +89,7 @@ class SequenceCache:
         `length` itself moves on only when the sweep is over (`advance`): each layer appends at the same place.
         """
         stop = self.length + keys.shape[1]
-        if stop > self.capacity:
-            raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
-        if layer not in self.layers:
-            self.layers[layer] = _memory(keys, self.capacity), _memory(values, self.capacity)
-        all_keys, all_values = self.layers[layer]
+        all_keys, all_values = self._layer(layer, keys, values)
         all_keys[:, self.length : stop] = keys
         all_values[:, self.length : stop] = values
         return all_keys[:, :stop], all_values[:, :stop]
@@ -101,11 +100,25 @@ class SequenceCache:
         """Append `keys`, `values` [kv_heads, n, head_dim] and let `query` [heads, n, head_dim], the same n tokens,
         attend to all there are; see `dense_attention.attend`.
         """
+        plain = not self.prefix and rule.softcap is None and rule.sinks is None
+        if plain and self.compiled is not None and self.compiled.takes(query, keys, values):
+            memory, stop = self._layer(layer, keys, values), self.length + 1
+            first = 0 if rule.sliding_window is None else max(0, stop - rule.sliding_window)
+            return self.compiled.attend(query, (keys, values), memory, first, stop, rule.scale)
         own = self.append(layer, keys, values)
         if not self.prefix:
             return attend(query, *own, rule)
         spans = [cache.span(layer, count) for cache, count in self.prefix]
         return attend_spans(query, [*spans, DenseSpan(*own)], rule)
+
+    def _layer(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All memory of a layer, with room for these new ones."""
+        stop = self.length + keys.shape[1]
+        if stop > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
+        if layer not in self.layers:
+            self.layers[layer] = _memory(keys, self.capacity), _memory(values, self.capacity)
+        return self.layers[layer]
 
     def span(self, layer: int, num_tokens: int) -> DenseSpan:
         """Its own first tokens in `layer`, those included that a running sweep has appended."""

@@ -77,6 +77,16 @@ class LowBitProducts:
         profile = kept_profile(file, layouts, lambda: measure_low_bit(layouts, compiled))
         return cls(profile, machine_layout(), compiled=compiled)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled here."""
+        return self._compiled is not None
+
+    def look_ahead(self, on: bool) -> None:
+        """Whether all weights stay where they are; see `CompiledInt4.look_ahead`."""
+        if self._compiled is not None:
+            self._compiled.look_ahead(on)
+
     def bind(self, memory: torch.Tensor, panels: Panels, first: int) -> torch.Tensor:
         """A stand-in for the rows of a weight whose panels from the `first` on are `memory`, uint8 [panels,
         panel_bytes]: their products are made here, without a copy.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.errors import DriveError
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
@@ -25,7 +26,8 @@ class OutOfStepError(Exception):
 
 class ModelRunner:
     """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
-    alone, in lockstep. `kv_store` holds the ragged rows' caches; without it each is by itself in the device's memory.
+    alone, in lockstep. `kv_store` holds the ragged rows' caches; without it each is by itself in the device's memory,
+    and has `attention` for tokens that come alone.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class ModelRunner:
         *,
         ragged: bool,
         kv_store: KVStore | None = None,
+        attention: CompiledAttention | None = None,
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
-        self._kv_store = kv_store
+        self._kv_store, self._attention = kv_store, attention
         self._caches: dict[str, SequenceKV] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
         accepted = inspect.signature(model.forward).parameters
@@ -123,7 +126,8 @@ class ModelRunner:
             cache.resize(capacity, own[0].num_tokens)
             return cache
         if self._kv_store is None:
-            cache = SequenceCache(capacity, prefix=tuple((self._kept(p.sequence), p.num_tokens) for p in shared))
+            prefix = tuple((self._kept(part.sequence), part.num_tokens) for part in shared)
+            cache = SequenceCache(capacity, prefix=prefix, compiled=self._attention)
         else:
             cache = self._kv_store.open(capacity)
         if own:

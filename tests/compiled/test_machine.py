@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,43 +10,29 @@ import torch
 
 import pipo_ray.compiled.machine as machine
 from pipo_ray.compiled.ir import Function
-from pipo_ray.compiled.machine import MachineCode, context_of, run_here, run_on_threads
+from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.support import obstacle
 
 pytest.importorskip("llvmlite")
 
-FIELDS = ("next", "count", "output", "starts")
+FIELDS = ("next", "count", "output")
 
 
 def counting() -> str:
-    """Adds 1 to a byte for each task, and to `starts` for each thread."""
+    """Adds 1 to a byte for each task."""
     function = Function("counting", FIELDS)
-    function.value(f"atomicrmw add ptr {function.place_of('starts')}, i64 1 monotonic")
     with function.tasks(function.place_of("next"), function.field("count")) as number:
         place = function.at(function.field("output", "ptr"), number)
         function.store("i8", function.value(f"add i8 {function.load('i8', place)}, 1"), place)
     return function.text()
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_each_task_is_done_once_on_as_many_threads_as_torch_has(num_threads: int, threads: None) -> None:
-    torch.set_num_threads(num_threads)
+def test_a_function_is_called_and_an_unknown_one_is_not_there() -> None:
     code = MachineCode(counting())
     output = torch.zeros(5000, dtype=torch.uint8)
-    context = context_of([0, len(output), output.data_ptr(), 0])
-    run_on_threads(code.address("counting"), ctypes.addressof(context))
-    assert output.eq(1).all()
-    assert context[FIELDS.index("starts")] == num_threads
-    context[0] = 0
+    context = context_of([0, len(output), output.data_ptr()])
     run_here(code.address("counting"), ctypes.addressof(context))
-    assert output.eq(2).all()
+    assert output.eq(1).all()
     with pytest.raises(KeyError, match="another"):
         code.address("another")
 

@@ -223,7 +223,7 @@ def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
 
 
 def test_a_model_that_stays_in_memory_computes_what_one_that_streams_does(
-    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny_checkpoint(
         "LlamaConfig", dtype="bfloat16", seed=1, **LARGER | {"attention_bias": True, "mlp_bias": True}
@@ -234,6 +234,8 @@ def test_a_model_that_stays_in_memory_computes_what_one_that_streams_does(
     results = []
     for resident in (2, None):
         products = LowBitProducts(always_low_bit("packed"), machine_layout())
+        told: list[bool] = []
+        monkeypatch.setattr(products, "look_ahead", told.append)
         with Pipeline(store, resident_pieces=resident, low_bit=products) as pipeline:
             results.append([one.logits for one in pipeline.follow(sequences, [12, 3])])
             linears = [module for module in pipeline.model.modules() if type(module) is torch.nn.Linear]
@@ -242,6 +244,7 @@ def test_a_model_that_stays_in_memory_computes_what_one_that_streams_does(
             assert len(direct) < len(linears)  # those at 16 bits, and those that are split
             pipeline.binder.abandon()
             assert not any("forward" in vars(module) for module in linears)
+            assert told == ([True, False] if resident is None else [])
             results.append([one.logits for one in pipeline.follow(sequences, [12, 3])])
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))

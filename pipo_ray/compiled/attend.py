@@ -1,0 +1,74 @@
+"""Attention of one token by the kernel in `attention.py`."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipo_ray.compiled import attention
+from pipo_ray.compiled.crew import run_on_threads
+from pipo_ray.compiled.machine import MachineCode, context_of, run_here
+
+_BYTES_ON_THREADS = 1 << 20  # of keys and values: with fewer the other threads are better off bringing weights near
+
+
+class CompiledAttention:
+    """Appends a token's keys and values to those of its sequence, and lets it attend to all. One caller at a time.
+
+    Compiled for each shape of heads when it is first used; `folder` is where machine code is kept (see `MachineCode`).
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._codes: dict[tuple[int, int], tuple[MachineCode, int]] = {}
+        self._context = context_of([0] * len(attention.FIELDS))
+
+    def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are for the kernel: `query` [heads, 1, dim], `keys` and `values` [kv_heads, 1, dim] in bf16 on
+        the CPU.
+        """
+        dim = query.shape[2]
+        return (
+            query.shape[1] == 1
+            and query.dtype is keys.dtype is values.dtype is torch.bfloat16
+            and query.device.type == "cpu"
+            and keys.shape[2] == values.shape[2] == dim <= attention.MOST_DIM
+            and dim % 64 == 0
+            and query.stride(2) == keys.stride(2) == values.stride(2) == 1
+        )
+
+    def attend(
+        self, query: Tensor, new: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor], first: int, length: int,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Attention of `query` to the tokens `first` to before `length` of keys and values in `memory`, [kv_heads,
+        capacity, dim] each, whose last becomes `new`. Returns [heads, 1, dim]. `takes` says which tensors may come.
+        """
+        keys, values = memory
+        heads, kv_heads, dim = query.shape[0], keys.shape[0], query.shape[2]
+        output = query.new_empty(heads, 1, dim)
+        function = self._function(dim, heads // kv_heads)
+        offset = 2 * dim * first
+        self._context[:] = (
+            query.data_ptr(), new[0].data_ptr(), new[1].data_ptr(), keys.data_ptr() + offset,
+            values.data_ptr() + offset, output.data_ptr(), 0, kv_heads, heads // kv_heads, length - first,
+            struct.unpack("<i", struct.pack("<f", scale))[0], 2 * query.stride(0), 2 * new[0].stride(0),
+            2 * new[1].stride(0), 2 * keys.stride(0), 2 * values.stride(0),
+        )  # fmt: skip
+        address = ctypes.addressof(self._context)
+        if 4 * kv_heads * dim * (length - first) < _BYTES_ON_THREADS:
+            run_here(function, address)
+        else:
+            run_on_threads(function, address, None, self._folder)
+        return output
+
+    def _function(self, dim: int, group: int) -> int:
+        found = self._codes.get((dim, group))
+        if found is None:
+            code = MachineCode(attention.module(dim, group), self._folder)
+            found = self._codes[dim, group] = code, code.address(attention.NAME)
+        return found[1]

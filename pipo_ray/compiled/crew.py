@@ -1,0 +1,392 @@
+"""Threads that compute together with the one that calls them, and in between bring near what is multiplied next.
+
+A product of one row with int4 weights is bound by memory, and between two of them Python, norms and attention take a
+seventh of a sweep, in which memory would idle. So threads that have done their part go on with what comes next (its
+first bytes, as many as the caller says), until they are called again; that call finds them awake. Then they wait in a
+short loop, and then they sleep.
+
+A thread's state is one word, its futex as well (man 2 futex). Nobody waits for a thread that has not begun: if the
+system has it wait for a core, the others do its part. So the crew is no slower than the caller alone, and a process
+that was forked, which has no such threads, computes as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipo_ray.compiled.machine import MachineCode, context_of, function_at
+
+AHEAD_RANGES = 2
+"""So many pieces of memory are brought near after a call."""
+
+_RESTING, _CALLED, _WORKING, _AWAITED, _ASLEEP, _DISMISSED = range(6)
+_HEADER = (
+    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "pauses",
+    *(f"{what}{number}" for number in range(AHEAD_RANGES) for what in ("start", "bytes")),
+)  # fmt: skip
+_WORDS = 16  # of the header, and of each thread's line: two cache lines, which processors fetch together
+_STEP = 4096  # bytes brought near between two looks at one's state
+_LINE = 64
+_PAUSES = 20_000
+"""Of the loop before sleeping: some 0.4 ms, more than lies between two products of a layer."""
+_WAIT_PAUSES = 5_000
+"""The caller loops so often for a thread that has begun; then another process has its core."""
+_CROWDED_CALLS = 64
+"""For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not."""
+
+
+class Crew:
+    """`num_threads` threads; `folder` is where their machine code is kept. They end with `dismiss`."""
+
+    def __init__(self, num_threads: int, folder: Path | None = None) -> None:
+        self.num_threads = num_threads
+        self._code = MachineCode(_source(), folder)
+        syscall = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
+        size = 8 * _WORDS * (1 + num_threads)
+        self._memory = ctypes.create_string_buffer(size + _LINE)
+        address = ctypes.addressof(self._memory)
+        self._address = address + -address % _LINE
+        self._words = (ctypes.c_int64 * (size // 8)).from_address(self._address)
+        self._words[_HEADER.index("syscall")], self._words[_HEADER.index("threads")] = syscall or 0, num_threads
+        self._lead = function_at(self._code.address("lead"))
+        self._dismiss = function_at(self._code.address("dismiss"))
+        self._busy = threading.Lock()
+        self._ahead: object = None
+        """What the threads may be reading: it must not go before they are called again."""
+        self._threads = []
+        for number in range(num_threads):
+            context = context_of([self._address, number])
+            thread = threading.Thread(target=self._work, args=(context,), name=f"crew {number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def call(
+        self, function: int, context: int, num_threads: int, ahead: Sequence[tuple[torch.Tensor, int]] | None = ()
+    ) -> None:
+        """Run the function at `function` with the context at `context` here and on `num_threads` of the threads, or on
+        fewer if they do not come in time, and wait. Afterwards they bring near the first bytes, so many, of up to
+        AHEAD_RANGES tensors `ahead`, and stay awake a little; with none of them they sleep; None: as the last time.
+        Whoever calls while another call runs is alone.
+        """
+        if not self._busy.acquire(blocking=False):
+            function_at(function)(context)
+            return
+        try:
+            words = self._words
+            words[0], words[1], words[2] = function, context, min(num_threads, self.num_threads)
+            if ahead is not None:
+                ranges = [number for memory, nbytes in ahead for number in (memory.data_ptr(), nbytes)]
+                ranges += [0] * (2 * AHEAD_RANGES - len(ranges))
+                words[_PAUSES_AT : _PAUSES_AT + 1 + 2 * AHEAD_RANGES] = [_PAUSES if ahead else 0, *ranges]
+            self._lead(self._address)
+            if ahead is not None:
+                self._ahead = ahead
+        finally:
+            self._busy.release()
+
+    def dismiss(self) -> None:
+        """End the threads; later calls are computed by the caller alone."""
+        with self._busy:
+            self._words[_HEADER.index("called")] = self.num_threads = 0
+            self._dismiss(self._address)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, context: ctypes.Array[ctypes.c_int64]) -> None:
+        function_at(self._code.address("work"))(ctypes.addressof(context))
+
+
+_PAUSES_AT = _HEADER.index("pauses")
+
+
+_lock = threading.Lock()
+_crews: list[Crew] = []
+
+
+def run_on_threads(
+    function: int, context: int, ahead: Sequence[tuple[torch.Tensor, int]] | None = (), folder: Path | None = None
+) -> None:
+    """Run the function on as many threads as torch computes with, this one included; see `Crew.call`. The process has
+    one crew.
+    """
+    others = torch.get_num_threads() - 1
+    if not _crews or _crews[0].num_threads < others:
+        if not others:
+            function_at(function)(context)
+            return
+        _enlist(others, folder)
+    _crews[0].call(function, context, others, ahead)
+
+
+def _enlist(num_threads: int, folder: Path | None) -> None:
+    """At least so many threads."""
+    with _lock:
+        if not _crews or _crews[0].num_threads < num_threads:
+            crew = Crew(num_threads, folder)
+            _crews.insert(0, crew)
+            for smaller in _crews[1:]:
+                smaller.dismiss()
+
+
+@atexit.register
+def _dismiss_all() -> None:
+    """Threads in machine code must not see it unloaded."""
+    for crew in _crews:
+        crew.dismiss()
+
+
+def _source() -> str:
+    """`lead`, `dismiss` (context: the memory's address) and `work` (context: the address, the thread's number)."""
+    places = "\n".join(f"  %{name} = getelementptr i8, ptr %crew, i64 {8 * at}" for at, name in enumerate(_HEADER))
+    here = "\n".join(f"  %{name}_now = load i64, ptr %{name}" for name in _HEADER[_PAUSES_AT:])
+    # Loads: what asks for memory and waits for nothing (PREFETCHT1) is dropped as soon as a few are on their way.
+    reads = "\n".join(
+        f"  %line{at} = getelementptr i8, ptr %page, i64 {at}\n    %read{at} = load volatile i64, ptr %line{at}"
+        for at in range(0, _STEP, _LINE)
+    )
+    return f"""
+declare void @llvm.x86.sse2.pause()
+
+define internal ptr @state(ptr %crew, i64 %number) {{
+  %line = add i64 %number, 1
+  %offset = mul i64 %line, {8 * _WORDS}
+  %state = getelementptr i8, ptr %crew, i64 %offset
+  ret ptr %state
+}}
+
+define internal void @sleep(ptr %crew, ptr %state, i32 %expected) {{
+{places}
+  %kernel = load ptr, ptr %syscall
+  call i64 (i64, ...) %kernel(i64 202, ptr %state, i64 128, i32 %expected, ptr null, ptr null, i64 0)
+  ret void
+}}
+
+define internal void @wake(ptr %crew, ptr %state) {{
+{places}
+  %kernel = load ptr, ptr %syscall
+  call i64 (i64, ...) %kernel(i64 202, ptr %state, i64 129, i64 1, ptr null, ptr null, i64 0)
+  ret void
+}}
+
+define void @lead(ptr %crew) {{
+entry:
+{places}
+  %last = load i64, ptr %number
+  %now = add i64 %last, 1
+  store i64 %now, ptr %number
+  %count = load i64, ptr %called
+  br label %call
+
+call:
+  %i = phi i64 [0, %entry], [%i_next, %called_one]
+  %awake = phi i64 [0, %entry], [%awake_next, %called_one]
+  %more = icmp ult i64 %i, %count
+  br i1 %more, label %call_one, label %compute
+call_one:
+  %state = call ptr @state(ptr %crew, i64 %i)
+  %before = atomicrmw xchg ptr %state, i32 {_CALLED} seq_cst
+  %slept = icmp eq i32 %before, {_ASLEEP}
+  %was_awake = xor i1 %slept, true
+  %one_more = zext i1 %was_awake to i64
+  %awake_next = add i64 %awake, %one_more
+  br i1 %slept, label %wake_one, label %called_one
+wake_one:
+  call void @wake(ptr %crew, ptr %state)
+  br label %called_one
+called_one:
+  %i_next = add i64 %i, 1
+  br label %call
+
+compute:
+  %product = load ptr, ptr %function
+  %argument = load ptr, ptr %context
+  call void %product(ptr %argument)
+  br label %await
+
+await:
+  %k = phi i64 [0, %compute], [%k_next, %awaited_one]
+  %absent = phi i64 [0, %compute], [%absent_next, %awaited_one]
+  %left = icmp ult i64 %k, %count
+  br i1 %left, label %await_one, label %awaited
+await_one:
+  %working = call ptr @state(ptr %crew, i64 %k)
+  %taken = cmpxchg ptr %working, i32 {_CALLED}, i32 {_RESTING} seq_cst seq_cst
+  %never_came = extractvalue {{ i32, i1 }} %taken, 1
+  %absent_more = zext i1 %never_came to i64
+  br i1 %never_came, label %awaited_one, label %look
+look:
+  %looks = phi i64 [0, %await_one], [%looks_next, %look_again]
+  %seen = load atomic i32, ptr %working seq_cst, align 4
+  %at_work = icmp eq i32 %seen, {_WORKING}
+  br i1 %at_work, label %look_again, label %awaited_one
+look_again:
+  call void @llvm.x86.sse2.pause()
+  %looks_next = add i64 %looks, 1
+  %patient = icmp ult i64 %looks, {_WAIT_PAUSES}
+  br i1 %patient, label %look, label %announce
+announce:
+  cmpxchg ptr %working, i32 {_WORKING}, i32 {_AWAITED} seq_cst seq_cst
+  br label %asleep
+asleep:
+  %still = load atomic i32, ptr %working seq_cst, align 4
+  %waited_for = icmp eq i32 %still, {_AWAITED}
+  br i1 %waited_for, label %sleep, label %awaited_one
+sleep:
+  call void @sleep(ptr %crew, ptr %working, i32 {_AWAITED})
+  br label %asleep
+awaited_one:  ; with more threads absent than were asleep, some were kept from coming
+  %absent_here = phi i64 [%absent_more, %await_one], [0, %look], [%count, %asleep]
+  %absent_next = add i64 %absent, %absent_here
+  %k_next = add i64 %k, 1
+  br label %await
+
+awaited:
+  %asleep_first = sub i64 %count, %awake
+  %crowded = icmp ugt i64 %absent, %asleep_first
+  br i1 %crowded, label %note, label %done
+note:
+  %until = add i64 %now, {_CROWDED_CALLS}
+  store i64 %until, ptr %crowded_until
+  br label %done
+done:
+  ret void
+}}
+
+define void @work(ptr %own) {{
+entry:
+  %crew = load ptr, ptr %own
+  %second = getelementptr i8, ptr %own, i64 8
+  %index = load i64, ptr %second
+{places}
+  %state = call ptr @state(ptr %crew, i64 %index)
+  %first = mul i64 %index, {_STEP}
+  %all = load i64, ptr %threads
+  %stride = mul i64 %all, {_STEP}
+  %seen = alloca i64       ; the call whose memory is brought near, or was
+  %place = alloca ptr      ; that memory, its bytes, and how far it is done
+  %size = alloca i64
+  %done = alloca i64
+  %next_place = alloca ptr ; and what comes behind it
+  %next_size = alloca i64
+  %patience = alloca i64
+  store i64 0, ptr %seen
+  store i64 0, ptr %size
+  store i64 0, ptr %done
+  store i64 0, ptr %next_size
+  store i64 0, ptr %patience
+  br label %look
+
+look:
+  %word = load atomic i32, ptr %state monotonic, align 4
+  switch i32 %word, label %idle [ i32 {_CALLED}, label %take
+                                  i32 {_DISMISSED}, label %end ]
+take:
+  %taken = cmpxchg ptr %state, i32 {_CALLED}, i32 {_WORKING} seq_cst seq_cst
+  %got = extractvalue {{ i32, i1 }} %taken, 1
+  br i1 %got, label %compute, label %look
+compute:
+  %product = load ptr, ptr %function
+  %argument = load ptr, ptr %context
+  call void %product(ptr %argument)
+  %before = atomicrmw xchg ptr %state, i32 {_RESTING} seq_cst
+  %awaited = icmp eq i32 %before, {_AWAITED}
+  br i1 %awaited, label %tell, label %look
+tell:
+  call void @wake(ptr %crew, ptr %state)
+  br label %look
+
+idle:
+  %current = load atomic i64, ptr %number monotonic, align 8
+  %last = load i64, ptr %seen
+  %same = icmp eq i64 %current, %last
+  br i1 %same, label %ahead, label %begin_ahead
+begin_ahead:
+  store i64 %current, ptr %seen
+{here}
+  %until = load i64, ptr %crowded_until
+  %crowded = icmp ult i64 %current, %until
+  %size_now = select i1 %crowded, i64 0, i64 %bytes0_now
+  %next_size_now = select i1 %crowded, i64 0, i64 %bytes1_now
+  %patience_now = select i1 %crowded, i64 0, i64 %pauses_now
+  store i64 %start0_now, ptr %place
+  store i64 %size_now, ptr %size
+  store i64 %first, ptr %done
+  store i64 %start1_now, ptr %next_place
+  store i64 %next_size_now, ptr %next_size
+  store i64 %patience_now, ptr %patience
+  br label %look
+
+ahead:
+  %at = load i64, ptr %done
+  %bytes = load i64, ptr %size
+  %unfinished = icmp ult i64 %at, %bytes
+  br i1 %unfinished, label %near, label %piece_done
+near:
+  %piece = load ptr, ptr %place
+  %page = getelementptr i8, ptr %piece, i64 %at
+{reads}
+  %at_next = add i64 %at, %stride
+  store i64 %at_next, ptr %done
+  br label %look
+piece_done:
+  %next_bytes = load i64, ptr %next_size
+  %another = icmp ne i64 %next_bytes, 0
+  br i1 %another, label %next_piece, label %rest
+next_piece:
+  %next = load ptr, ptr %next_place
+  store ptr %next, ptr %place
+  store i64 %next_bytes, ptr %size
+  store i64 %first, ptr %done
+  store i64 0, ptr %next_size
+  br label %look
+
+rest:
+  %left = load i64, ptr %patience
+  %tired = icmp eq i64 %left, 0
+  br i1 %tired, label %lie_down, label %pause
+pause:
+  call void @llvm.x86.sse2.pause()
+  %less = sub i64 %left, 1
+  store i64 %less, ptr %patience
+  br label %look
+lie_down:
+  %lying = cmpxchg ptr %state, i32 {_RESTING}, i32 {_ASLEEP} seq_cst seq_cst
+  %lies = extractvalue {{ i32, i1 }} %lying, 1
+  br i1 %lies, label %sleep, label %look
+sleep:
+  call void @sleep(ptr %crew, ptr %state, i32 {_ASLEEP})
+  %now = load atomic i32, ptr %state seq_cst, align 4
+  %still = icmp eq i32 %now, {_ASLEEP}
+  br i1 %still, label %sleep, label %look
+
+end:
+  ret void
+}}
+
+define void @dismiss(ptr %crew) {{
+entry:
+{places}
+  %count = load i64, ptr %threads
+  br label %one
+one:
+  %i = phi i64 [0, %entry], [%i_next, %told]
+  %more = icmp ult i64 %i, %count
+  br i1 %more, label %tell, label %done
+tell:
+  %state = call ptr @state(ptr %crew, i64 %i)
+  %before = atomicrmw xchg ptr %state, i32 {_DISMISSED} seq_cst
+  call void @wake(ptr %crew, ptr %state)
+  br label %told
+told:
+  %i_next = add i64 %i, 1
+  br label %one
+done:
+  ret void
+}}
+"""

@@ -1,0 +1,131 @@
+"""Threads that compute with the caller, and bring memory near afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipo_ray.compiled.crew import Crew, run_on_threads
+from pipo_ray.compiled.ir import Function
+from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.support import obstacle
+
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+
+FIELDS = ("next", "count", "output", "starts", "spin")
+
+
+def counting() -> str:
+    """Adds 1 to a byte for each task, and to `starts` for each thread; `spin` steps for each task."""
+    function = Function("counting", FIELDS)
+    function.value(f"atomicrmw add ptr {function.place_of('starts')}, i64 1 monotonic")
+    with function.tasks(function.place_of("next"), function.field("count")) as number:
+        place = function.at(function.field("output", "ptr"), number)
+        with function.loop(function.field("spin")):
+            function.value(f"atomicrmw add ptr {place}, i8 0 monotonic")
+        function.store("i8", function.value(f"add i8 {function.load('i8', place)}, 1"), place)
+    return function.text()
+
+
+@pytest.fixture(scope="module")
+def code() -> MachineCode:
+    return MachineCode(counting())
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    made = Crew(2)
+    yield made
+    made.dismiss()
+
+
+class Job:
+    """`tasks` tasks, to be done once each."""
+
+    def __init__(self, code: MachineCode, tasks: int = 500, spin: int = 0) -> None:
+        self.output = torch.zeros(tasks, dtype=torch.uint8)
+        self._words = context_of([0, tasks, self.output.data_ptr(), 0, spin])
+        self.function, self.context = code.address("counting"), ctypes.addressof(self._words)
+
+    def check(self) -> int:
+        """How many threads took part."""
+        assert self.output.eq(1).all()
+        return int(self._words[FIELDS.index("starts")])
+
+
+def test_every_task_is_done_once_by_as_many_threads_as_come(code: MachineCode, crew: Crew) -> None:
+    taking_part = []
+    for number in range(300):
+        job = Job(code, spin=number % 3 * 100)
+        crew.call(job.function, job.context, number % 3)
+        taking_part.append(job.check())
+        assert taking_part[-1] <= 1 + number % 3
+    assert max(taking_part) > 1
+
+
+def test_it_has_as_many_threads_as_torch(code: MachineCode) -> None:
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 3, 2):
+            torch.set_num_threads(num_threads)
+            for _ in range(20):
+                job = Job(code, spin=2000)
+                run_on_threads(job.function, job.context)
+                assert job.check() <= num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_who_calls_while_another_call_runs_is_alone(code: MachineCode, crew: Crew) -> None:
+    with crew._busy:
+        job = Job(code, spin=2000)
+        crew.call(job.function, job.context, 2)
+        assert job.check() == 1
+
+
+def test_a_forked_process_and_one_without_threads_compute_alone(code: MachineCode) -> None:
+    crew = Crew(2)
+    job = Job(code)
+    crew.call(job.function, job.context, 2)
+    child = os.fork()
+    if not child:
+        job = Job(code)
+        crew.call(job.function, job.context, 2)
+        os._exit(0 if job.check() == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    crew.dismiss()
+    job = Job(code)
+    crew.call(job.function, job.context, 2)
+    assert job.check() == 1
+
+
+def test_the_memory_ahead_is_read_and_no_other(code: MachineCode, crew: Crew) -> None:
+    """Of a file in memory with nothing in it: reading a page gives it one."""
+    file = os.memfd_create("ahead")
+    os.ftruncate(file, 1 << 20)
+    memory = torch.frombuffer(mmap.mmap(file, 1 << 20), dtype=torch.uint8)
+    ahead = [(memory[: 1 << 18], 1 << 18), (memory[1 << 19 :], 1 << 17)]
+    job = Job(code, spin=100)
+    crew.call(job.function, job.context, 2, ahead)
+    deadline = time.monotonic() + 10
+    while os.fstat(file).st_blocks * 512 < 3 << 17 and time.monotonic() < deadline:
+        job = Job(code, spin=100)  # a thread that did not come the last time does so now
+        crew.call(job.function, job.context, 2, None)
+        time.sleep(0.01)
+    assert os.fstat(file).st_blocks * 512 == 3 << 17
+    os.close(file)
+
+
+def test_threads_sleep_when_nobody_calls(code: MachineCode, crew: Crew) -> None:
+    job = Job(code)
+    crew.call(job.function, job.context, 2, [(job.output, 1)])
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before < 0.05
