@@ -34,8 +34,8 @@ _WORDS = 16  # of the header, and of each thread's line: two cache lines, which 
 _STEP = 4096  # bytes brought near between two looks at one's state
 _LINE = 64
 _PAUSES = 20_000
-"""Of the loop before sleeping: some 0.4 ms, more than lies between two products of a layer."""
-_WAIT_PAUSES = 5_000
+"""Of the loop before sleeping: some 0.5 ms, more than lies between two products of a layer."""
+_WAIT_PAUSES = 20_000
 """The caller loops so often for a thread that has begun; then another process has its core."""
 _CROWDED_CALLS = 64
 """For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not."""
