@@ -54,15 +54,18 @@ class Crew:
         self._address = address + -address % _LINE
         self._words = (ctypes.c_int64 * (size // 8)).from_address(self._address)
         self._words[_HEADER.index("syscall")], self._words[_HEADER.index("threads")] = syscall or 0, num_threads
+        self._work = function_at(self._code.address("work"))
         self._lead = function_at(self._code.address("lead"))
         self._dismiss = function_at(self._code.address("dismiss"))
         self._busy = threading.Lock()
         self._ahead: object = None
         """What the threads may be reading: it must not go before they are called again."""
-        self._threads = []
+        self._threads, self._contexts = [], []
         for number in range(num_threads):
             context = context_of([self._address, number])
-            thread = threading.Thread(target=self._work, args=(context,), name=f"crew {number}", daemon=True)
+            arguments = (ctypes.addressof(context),)
+            self._contexts.append(context)
+            thread = threading.Thread(target=self._work, args=arguments, name=f"crew {number}", daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -97,9 +100,6 @@ class Crew:
             self._dismiss(self._address)
         for thread in self._threads:
             thread.join()
-
-    def _work(self, context: ctypes.Array[ctypes.c_int64]) -> None:
-        function_at(self._code.address("work"))(ctypes.addressof(context))
 
 
 _PAUSES_AT = _HEADER.index("pauses")
