@@ -1,21 +1,22 @@
 """Products of bf16 inputs with int4 panels of the layout "avx512", as LLVM IR.
 
 64 rows of a weight at a time, four vectors of 16. Two columns of them are 64 bytes of codes: a permutation puts the
-four codes of row r and two columns into lane r of four vectors, a table of 32 words (the sixteen values twice, so that
-the fifth bit of an index does not matter) turns codes into bf16, and one instruction multiplies both columns with two
-inputs and adds to float32. bf16 holds -8 to 7 exactly, so the only roundings are those of float32 sums, and that of
-the result. A group's sum is multiplied with its scales; its zeros are multiplied with the sum of its inputs.
+four codes of row r and two columns into lane r of four vectors; a shift and two bit operations, which are one
+instruction, make them bf16 numbers from 16 to 31; and one instruction multiplies both columns with two inputs and adds
+to float32. A sum begins at -24 times the sum of the inputs, so that codes count from -8. bf16 holds all of that
+exactly: the only roundings are those of float32 sums, and that of the result. A group's sum is multiplied with its
+scales; its zeros are multiplied with the sum of its inputs.
 
-That takes 12 instructions for 128 weights and one row of inputs and 4 for each further one. With six rows the 24 sums
+That takes 13 instructions for 128 weights and one row of inputs and 4 for each further one. With six rows the 24 sums
 fill the registers; more rows go over the same 64 rows of the weight again, which are in the cache then. A row of inputs
 gives the same bits however many others it is computed with, and on however many threads.
 
-Needs AVX512F, BW, VL, VBMI and BF16. The instructions by name: VPERMB, VPERMW, VDPBF16PS.
+Needs AVX512F, BW, VL, VBMI and BF16. The instructions by name: VPERMB, VPTERNLOGD, VDPBF16PS.
 """
 
 from __future__ import annotations
 
-from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, WORDS, Function, bf16_bits, vector
+from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, WORDS, Function, bf16_bits, float_bits, vector
 
 FIELDS = (
     "inputs", "sums", "codes", "scales", "output", "num_inputs", "groups", "rows", "next", "panel_bytes",
@@ -32,7 +33,9 @@ MOST_INPUTS = 6
 _BLOCK = 64
 _VECTORS = 4
 _NEAR = 512  # bytes: with one row the weights come from memory
-_TABLE = vector("i16", [bf16_bits(float(code % 16 - 8)) for code in range(32)])
+_SIXTEEN = bf16_bits(16.0)  # whose lower bits count eighths: with a code in the upper four of them it is 16 more
+_CODE_BITS = 15 << 3
+_ZERO = 24.0  # 16, and the 8 that a code of zero is below zero
 _ONES = "<" + ", ".join(["bfloat 1.0"] * 32) + ">"
 # Of two columns' bytes, the four that have codes of rows r, r + 16, r + 32 and r + 48, for each r.
 _INTERLEAVED = vector("i32", [byte + row for row in range(16) for byte in (0, 16, 32, 48)])
@@ -107,7 +110,9 @@ def _block(f: Function, group: int, indices: list[str], codes: str, scales: str)
     sums = [f.at(f.field("sums", "ptr"), f.multiply(row, 4)) for row in rows]
     totals = [[f.variable(FLOATS) for _ in range(_VECTORS)] for _ in indices]
     with f.loop(groups) as number:
-        parts = [[f.variable(FLOATS) for _ in range(_VECTORS)] for _ in indices]
+        of_inputs = [f.everywhere(f.at(row, f.multiply(number, 4)), FLOATS) for row in sums]
+        zeros = [f.value(f"fmul {FLOATS} {total}, splat (float {float_bits(-_ZERO)})") for total in of_inputs]
+        parts = [[f.variable(FLOATS, zero) for _ in range(_VECTORS)] for zero in zeros]
         start = f.at(codes, f.multiply(number, group * _BLOCK // 2))
         starts = [f.at(row, f.multiply(number, 2 * group)) for row in inputs]
         with f.loop(group // 2) as pair:
@@ -119,7 +124,6 @@ def _block(f: Function, group: int, indices: list[str], codes: str, scales: str)
                 two = f.everywhere(f.at(row, f.multiply(pair, 4)), HALVES)
                 for weight, place in zip(weights, part, strict=True):
                     f.store(FLOATS, f.dot(f.load(FLOATS, place), weight, two), place)
-        of_inputs = [f.everywhere(f.at(row, f.multiply(number, 4)), FLOATS) for row in sums]
         here = f.at(scales, f.multiply(number, stride))
         for quarter in range(_VECTORS):
             scale, zero = _scales(f, f.at(here, 64 * quarter))
@@ -130,14 +134,15 @@ def _block(f: Function, group: int, indices: list[str], codes: str, scales: str)
 
 
 def _weights(f: Function, place: str) -> list[str]:
-    """Two columns of 64 rows, bf16: of each 16 rows a vector with the columns side by side."""
+    """Two columns of 64 rows, 16 plus their codes in bf16: of each 16 rows a vector with the columns side by side."""
     raw = f.load("<64 x i8>", place, align=1)
     mixed = f.value(f"shufflevector <64 x i8> {raw}, <64 x i8> poison, <64 x i32> {_INTERLEAVED}")
     words = f.cast("<64 x i8>", mixed, WORDS)
     found: dict[int, str] = {}
-    for shift, rows in enumerate(_ROWS_BY_SHIFT):
-        indices = f.value(f"lshr {WORDS} {words}, splat (i16 {4 * shift})")
-        found[rows] = f.cast(WORDS, f.look_up(_TABLE, indices), HALVES)
+    for at, rows in enumerate(_ROWS_BY_SHIFT):
+        shift = f"shl {WORDS} {words}, splat (i16 3)" if at == 0 else f"lshr {WORDS} {words}, splat (i16 {4 * at - 3})"
+        digits = f.value(f"and {WORDS} {f.value(shift)}, splat (i16 {_CODE_BITS})")
+        found[rows] = f.cast(WORDS, f.value(f"or {WORDS} {digits}, splat (i16 {_SIXTEEN})"), HALVES)
     return [found[rows] for rows in range(_VECTORS)]
 
 

@@ -21,7 +21,6 @@ declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
 declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, i32, <16 x i1>)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {HALVES}, {HALVES})
-declare {WORDS} @llvm.x86.avx512.permvar.hi.512({WORDS}, {WORDS})
 """
 
 
@@ -160,10 +159,6 @@ class Function:
     def multiply_add(self, left: str, right: str, sums: str) -> str:
         """`left` times `right` plus `sums`, float32, rounded once."""
         return self.value(f"call {FLOATS} @llvm.fma.v16f32({FLOATS} {left}, {FLOATS} {right}, {FLOATS} {sums})")
-
-    def look_up(self, table: str, indices: str) -> str:
-        """Words out of a table of 32 by the lowest five bits of each word."""
-        return self.value(f"call {WORDS} @llvm.x86.avx512.permvar.hi.512({WORDS} {table}, {WORDS} {indices})")
 
     def total(self, floats: str) -> str:
         """The sum of 16 floats: always in the same order."""
