@@ -52,8 +52,8 @@ def _attend(dim: int, at_once: int) -> str:
     f = Function(NAME, FIELDS)
     group, length = f.field("group"), f.field("length")
     scale = f.splat("float", f.value(f"bitcast i32 {f.load('i32', f.place_of('scale'))} to float"))
-    weights = [f.room(FLOATS) for _ in range(at_once)]
-    sums = [[f.room(FLOATS) for _ in range(dim // 16)] for _ in range(at_once)]
+    weights = [f.room(64) for _ in range(at_once)]
+    sums = [[f.room(64) for _ in range(dim // 16)] for _ in range(at_once)]
     with f.tasks(f.place_of("next"), f.field("kv_heads")) as number:
         keys, values = (f.at(f.field(w, "ptr"), f.multiply(number, f.field(f"{w}_stride"))) for w in ("keys", "values"))
         for place, what in ((keys, "new_keys"), (values, "new_values")):

@@ -54,14 +54,9 @@ class Function:
 
     def variable(self, kind: str, value: str = "zeroinitializer") -> str:
         """A place on the stack, set to `value` whenever this point is passed."""
-        name = self.room(kind)
-        self.store(kind, value, name)
-        return name
-
-    def room(self, kind: str) -> str:
-        """A place on the stack, whatever is in it."""
         name = f"%s{self._next()}"
         self._stack.append(f"{name} = alloca {kind}")
+        self.store(kind, value, name)
         return name
 
     def room(self, num_bytes: int) -> str:
