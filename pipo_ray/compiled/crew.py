@@ -27,7 +27,7 @@ AHEAD_RANGES = 2
 
 _RESTING, _CALLED, _WORKING, _AWAITED, _ASLEEP, _DISMISSED = range(6)
 _HEADER = (
-    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "pauses",
+    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "crowded_for", "pauses",
     *(f"{what}{number}" for number in range(AHEAD_RANGES) for what in ("start", "bytes")),
 )  # fmt: skip
 _WORDS = 16  # of the header, and of each thread's line: two cache lines, which processors fetch together
@@ -35,10 +35,14 @@ _STEP = 4096  # bytes brought near between two looks at one's state
 _LINE = 64
 _PAUSES = 20_000
 """Of the loop before sleeping: some 0.5 ms, more than lies between two products of a layer."""
-_WAIT_PAUSES = 20_000
-"""The caller loops so often for a thread that has begun; then another process has its core."""
-_CROWDED_CALLS = 64
-"""For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not."""
+_WAIT_PAUSES = 5_000
+"""The caller loops so often for a thread that has begun, 0.12 ms; then another process has its core."""
+_CROWDED_PAUSES = 200
+"""Of the caller where that was so lately: the core that it leaves may be the one that the thread waits for."""
+_CROWDED_CALLS, _MOST_CROWDED_CALLS = 64, 2048
+"""For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not. Twice as
+many where it happens again within as many calls as that.
+"""
 
 
 class Crew:
@@ -152,6 +156,7 @@ def _source() -> str:
     )
     return f"""
 declare void @llvm.x86.sse2.pause()
+declare i64 @llvm.umin.i64(i64, i64)
 
 define internal ptr @state(ptr %crew, i64 %number) {{
   %line = add i64 %number, 1
@@ -181,6 +186,9 @@ entry:
   %now = add i64 %last, 1
   store i64 %now, ptr %number
   %count = load i64, ptr %called
+  %until = load i64, ptr %crowded_until
+  %crowded = icmp ult i64 %now, %until
+  %patience = select i1 %crowded, i64 {_CROWDED_PAUSES}, i64 {_WAIT_PAUSES}
   br label %call
 
 call:
@@ -228,7 +236,7 @@ look:
 look_again:
   call void @llvm.x86.sse2.pause()
   %looks_next = add i64 %looks, 1
-  %patient = icmp ult i64 %looks, {_WAIT_PAUSES}
+  %patient = icmp ult i64 %looks, %patience
   br i1 %patient, label %look, label %announce
 announce:
   cmpxchg ptr %working, i32 {_WORKING}, i32 {_AWAITED} seq_cst seq_cst
@@ -248,11 +256,19 @@ awaited_one:  ; with more threads absent than were asleep, some were kept from c
 
 awaited:
   %asleep_first = sub i64 %count, %awake
-  %crowded = icmp ugt i64 %absent, %asleep_first
-  br i1 %crowded, label %note, label %done
+  %disturbed = icmp ugt i64 %absent, %asleep_first
+  %news = select i1 %crowded, i1 false, i1 %disturbed
+  br i1 %news, label %note, label %done
 note:
-  %until = add i64 %now, {_CROWDED_CALLS}
-  store i64 %until, ptr %crowded_until
+  %for = load i64, ptr %crowded_for
+  %quiet = sub i64 %now, %until
+  %again = icmp ult i64 %quiet, %for
+  %twice = mul i64 %for, 2
+  %more_calls = call i64 @llvm.umin.i64(i64 %twice, i64 {_MOST_CROWDED_CALLS})
+  %calls = select i1 %again, i64 %more_calls, i64 {_CROWDED_CALLS}
+  store i64 %calls, ptr %crowded_for
+  %next_until = add i64 %now, %calls
+  store i64 %next_until, ptr %crowded_until
   br label %done
 done:
   ret void
