@@ -27,7 +27,7 @@ AHEAD_RANGES = 2
 
 _RESTING, _CALLED, _WORKING, _AWAITED, _ASLEEP, _DISMISSED = range(6)
 _HEADER = (
-    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "crowded_for", "pauses",
+    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "disturbance", "pauses",
     *(f"{what}{number}" for number in range(AHEAD_RANGES) for what in ("start", "bytes")),
 )  # fmt: skip
 _WORDS = 16  # of the header, and of each thread's line: two cache lines, which processors fetch together
@@ -39,9 +39,11 @@ _WAIT_PAUSES = 5_000
 """The caller loops so often for a thread that has begun, 0.12 ms; then another process has its core."""
 _CROWDED_PAUSES = 200
 """Of the caller where that was so lately: the core that it leaves may be the one that the thread waits for."""
-_CROWDED_CALLS, _MOST_CROWDED_CALLS = 64, 2048
-"""For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not. Twice as
-many where it happens again within as many calls as that.
+_CROWDED_CALLS = 512
+"""For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not."""
+_DISTURBED, _CROWDED = 8, 32
+"""A call for which a thread's core was another's adds 8, and each other one takes 1 away: with more than 32 it is
+crowded. What the system and Ray do now and then does not count, a process that computes does within a sweep.
 """
 
 
@@ -156,7 +158,7 @@ def _source() -> str:
     )
     return f"""
 declare void @llvm.x86.sse2.pause()
-declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @llvm.usub.sat.i64(i64, i64)
 
 define internal ptr @state(ptr %crew, i64 %number) {{
   %line = add i64 %number, 1
@@ -257,18 +259,19 @@ awaited_one:  ; with more threads absent than were asleep, some were kept from c
 awaited:
   %asleep_first = sub i64 %count, %awake
   %disturbed = icmp ugt i64 %absent, %asleep_first
-  %news = select i1 %crowded, i1 false, i1 %disturbed
-  br i1 %news, label %note, label %done
-note:
-  %for = load i64, ptr %crowded_for
-  %quiet = sub i64 %now, %until
-  %again = icmp ult i64 %quiet, %for
-  %twice = mul i64 %for, 2
-  %more_calls = call i64 @llvm.umin.i64(i64 %twice, i64 {_MOST_CROWDED_CALLS})
-  %calls = select i1 %again, i64 %more_calls, i64 {_CROWDED_CALLS}
-  store i64 %calls, ptr %crowded_for
-  %next_until = add i64 %now, %calls
+  br i1 %crowded, label %done, label %count_up
+count_up:
+  %score = load i64, ptr %disturbance
+  %more_score = add i64 %score, {_DISTURBED}
+  %less_score = call i64 @llvm.usub.sat.i64(i64 %score, i64 1)
+  %new_score = select i1 %disturbed, i64 %more_score, i64 %less_score
+  store i64 %new_score, ptr %disturbance
+  %too_much = icmp ugt i64 %new_score, {_CROWDED}
+  br i1 %too_much, label %step_back, label %done
+step_back:
+  %next_until = add i64 %now, {_CROWDED_CALLS}
   store i64 %next_until, ptr %crowded_until
+  store i64 0, ptr %disturbance
   br label %done
 done:
   ret void
