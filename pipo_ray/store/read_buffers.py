@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from pipo_ray.session.huge_pages import private_memory
 
-_STEP_BYTES = 2 << 20
+_STEP_BYTES = 2 << 20  # a huge page
+_SMALL_STEP_BYTES = 128 << 10
 _MOST_KEPT_BYTES = 64 << 20
 
 
@@ -35,7 +36,8 @@ class ReadBuffers:
             if memory is not None:
                 self._free = [free for free in self._free if free is not memory]
         if memory is None:
-            memory = private_memory(-(-nbytes // _STEP_BYTES) * _STEP_BYTES)
+            step = _STEP_BYTES if nbytes > _STEP_BYTES // 2 else _SMALL_STEP_BYTES
+            memory = private_memory(-(-nbytes // step) * step)
         lent = np.frombuffer(memory.data, np.uint8, nbytes)  # not a view of `memory`: views hold on to what they are of
         weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent

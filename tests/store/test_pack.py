@@ -128,7 +128,8 @@ def test_memory_is_a_slot_and_a_constant(tmp_path: Path) -> None:
         used = status("VmHWM") - before
         os._exit(used if used < 100 else 100)
 
-    assert in_child(work) < 4 + 16
+    # The constant is mostly what malloc keeps for each of four reading threads.
+    assert in_child(work) < 4 + 24
 
 
 # --- again, and elsewhere ---
