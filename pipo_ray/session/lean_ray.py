@@ -34,6 +34,9 @@ ENVIRONMENT = {
     # An actor that asks for no GPU would otherwise get CUDA_VISIBLE_DEVICES="": which device is used is our plan's
     # business.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray gives its workers the niceness 15: whatever else runs would go before our computation, even the driver that
+    # prints its tokens. Who wants to give way has --background.
+    "RAY_worker_niceness": "0",
 }
 """Environment of a node that we start, with or without dashboard."""
 

@@ -8,14 +8,14 @@ from types import TracebackType
 
 from pipo_ray.session.memory import SYSTEM_ROOT, Cgroup, own_cgroups, page_tables, proportional_size, resident_sizes
 
-_PSS_DUTY = 0.02
+_PSS_DUTY = 0.005
 
 
 class PeakSampler:
     """A thread that samples what a set of processes takes: sum of PSS plus page tables. A context manager.
 
     Reading PSS makes the kernel walk the page tables: 18 ms per GiB and process. That would cost a core, so the exact
-    figure is read as often as 2 % of one core allow, and in between it is carried on with the change of the counters
+    figure is read as often as half a percent of one core allows, and in between it is carried on with the change of the counters
     that cost nothing (private memory and page tables of each process, shared memory of the one that maps most of it:
     the driver maps all).
 
