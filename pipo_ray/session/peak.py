@@ -15,9 +15,9 @@ class PeakSampler:
     """A thread that samples what a set of processes takes: sum of PSS plus page tables. A context manager.
 
     Reading PSS makes the kernel walk the page tables: 18 ms per GiB and process. That would cost a core, so the exact
-    figure is read as often as half a percent of one core allows, and in between it is carried on with the change of the counters
-    that cost nothing (private memory and page tables of each process, shared memory of the one that maps most of it:
-    the driver maps all).
+    figure is read as often as half a percent of one core allows, and in between it is carried on with the change of
+    the counters that cost nothing (private memory and page tables of each process, shared memory of the one that maps
+    most of it: the driver maps all).
 
     If the processes are alone in a control group with a memory limit, the kernel knows the peak exactly, and
     `peak_bytes` is that figure. It includes the page cache, which such a group is charged for.
