@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +27,13 @@ AHEAD_RANGES = 2
 """So many pieces of memory are brought near after a call."""
 
 _RESTING, _CALLED, _WORKING, _AWAITED, _ASLEEP, _DISMISSED = range(6)
-_HEADER = (
-    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "disturbance", "pauses",
-    *(f"{what}{number}" for number in range(AHEAD_RANGES) for what in ("start", "bytes")),
-)  # fmt: skip
-_WORDS = 16  # of the header, and of each thread's line: two cache lines, which processors fetch together
+_HEADER = ("function", "context", "called", "number", "threads", "syscall", "crowded_until", "disturbance", "half")
+_AHEAD = ("pauses", *(f"{what}{number}" for number in range(AHEAD_RANGES) for what in ("start", "bytes")))
+_WORDS = 16  # of the header, and of each line behind it: two cache lines, which processors fetch together
+_HALF_WORDS = _WORDS // 2
+"""Behind the header is a line with what comes next, twice: one half is written while a thread may read the other. A
+thread that finds no newer call behind its reading knows that nobody has written there (a sequence lock).
+"""
 _STEP = 4096  # bytes brought near between two looks at one's state
 _LINE = 64
 _PAUSES = 20_000
@@ -54,7 +57,7 @@ class Crew:
         self.num_threads = num_threads
         self._code = MachineCode(_source(), folder)
         syscall = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
-        size = 8 * _WORDS * (1 + num_threads)
+        size = 8 * _WORDS * (2 + num_threads)
         self._memory = ctypes.create_string_buffer(size + _LINE)
         address = ctypes.addressof(self._memory)
         self._address = address + -address % _LINE
@@ -64,8 +67,8 @@ class Crew:
         self._lead = function_at(self._code.address("lead"))
         self._dismiss = function_at(self._code.address("dismiss"))
         self._busy = threading.Lock()
-        self._ahead: object = None
-        """What the threads may be reading: it must not go before they are called again."""
+        self._ahead: deque[object] = deque(maxlen=4)
+        """What the threads may be reading: one that is kept from its core may still be some calls behind."""
         self._threads, self._contexts = [], []
         for number in range(num_threads):
             context = context_of([self._address, number])
@@ -92,10 +95,13 @@ class Crew:
             if ahead is not None:
                 ranges = [number for memory, nbytes in ahead for number in (memory.data_ptr(), nbytes)]
                 ranges += [0] * (2 * AHEAD_RANGES - len(ranges))
-                words[_PAUSES_AT : _PAUSES_AT + 1 + 2 * AHEAD_RANGES] = [_PAUSES if ahead else 0, *ranges]
+                half = 1 - words[_HALF_AT]
+                first = _WORDS + _HALF_WORDS * half
+                words[first : first + len(_AHEAD)] = [_PAUSES if ahead else 0, *ranges]
+                words[_HALF_AT] = half
             self._lead(self._address)
             if ahead is not None:
-                self._ahead = ahead
+                self._ahead.append(ahead)
         finally:
             self._busy.release()
 
@@ -108,7 +114,7 @@ class Crew:
             thread.join()
 
 
-_PAUSES_AT = _HEADER.index("pauses")
+_HALF_AT = _HEADER.index("half")
 
 
 _lock = threading.Lock()
@@ -150,7 +156,11 @@ def _dismiss_all() -> None:
 def _source() -> str:
     """`lead`, `dismiss` (context: the memory's address) and `work` (context: the address, the thread's number)."""
     places = "\n".join(f"  %{name} = getelementptr i8, ptr %crew, i64 {8 * at}" for at, name in enumerate(_HEADER))
-    here = "\n".join(f"  %{name}_now = load i64, ptr %{name}" for name in _HEADER[_PAUSES_AT:])
+    here = "\n".join(
+        f"  %{name} = getelementptr i8, ptr %half_place, i64 {8 * at}\n"
+        f"  %{name}_now = load atomic i64, ptr %{name} acquire, align 8"
+        for at, name in enumerate(_AHEAD)
+    )
     # Loads: what asks for memory and waits for nothing (PREFETCHT1) is dropped as soon as a few are on their way.
     reads = "\n".join(
         f"  %line{at} = getelementptr i8, ptr %page, i64 {at}\n    %read{at} = load volatile i64, ptr %line{at}"
@@ -161,7 +171,7 @@ declare void @llvm.x86.sse2.pause()
 declare i64 @llvm.usub.sat.i64(i64, i64)
 
 define internal ptr @state(ptr %crew, i64 %number) {{
-  %line = add i64 %number, 1
+  %line = add i64 %number, 2
   %offset = mul i64 %line, {8 * _WORDS}
   %state = getelementptr i8, ptr %crew, i64 %offset
   ret ptr %state
@@ -326,8 +336,16 @@ idle:
   %same = icmp eq i64 %current, %last
   br i1 %same, label %ahead, label %begin_ahead
 begin_ahead:
-  store i64 %current, ptr %seen
+  %half_now = load atomic i64, ptr %half acquire, align 8
+  %half_offset = mul i64 %half_now, {8 * _HALF_WORDS}
+  %halves = getelementptr i8, ptr %crew, i64 {8 * _WORDS}
+  %half_place = getelementptr i8, ptr %halves, i64 %half_offset
 {here}
+  %number_behind = load atomic i64, ptr %number acquire, align 8
+  %unchanged = icmp eq i64 %number_behind, %current
+  br i1 %unchanged, label %set_ahead, label %look
+set_ahead:
+  store i64 %current, ptr %seen
   %until = load i64, ptr %crowded_until
   %crowded = icmp ult i64 %current, %until
   %size_now = select i1 %crowded, i64 0, i64 %bytes0_now
