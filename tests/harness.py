@@ -21,6 +21,7 @@ from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
 from pipo_ray.model.inspect import find_facts, trace_of
 from pipo_ray.model.kv_cache import KVStore
+from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
@@ -164,6 +165,7 @@ class Pipeline:
         }
         self.device = device
         self._ops = ops
+        self._cuda: CudaOps | None = None
         free = [piece for piece in others if piece not in self.resident_rows]
         self.gpu_residents = tuple(free[-gpu_resident_pieces:]) if gpu_resident_pieces else ()
         self.num_slots = self.plan.max_held + spare_slots
@@ -199,7 +201,7 @@ class Pipeline:
             if kv_bits is not None:
                 store = LowBitStore(kv_bits)
             if kv_store is not None:
-                store = kv_store(packed.dtype, ops or CudaOps(device))
+                store = kv_store(packed.dtype, self._device_ops())
             self.runner = ModelRunner(
                 self.model, self.binder, device, ragged=facts.ragged, kv_store=store, attention=attention
             )
@@ -219,7 +221,7 @@ class Pipeline:
         residents = [torch.from_numpy(part) for part in self._residents]
         if self.device.type == "cpu" and self._ops is None:
             return HostStream(self.plan, self.loads(), self.table, slots, residents)
-        ops = self._ops or CudaOps(self.device)
+        ops = self._device_ops()
         gpu_slots = num_gpu_slots or self.plan.max_held + 1
         return DeviceStream(
             self.plan, self.loads,
@@ -228,11 +230,17 @@ class Pipeline:
             {piece: ops.allocate(self.pieces[piece].read_bytes) for piece in self.gpu_residents}, ops,
         )  # fmt: skip
 
+    def _device_ops(self) -> DeviceOps:
+        if self._ops is not None:
+            return self._ops
+        self._cuda = self._cuda or CudaOps(self.device)
+        return self._cuda
+
     def _open_kv(self, gpu_pages: int, ram_pages: int) -> KVTiers:
         facts = self.packed.facts
         nbytes = page_bytes(facts.kv_bytes_per_token, facts.num_layers)
         placement = KVPlacement(facts.num_layers, nbytes, gpu_pages, ram_pages)
-        return KVTiers(placement, self.packed.dtype, self._ops or CudaOps(self.device))
+        return KVTiers(placement, self.packed.dtype, self._device_ops())
 
     def preloads(self) -> LoadOrder | None:
         """The order in which pieces that stay on the GPU are loaded."""
@@ -307,6 +315,15 @@ class Pipeline:
             loader.stop()
         for reader in self._readers.values():
             reader.close()
+        if self._cuda is not None:
+            # What is registered must be given back before it is unmapped: the driver may want the addresses.
+            if (tiers := getattr(self, "kv_tiers", None)) is not None:
+                tiers._pinning.join()
+            disk = self.runner._kv_store if hasattr(self, "runner") else None  # opening it may have failed
+            if isinstance(disk, KVDisk) and disk._copies is not None:
+                disk._copies._pinning.join()
+            self._cuda.synchronize()
+            self._cuda.unpin_all()
 
     def __enter__(self) -> Pipeline:
         return self

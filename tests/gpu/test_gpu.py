@@ -132,7 +132,8 @@ def test_kv_pages_are_bit_identical_through_the_tiers() -> None:
     layers, shape = 6, (8, 128, 128)
     nbytes = page_bytes(layers * 4096, layers)
     device = torch.device("cuda", 0)
-    tiers = KVTiers(KVPlacement(layers, nbytes, 100, ram_pages_for(layers, 40, 100)), torch.bfloat16, CudaOps(device))
+    ops = CudaOps(device)
+    tiers = KVTiers(KVPlacement(layers, nbytes, 100, ram_pages_for(layers, 40, 100)), torch.bfloat16, ops)
     live: list[Written] = []
     for sweep in range(40):
         if sweep in (0, 3, 6, 20):
@@ -142,6 +143,9 @@ def test_kv_pages_are_bit_identical_through_the_tiers() -> None:
         batch = [(one, 200 if one.cache.length == 0 else 1 + sweep % 3) for one in live]
         append_random(tiers, batch, layers, shape=shape)
     assert tiers.loaded_bytes > tiers.saved_bytes > 0
+    tiers._pinning.join()
+    ops.synchronize()
+    ops.unpin_all()  # before the memory is unmapped: the driver may want the addresses
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
