@@ -140,8 +140,7 @@ class Binder:
             for piece in plan.pieces
         ]
         self._bindings: dict[int, _Bindings] = {}  # of each piece, as it was last bound
-        self._made: dict[tuple[int, int], _Bindings] = {}  # by piece and memory
-        self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by tensor and memory
+        self._weights: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by tensor and memory
         self._watch()
 
     # -- a sweep
@@ -302,18 +301,13 @@ class Binder:
     def _bind(self, position: int, memory: torch.Tensor) -> int:
         """Put views of `memory` into the piece's places; where the memory's storage begins.
 
-        A piece in a memory that it was in before gets the views it had: making them costs more than a small product,
-        and a piece sees few slots.
+        A piece that stays in the same memory is not looked at again.
         """
         piece = self._plan.order[position]
-        bindings = self._made.get((piece, id(memory)))
+        bindings = self._bindings.get(piece)
         if bindings is None or bindings.memory is not memory:
             values = [self._weight(memory, place.tensor) for place in self._places[piece]]
-            bindings = _Bindings(memory, memory.untyped_storage().data_ptr(), values)
-            if len(self._made) >= _REMEMBERED:
-                self._made.clear()
-            self._made[piece, id(memory)] = bindings
-        self._bindings[piece] = bindings
+            bindings = self._bindings[piece] = _Bindings(memory, memory.untyped_storage().data_ptr(), values)
         self._put(piece)
         return bindings.storage
 
@@ -326,12 +320,23 @@ class Binder:
             place.holder[place.leaf] = place.unbound
 
     def _weight(self, memory: torch.Tensor, tensor: PieceTensor) -> torch.Tensor:
-        """What is bound: the tensor, or the rows of it that are in the piece, over the piece's memory."""
-        view = view_of(memory, tensor)
-        if tensor.panels is None:
-            return self._bound(view)
-        assert self._low_bit is not None, "a plan with low-bit weights needs their products"
-        return self._low_bit.bind(view, tensor.panels, tensor.row_start)
+        """What is bound: the tensor, or the rows of it that are in the piece, over the piece's memory.
+
+        In a memory that it was in before it is what it was: making it costs more than a small product, and a piece
+        sees few slots.
+        """
+        of, weight = self._weights.get((id(tensor), id(memory)), (None, None))
+        if weight is None or of is not memory:
+            view = view_of(memory, tensor)
+            if tensor.panels is None:
+                weight = self._bound(view)
+            else:
+                assert self._low_bit is not None, "a plan with low-bit weights needs their products"
+                weight = self._low_bit.bind(view, tensor.panels, tensor.row_start)
+            if len(self._weights) >= _REMEMBERED:
+                self._weights.clear()
+            self._weights[id(tensor), id(memory)] = memory, weight
+        return weight
 
     # -- what streams through a call
     # ----------------------------------------------------------------------------------------
@@ -398,13 +403,7 @@ class Binder:
         start, stop = tensor.row_start, tensor.row_stop
         if tensor.panels is not None:
             start, stop = tensor.panels.rows_of(start, stop)
-        of, part = self._parts.get((id(tensor), id(memory)), (None, None))
-        if part is None or of is not memory:
-            part = self._weight(memory, tensor)
-            if len(self._parts) >= _REMEMBERED:
-                self._parts.clear()
-            self._parts[id(tensor), id(memory)] = memory, part
-        return start, stop, part
+        return start, stop, self._weight(memory, tensor)
 
     def _expert_answer(self, name: str) -> Callable[[int], torch.Tensor]:
         places: dict[int, tuple[int, PieceTensor]] = {}

@@ -7,8 +7,9 @@ tensor cores with weights rounded to bf16, both straight from the panels and wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,11 @@ from pipo_ray.triton_kernels import int4, int8
 
 RowsProduct = Callable[[torch.Tensor], torch.Tensor]
 """Inputs bf16 [n, columns] in, products bf16 [n, rows] out."""
+
+_Chunk = tuple[Callable[..., object], torch.Tensor, tuple[Any, ...], torch.Tensor, slice]
+"""A launch that unpacks rows of a weight, the matrix that it fills, its numbers; what of the matrix is multiplied, as
+[columns, rows], and the columns of the output that it gives.
+"""
 
 VECTOR_INPUTS = 4
 """Rows of inputs that the vector kernel takes at most."""
@@ -132,21 +138,13 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
             *_int4_constants(panels), inputs, min(group, 64), self._dot,
         )  # fmt: skip
-        launch, partials, arrivals = int4.int4_tiles[(blocks, parts, tiles)], self._partials, self._arrivals
-        warps, stages = 8 if inputs >= 64 else 4, self._tuning.tiles_stages
-
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
-            output = rows.new_empty(num_inputs, num_rows)
-            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=warps, num_stages=stages)
-            return output
-
-        return multiply
+        return self._tiles(int4.int4_tiles[(blocks, parts, tiles)], memory, numbers, inputs, num_rows)
 
     def _int4_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         block, columns = INT4_LAYOUTS[panels.layout].block, panels.columns
         at_once, step = self._rows_at_once(columns), 64
         constants = (*_int4_constants(panels), step)
-        chunks = []
+        chunks: list[_Chunk] = []
         for first in range(0, num_rows, at_once):
             count = min(at_once, num_rows - first)
             held = -(-count // BLOCK_ROWS) * BLOCK_ROWS
@@ -155,14 +153,7 @@ class TritonProducts:
             numbers = (first // block, columns, memory.stride(0), panels.panel_rows // block, held, *constants)
             chunks.append((launch, matrix, numbers, matrix[:, :count], slice(first, first + count)))
 
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
-            output = rows.new_empty(num_inputs, num_rows)
-            for launch, matrix, numbers, weight, place in chunks:
-                launch(memory, matrix, *numbers, num_warps=4)
-                torch.mm(rows, weight, out=output[:, place])
-            return output
-
-        return multiply
+        return _by_chunks(chunks, memory, num_rows)
 
     def _int8_vector(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         rows_at_once = 4
@@ -188,20 +179,12 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows, part_columns, parts,
             inputs, BLOCK_ROWS, 64, self._dot,
         )  # fmt: skip
-        launch, partials, arrivals = int8.int8_tiles[(blocks, parts, tiles)], self._partials, self._arrivals
-        warps, stages = 8 if inputs >= 64 else 4, self._tuning.tiles_stages
-
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
-            output = rows.new_empty(num_inputs, num_rows)
-            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=warps, num_stages=stages)
-            return output
-
-        return multiply
+        return self._tiles(int8.int8_tiles[(blocks, parts, tiles)], memory, numbers, inputs, num_rows)
 
     def _int8_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         columns = panels.columns
         at_once, rows_each, step = self._rows_at_once(columns), 8, 512
-        chunks = []
+        chunks: list[_Chunk] = []
         for first in range(0, num_rows, at_once):
             count = min(at_once, num_rows - first)
             held = -(-count // rows_each) * rows_each
@@ -210,11 +193,18 @@ class TritonProducts:
             numbers = (first, columns, memory.stride(0), panels.panel_rows, rows_each, step)
             chunks.append((launch, matrix, numbers, matrix[:count].t(), slice(first, first + count)))
 
+        return _by_chunks(chunks, memory, num_rows)
+
+    def _tiles(
+        self, launch: Callable[..., object], memory: torch.Tensor, numbers: tuple[Any, ...], inputs: int, num_rows: int
+    ) -> RowsProduct:
+        """A kernel with programs of `inputs` rows of inputs; `numbers` begin with how many there are in all."""
+        partials, arrivals, num_inputs = self._partials, self._arrivals, numbers[0]
+        warps, stages = 8 if inputs >= 64 else 4, self._tuning.tiles_stages
+
         def multiply(rows: torch.Tensor) -> torch.Tensor:
             output = rows.new_empty(num_inputs, num_rows)
-            for launch, matrix, numbers, weight, place in chunks:
-                launch(memory, matrix, *numbers, num_warps=4)
-                torch.mm(rows, weight, out=output[:, place])
+            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=warps, num_stages=stages)
             return output
 
         return multiply
@@ -237,6 +227,19 @@ class TritonProducts:
     def _rows_at_once(self, columns: int) -> int:
         """Rows whose unpacked weights fit the scratch memory."""
         return max(1, self._scratch.numel() // 2 // columns // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def _by_chunks(chunks: Sequence[_Chunk], memory: torch.Tensor, num_rows: int) -> RowsProduct:
+    """Each chunk's weights are unpacked, and multiplied by torch."""
+
+    def multiply(rows: torch.Tensor) -> torch.Tensor:
+        output = rows.new_empty(len(rows), num_rows)
+        for launch, matrix, numbers, weight, place in chunks:
+            launch(memory, matrix, *numbers, num_warps=4)
+            torch.mm(rows, weight, out=output[:, place])
+        return output
+
+    return multiply
 
 
 def layout_of(panels: Panels) -> Layout:
