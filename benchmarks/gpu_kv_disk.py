@@ -20,7 +20,6 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ from pipo_ray.session.memory import format_size, parse_size
 CHUNK = 2048
 COMPARED = 1000
 GPU_MEMORY = 6 << 30
-
-
-@dataclass(frozen=True)
-class LongLlama(LlamaShape):
-    """With room for the prompt."""
-
-    def config(self) -> dict[str, Any]:
-        """What stands in config.json."""
-        return super().config() | {"max_position_embeddings": 131072}
 
 
 def run(store: Path, prompt: list[int], arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
@@ -140,7 +130,7 @@ def main() -> int:
         if not store.exists():
             from pipo_ray.prepare import pack_store
 
-            shape = LongLlama(arguments.layers, 4096, 14336, 32, 8, vocabulary=128256, rope_theta=500000.0)
+            shape = LlamaShape(arguments.layers, 4096, 14336, 32, 8, 128256, rope_theta=500000.0, positions=131072)
             make_checkpoint(base / "checkpoint", shape)
             pack_store(base / "checkpoint", store)
             shutil.rmtree(base / "checkpoint")

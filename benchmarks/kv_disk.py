@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,6 @@ from pipo_ray.session.memory import format_size
 
 CHUNK = 512
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class LongLlama(LlamaShape):
-    """With room for the prompt."""
-
-    def config(self) -> dict[str, Any]:
-        """What stands in config.json."""
-        return super().config() | {"max_position_embeddings": 65536}
 
 
 def run(store: Path, kv_bytes: int, wish: KVOnDisk | None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,8 +78,8 @@ def run(store: Path, kv_bytes: int, wish: KVOnDisk | None, arguments: argparse.N
 def generate(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     """The runs, and their ratios to the one with all pages in RAM."""
     hidden, heads = arguments.hidden, arguments.hidden // 64
-    shape = LongLlama(arguments.layers, hidden, intermediate=11 * hidden // 4, heads=heads, kv_heads=heads // 2,
-                      vocabulary=4096)  # fmt: skip
+    shape = LlamaShape(arguments.layers, hidden, intermediate=11 * hidden // 4, heads=heads, kv_heads=heads // 2,
+                       vocabulary=4096, positions=65536)  # fmt: skip
     checkpoint = base / "checkpoint"
     make_checkpoint(checkpoint, shape)
     facts = prepare_store(str(checkpoint)).facts

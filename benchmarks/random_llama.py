@@ -32,6 +32,7 @@ class LlamaShape:
     kv_heads: int = 4
     vocabulary: int = 32000
     rope_theta: float = 10000.0
+    positions: int = 4096
 
     @property
     def head_dim(self) -> int:
@@ -91,7 +92,7 @@ class LlamaShape:
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
             "vocab_size": self.vocabulary, "hidden_size": self.hidden, "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "head_dim": self.head_dim, "max_position_embeddings": self.positions, "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }  # fmt: skip
