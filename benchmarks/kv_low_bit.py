@@ -3,14 +3,19 @@
 How to run (five minutes of processor time; --quick takes four windows of the text and no variants):
 
     python benchmarks/kv_low_bit.py [--quick] [--windows N] [--model FOLDER] [--text FILE] [--json FILE]
+    python benchmarks/kv_low_bit.py --model FOLDER --text FOLDER/heldout.txt --context 32768 [--windows N] [--threads N]
 
-Memory: of one layer of Llama-3-8B's shape (8 heads of 128, bf16) at 32,768 tokens, as the cache itself counts its
-bytes, scales and the 16-bit window included; and of the bundled model's shape (2 heads of 32).
+The second form takes a model with room for so many tokens (`long_context_model.py` makes one), and no variants: ten
+minutes of processor time for each window of 32,768 tokens.
 
-Accuracy: the bundled model on its held-out text, in float32 so that nothing but the KV cache differs (a window of the
-text is 1,024 tokens, all that the model can hold). What a token sees depends on its position alone, so scoring a window
-is what decoding it token by token would be. Counted are the tokens behind the 192nd, which see packed pages, and for
-`late` those behind the 768th. All is compared with the KV cache as it comes from the model.
+Memory: of one layer of Llama-3-8B's shape (8 heads of 128) and of the model's own (the bundled one has 2 heads of 32),
+in bf16 at 32,768 tokens, as the cache itself counts its bytes, scales and the 16-bit window included.
+
+Accuracy: the model on a text it was not trained on, in float32 so that nothing but the KV cache differs, through the
+attention and the packed pages of a run. What a token sees depends on its position alone, so scoring a window is what
+decoding it token by token would be. Counted are the tokens behind the 192nd, which see packed pages, and for `late`
+those behind the 768th of 1,024, or the last 2,048 of a longer window. All is compared with the KV cache as it comes
+from the model.
 
     perplexity      e to the mean loss per token, and how much more than with the whole KV cache
     KL              mean Kullback-Leibler divergence of the next token's distribution, in nats
@@ -24,11 +29,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from low_bit_quality import BUNDLED, text_windows
 from torch import Tensor
@@ -44,8 +51,12 @@ from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, WINDOW_TOKENS
 from pipo_ray.quant.kv_rounding import round_along
 from pipo_ray.report.quality import Quality
 
-LONG, LATE = 32768, 768
-SHAPES = {"Llama-3-8B": (8, 128), "bundled": (2, 32)}
+LONG, SHORT = 32768, 1024
+SHAPE = (8, 128)
+"""Key-value heads of Llama-3-8B and their size."""
+
+CHUNK_TOKENS = 1024
+"""Tokens that go through the model at a time in a long window: few passes, and scores that fit in memory."""
 
 
 def bytes_at(bits: int, heads: int, dim: int) -> int:
@@ -99,17 +110,38 @@ class Variant:
 
 
 @torch.inference_mode()
-def logits_of(model: Any, window: list[int], cache: SequenceKV) -> Any:
-    """[tokens, vocabulary] float32 of a window, page by page."""
-    rows = []
-    for start in range(0, len(window), PAGE_TOKENS):
-        ids = torch.tensor([window[start : start + PAGE_TOKENS]])
-        row = RaggedCache((Segment(cache, 0, ids.shape[1]),))
-        positions = torch.arange(start, start + ids.shape[1])[None]
-        with ragged_row(row):
-            rows.append(model(ids, position_ids=positions, past_key_values=row, use_cache=True).logits[0])
-        row.advance()
-    return torch.cat(rows).float().numpy()
+def compare(
+    model: Any, window: Sequence[int], caches: Mapping[str, SequenceKV], chunk: int, found: Mapping[str, list[Quality]]
+) -> None:
+    """Add a window's tokens to what was found for each cache, by where they are counted from; the first cache is what
+    the others are compared with. All go chunk by chunk, so that no window's logits [tokens, vocabulary] are kept.
+    """
+    starts = starts_of(len(window))
+    before: dict[str, Any] = {}
+    for start in range(0, len(window), chunk):
+        ids = torch.tensor([window[start : start + chunk]], device=model.device)
+        stop, positions = start + ids.shape[1], torch.arange(start, start + ids.shape[1], device=model.device)[None]
+        made = {}
+        for name, cache in caches.items():
+            row = RaggedCache((Segment(cache, 0, ids.shape[1]),))
+            with ragged_row(row):
+                logits = model(ids, position_ids=positions, past_key_values=row, use_cache=True).logits[0]
+            row.advance()
+            made[name] = logits.float().cpu().numpy()
+        whole, *_ = made
+        for name, logits in made.items():
+            for quality, first in zip(found[name], starts, strict=True):
+                if first < start:  # the chunk before has the logits for this one's first token
+                    rows = (np.concatenate([before[one], made[one]]) for one in (name, whole))
+                    quality.add(window[start - 1 : stop], *rows)
+                elif stop - first > 1:
+                    quality.add(window[first:stop], logits[first - start :], made[whole][first - start :])
+        before = {name: logits[-1:] for name, logits in made.items()}
+
+
+def starts_of(length: int) -> tuple[int, int]:
+    """From where on tokens of a window are counted: all that see packed pages, and the late ones."""
+    return SHORT_TOKENS, max(3 * SHORT // 4, length - 2 * SHORT)
 
 
 def main() -> None:
@@ -119,23 +151,33 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="of the text; default: all")
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser.add_argument("--context", type=int, default=SHORT, help="tokens of a window")
+    parser.add_argument("--threads", type=int, default=1, help="one is the fastest for a tiny model and short windows")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the fastest for a tiny model
-    document = {"memory": memory(), "accuracy": accuracy(options)}
+    torch.set_num_threads(options.threads)
+    document = {"memory": memory(options.model), "accuracy": accuracy(options)}
     if options.json:
         options.json.write_text(json.dumps(document, indent=1))
 
 
-def memory() -> list[dict[str, Any]]:
+def memory(model: Path) -> list[dict[str, Any]]:
     """Bytes per token at LONG tokens, and how much less that is than at 16 bits."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    shapes = {"Llama-3-8B": SHAPE, "the model": (config.num_key_value_heads, config.head_dim)}
     rows = []
     print(f"one layer at {LONG} tokens   bits   bytes per token   times less")
-    for name, (heads, dim) in SHAPES.items():
+    for name, (heads, dim) in shapes.items():
         wide = bytes_at(16, heads, dim)
         for bits in (16, 8, 4):
             nbytes = bytes_at(bits, heads, dim)
-            rows.append({"shape": name, "bits": bits, "bytes_per_token": nbytes / LONG, "times_less": wide / nbytes})
+            rows.append({
+                "shape": name, "heads": heads, "dim": dim, "bits": bits, "bytes_per_token": nbytes / LONG,
+                "times_less": wide / nbytes,
+            })  # fmt: skip
             print(f"{name:27} {bits:4} {nbytes / LONG:17.1f} {wide / nbytes:12.3f}", flush=True)
     return rows
 
@@ -146,14 +188,18 @@ def accuracy(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     model = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=torch.float32, attn_implementation=RAGGED_ATTENTION
-    ).eval()
+    ).to(options.device).eval()  # fmt: skip
+    if options.context > (room := model.config.max_position_embeddings):
+        raise SystemExit(f"--context {options.context}: {options.model} has {room} positions")
     layers = model.config.num_hidden_layers
-    windows = [one for one in text_windows(options.model, options.text.read_text()) if len(one) > LATE + 64]
+    windows = text_windows(options.model, options.text.read_text(), options.context - 1)
+    windows = [one for one in windows if len(one) > starts_of(options.context)[1] + 64]
     windows = windows[: options.windows or (4 if options.quick else None)]
     caches: dict[str, Callable[[int], SequenceKV]] = {
-        "8 bits": LowBitStore((8,) * layers).open, "4 bits": LowBitStore((4,) * layers).open,
+        "whole": SequenceCache, "8 bits": LowBitStore((8,) * layers).open, "4 bits": LowBitStore((4,) * layers).open,
     }  # fmt: skip
-    if not options.quick:
+    long = options.context > SHORT
+    if not (options.quick or long):
         caches |= {
             "4, as a check": lambda _: Variant(4),
             "4, keys per token": lambda _: Variant(4, keys_per_token=True),
@@ -161,21 +207,23 @@ def accuracy(options: argparse.Namespace) -> list[dict[str, Any]]:
             "4, window 512": lambda _: Variant(4, window=512),
             "8, keys per token": lambda _: Variant(8, keys_per_token=True),
         }
-    totals = {name: (Quality(), Quality()) for name in ("whole", *caches)}
+    totals = {name: [Quality(), Quality()] for name in caches}
+    began = time.process_time()
     for window in windows:
-        whole = logits_of(model, window, SequenceCache(len(window)))
-        for name, (quality, late) in totals.items():
-            made = whole if name == "whole" else logits_of(model, window, caches[name](len(window)))
-            quality.add(window[SHORT_TOKENS:], made[SHORT_TOKENS:], whole[SHORT_TOKENS:])
-            late.add(window[LATE:], made[LATE:], whole[LATE:])
+        opened = {name: open_(len(window)) for name, open_ in caches.items()}
+        compare(model, window, opened, CHUNK_TOKENS if long else PAGE_TOKENS, totals)
     rows = []
-    print(f"\n{totals['whole'][0].count} tokens")
+    print(
+        f"\n{len(windows)} windows of {options.context} tokens, {totals['whole'][0].count} of them counted, "
+        f"{totals['whole'][1].count} late; {time.process_time() - began:.0f} s of processor time on {options.device}"
+    )
     print("KV cache              perplexity                  KL  same token        late")
     for name, (quality, late) in totals.items():
         more = quality.perplexity / totals["whole"][0].perplexity - 1
         rows.append({
-            "cache": name, "tokens": quality.count, "perplexity": quality.perplexity, "more": more, "kl": quality.kl,
-            "same_token": quality.same_token, "same_token_late": late.same_token,
+            "cache": name, "context": options.context, "windows": len(windows), "tokens": quality.count,
+            "perplexity": quality.perplexity, "more": more, "kl": quality.kl, "same_token": quality.same_token,
+            "late_tokens": late.count, "kl_late": late.kl, "same_token_late": late.same_token,
         })  # fmt: skip
         print(
             f"{name:20} {quality.perplexity:11.3f} {more:+9.3%} {quality.kl:11.6f} {quality.same_token:11.3%} "

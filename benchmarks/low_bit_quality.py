@@ -35,13 +35,13 @@ CALIBRATED = ("int4-g32", "int4-g32-sym", "int4", "int4-sym")
 WINDOW = 1023
 
 
-def text_windows(model: Path, text: str) -> list[list[int]]:
-    """Token ids in windows, each behind the token that begins a sequence."""
+def text_windows(model: Path, text: str, window: int = WINDOW) -> list[list[int]]:
+    """Token ids in windows of `window`, each behind the token that begins a sequence."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return windows_of(ids, [tokenizer.bos_token_id], WINDOW + 1, len(ids))
+    return windows_of(ids, [tokenizer.bos_token_id], window + 1, len(ids))
 
 
 def logits_of(model: Path, windows: list[list[int]], **options: Any) -> list[Logits]:

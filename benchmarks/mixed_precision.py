@@ -1,8 +1,9 @@
 """Mixed precision against uniform precision at the same bytes: KL divergence of the output from the original's.
 
-How to run (four minutes of processor time for the bundled model; --quick: a quarter of the text, three sizes):
+How to run (ten minutes of processor time for the bundled model; --quick: a tenth of the text, three sizes):
 
-    python benchmarks/mixed_precision.py [--quick] [--model FOLDER] [--text FILE] [--bits B,B,...] [--json FILE]
+    python benchmarks/mixed_precision.py [--quick] [--model FOLDER] [--text FILE] [--tokens N] [--bits B,B,...]
+        [--json FILE]
     python benchmarks/mixed_precision.py --check        # weight by weight: do the estimates hold that choices rest on?
 
 The formats are chosen as `pipo pack --precision auto` does, from what it measures on the calibration text that comes
@@ -14,6 +15,7 @@ included, given as bits per weight. At each size stand:
     uniform     one format for all, where one has that size
     by order    the next smaller uniform format, and the first layers in the next larger as far as the bytes go
     random      the same with the weights in random order: mean and best of three (--quick: two)
+    next        where the mix is the uniform format itself: the best mix of fewer bytes, if any has fewer
 
 --check measures every weight alone in every format, and compares with what a pass per block estimates: the rank
 correlation over weights, and how far single estimates are off.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +49,7 @@ BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
 BITS = (4.6, 4.75, 4.9, 5.25, 5.5, 6.0, 6.5, 7.0, 7.5)
 QUICK_BITS = (4.75, 6.0, 7.0)
 RANDOM_ORDERS = 3
-JUDGED_TOKENS = 16384
+QUICK_TOKENS = 4096
 ALL = (*FORMATS, SIXTEEN_BITS)
 
 Formats = Mapping[str, str]
@@ -138,11 +141,21 @@ def compare(bench: Bench, sizes: Sequence[float], orders: int) -> Iterator[dict[
         row["mix_bits"] = 8 * mix.nbytes / weights
         if abs(bits[low] - size) < 1e-9:
             row |= {"uniform": low, "uniform_kl": bench.kl(uniforms[low])}
+            if mix.formats == uniforms[low]:
+                row["next"] = next_best(bench, mix.nbytes)
         else:
             some = [filled(candidates, uniforms[low], uniforms[high], limit, order) for order in (names, *shuffled)]
             in_order, *others = (bench.kl(one) for one in some)
             row |= {"by_order": in_order, "random_mean": float(np.mean(others)), "random_best": min(others)}
         yield row
+
+
+def next_best(bench: Bench, nbytes: int) -> dict[str, float] | None:
+    """The best mix of less than `nbytes`: KL divergence, as measured and predicted. None: nothing is smaller."""
+    if nbytes == sum(min(one.sizes.values()) for one in bench.candidates.weights):
+        return None
+    mix = choose(bench.items, max_bytes=nbytes - 1)
+    return {"kl": bench.kl(mix.formats), "predicted": mix.loss}
 
 
 def check(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -164,6 +177,9 @@ def show(row: dict[str, Any]) -> None:
     """Print a row of the comparison."""
     if "uniform" in row:
         other = f"{row['uniform']:10} {row['uniform_kl']:.5f}"
+        if "next" in row:
+            found = row["next"]
+            other += f"   next {found['kl']:.5f} ({found['predicted']:.5f})" if found else "   nothing is smaller"
         less = 1 - row["mix"] / row["uniform_kl"]
     else:
         other = f"by order   {row['by_order']:.5f}   random {row['random_mean']:.5f}, best {row['random_best']:.5f}"
@@ -178,11 +194,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser.add_argument("--tokens", type=int, help="of the text; default: all of it")
     parser.add_argument("--bits", metavar="B,B,...", help="sizes, beside those of the uniform formats")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with opened(options.model, options.text, 4096 if options.quick else JUDGED_TOKENS) as bench:
+    tokens = options.tokens or (QUICK_TOKENS if options.quick else sys.maxsize)
+    with opened(options.model, options.text, tokens) as bench:
         blocks, tokens = len(bench.sensitivity.divergences), bench.sensitivity.tokens
         print(
             f"{len(bench.items)} weights in {blocks} blocks measured with {blocks + 1} passes over {tokens} tokens, "

@@ -957,7 +957,7 @@ def save_checkpoint(model: Any, data: Path, out: Path) -> None:
         out / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
-            "extra_special_tokens": [IM_START, IM_END], "model_max_length": 1024,
+            "extra_special_tokens": [IM_START, IM_END], "model_max_length": config.max_position_embeddings,
             "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
         },
     )  # fmt: skip
