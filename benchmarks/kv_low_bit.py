@@ -47,7 +47,7 @@ from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceCache, Sequenc
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
-from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, WINDOW_TOKENS
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, WINDOW_TOKENS, PageLayout
 from pipo_ray.quant.kv_rounding import round_along
 from pipo_ray.report.quality import Quality
 
@@ -84,17 +84,25 @@ class Variant:
             keys, values = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (keys, values), strict=True))
         self.layers[layer] = [keys, values]
         count = max(0, self.length - self.window) // PAGE_TOKENS * PAGE_TOKENS
-        few = self.rounded(keys[:, :count], per_token=self.keys_per_token), self.rounded(values[:, :count], True)
+        few = self.rounded_keys(keys[:, :count]), self.rounded_values(values[:, :count])
         seen = [torch.cat([f, t[:, count:]], dim=1) for f, t in zip(few, (keys, values), strict=True)]
         return attend(query, seen[0], seen[1], rule)
 
-    def rounded(self, tensor: Tensor, per_token: bool) -> Tensor:
-        """What `tensor` [heads, tokens, dim], whole pages, stands for in few bits."""
-        if not tensor.shape[1]:
-            return tensor
-        pages = tensor.unflatten(1, (-1, PAGE_TOKENS))
-        parts = round_along(pages, 3 if per_token else 2, self.bits)
-        return (parts.zeros.float() + parts.scales.float() * parts.codes).flatten(1, 2)
+    def rounded_keys(self, keys: Tensor) -> Tensor:
+        """What keys [heads, tokens, dim] of whole pages stand for in few bits."""
+        if self.keys_per_token:
+            return self.rounded_values(keys)
+        return self.rounded(keys.unflatten(1, (-1, PAGE_TOKENS)), 2).flatten(1, 2) if keys.shape[1] else keys
+
+    def rounded_values(self, values: Tensor) -> Tensor:
+        """The same of values; heads share a scale as in `PageLayout`."""
+        shared = PageLayout(len(values), values.shape[2], values.shape[2], self.bits).heads_per_group
+        return self.rounded(values.unflatten(0, (-1, shared)), (1, 3)).flatten(0, 1) if values.shape[1] else values
+
+    def rounded(self, tensor: Tensor, dim: int | tuple[int, int]) -> Tensor:
+        """With a scale along `dim`."""
+        parts = round_along(tensor, dim, self.bits)
+        return parts.zeros.float() + parts.scales.float() * parts.codes
 
     def advance(self, num_tokens: int) -> None:
         """A page is complete."""

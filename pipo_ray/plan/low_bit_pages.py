@@ -45,10 +45,16 @@ class PageLayout:
         return next(count for count in range(least, self.value_dim + 1) if self.value_dim % count == 0)
 
     @property
+    def heads_per_group(self) -> int:
+        """Neighbouring heads that share a value's scale: as many, in equal groups, as have 128 channels or fewer."""
+        most = max(1, _MOST_CHANNELS // self.value_dim)
+        return next(count for count in range(min(most, self.heads), 0, -1) if self.heads % count == 0)
+
+    @property
     def parts(self) -> tuple[int, ...]:
         """Bytes of codes of keys, codes of values, scales of keys, zeros of keys, scales of values, zeros of values."""
         key_scales = 2 * self.heads * self.key_dim
-        value_scales = 2 * self.heads * PAGE_TOKENS * self.value_groups
+        value_scales = 2 * self.heads // self.heads_per_group * PAGE_TOKENS * self.value_groups
         codes = self.heads * PAGE_TOKENS * self.bits // 8
         return (
             codes * self.key_dim, codes * self.value_dim, key_scales, key_scales, value_scales, value_scales

@@ -2,7 +2,8 @@
 
 Keys have outliers in a few channels, so a key's channel has a scale and a zero of its own over a page's tokens; values
 have none that last, and each token has them for up to 128 of its channels ("KIVI: a tuning-free asymmetric 2bit
-quantization for KV cache", arXiv 2402.02750).
+quantization for KV cache", arXiv 2402.02750); of several heads where one has fewer, or scales would take a tenth of
+the memory with heads of 32.
 
 A code c stands for zero + scale * c. Scale and zero are float16, codes are those nearest with scale and zero as they
 are kept, and a scale is at least the distance between two float16 numbers at its zero. So the least value has code 0,
@@ -33,7 +34,7 @@ class Rounded(NamedTuple):
     zeros: Tensor
 
 
-def round_along(values: Tensor, dim: int, bits: int) -> Rounded:
+def round_along(values: Tensor, dim: int | tuple[int, ...], bits: int) -> Rounded:
     """Round `values` (float32) to 2**bits levels from the least to the largest along `dim`."""
     levels = float((1 << bits) - 1)
     values = values.clamp(-_LARGEST, _LARGEST)
@@ -50,7 +51,7 @@ def round_along(values: Tensor, dim: int, bits: int) -> Rounded:
 class PageViews(NamedTuple):
     """Views of pages' memory, in the order of `PageLayout.parts`: codes uint8 [pages, heads, rows, dim], where 4 bits
     have the first half of a page's tokens in a row's low bits and the second half in its high bits; float16 scales and
-    zeros of keys [pages, heads, 1, key_dim], and of values [pages, heads, tokens, groups].
+    zeros of keys [pages, heads, 1, key_dim], and of values [pages, groups of heads, tokens, groups of channels].
     """
 
     key_codes: Tensor
@@ -63,29 +64,30 @@ class PageViews(NamedTuple):
 
 def views_of(pages: Tensor, layout: PageLayout) -> PageViews:
     """The parts of `pages`, uint8 [pages, page_bytes], over the same memory."""
-    codes, keys, values, key_scales, at = [], layout.key_dim, layout.value_dim, [], 0
+    codes, scales, at = [], [], 0
+    dims, of_scales = (layout.key_dim, layout.value_dim), (layout.key_dim, layout.value_groups)
+    heads = layout.heads, layout.heads // layout.heads_per_group
     for part, nbytes in enumerate(layout.parts):
         view = pages[:, at : at + nbytes]
         at += nbytes
         if part < 2:
-            codes.append(view.unflatten(1, (layout.heads, -1, (keys, values)[part])))
+            codes.append(view.unflatten(1, (layout.heads, -1, dims[part])))
         else:
-            channels = keys if part < 4 else layout.value_groups
-            key_scales.append(view.view(torch.float16).unflatten(1, (layout.heads, -1, channels)))
-    return PageViews(*codes, *key_scales)
+            of = 0 if part < 4 else 1
+            scales.append(view.view(torch.float16).unflatten(1, (heads[of], -1, of_scales[of])))
+    return PageViews(*codes, *scales)
 
 
 def pack_pages(keys: Tensor, values: Tensor, views: PageViews, layout: PageLayout) -> None:
     """Round `keys`, `values` [heads, pages * PAGE_TOKENS, dim] and write them to `views`, one page after the other."""
     of_keys = round_along(_paged(keys.float()), -2, layout.bits)
-    groups = _paged(values.float()).unflatten(-1, (layout.value_groups, -1))
-    of_values = round_along(groups, -1, layout.bits)
+    of_values = round_along(_grouped(_paged(values.float()), layout), (2, -1), layout.bits)
     _write_codes(of_keys.codes, views.key_codes, layout.bits)
-    _write_codes(of_values.codes.flatten(-2), views.value_codes, layout.bits)
+    _write_codes(of_values.codes.flatten(1, 2).flatten(-2), views.value_codes, layout.bits)
     views.key_scales.copy_(of_keys.scales)
     views.key_zeros.copy_(of_keys.zeros)
-    views.value_scales.copy_(of_values.scales.squeeze(-1))
-    views.value_zeros.copy_(of_values.zeros.squeeze(-1))
+    views.value_scales.copy_(of_values.scales.squeeze(-1).squeeze(2))
+    views.value_zeros.copy_(of_values.zeros.squeeze(-1).squeeze(2))
 
 
 def unpack_pages(views: PageViews, layout: PageLayout, keys: Tensor, values: Tensor, codes: Tensor) -> None:
@@ -93,15 +95,20 @@ def unpack_pages(views: PageViews, layout: PageLayout, keys: Tensor, values: Ten
     at least as many elements as the larger of the two.
     """
     _read(views.key_codes, layout.bits, views.key_scales, views.key_zeros, _paged(keys), codes)
-    groups = _paged(values).unflatten(-1, (layout.value_groups, -1))
-    scales, zeros = views.value_scales.unsqueeze(-1), views.value_zeros.unsqueeze(-1)
-    _read(views.value_codes, layout.bits, scales, zeros, groups, codes)
+    scales, zeros = (tensor.unsqueeze(2).unsqueeze(-1) for tensor in (views.value_scales, views.value_zeros))
+    _read(views.value_codes, layout.bits, scales, zeros, _grouped(_paged(values), layout), codes)
 
 
 def _paged(tensor: Tensor) -> Tensor:
     """[heads, pages * PAGE_TOKENS, dim] as [pages, heads, PAGE_TOKENS, dim]."""
     pages: Tensor = tensor.unflatten(1, (-1, PAGE_TOKENS))
     return pages.transpose(0, 1)
+
+
+def _grouped(values: Tensor, layout: PageLayout) -> Tensor:
+    """[pages, heads, tokens, dim] as [pages, groups of heads, heads, tokens, groups of channels, channels]."""
+    grouped: Tensor = values.unflatten(-1, (layout.value_groups, -1)).unflatten(1, (-1, layout.heads_per_group))
+    return grouped
 
 
 def _write_codes(codes: Tensor, rows: Tensor, bits: int) -> None:

@@ -23,9 +23,11 @@ HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
 
 
 def rounded(keys: torch.Tensor, values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of whole pages as they come back, written in another way than the cache does it."""
+    """Keys and values of whole pages as they come back, written in another way than the cache does it. Both heads share
+    a value's scale.
+    """
     got = []
-    for tensor, dim in ((keys.unflatten(1, (-1, PAGE_TOKENS)), 2), (values, 2)):
+    for tensor, dim in ((keys.unflatten(1, (-1, PAGE_TOKENS)), 2), (values, (0, 2))):
         parts = round_along(tensor.float(), dim, bits)
         got.append(
             (parts.zeros.double() + parts.scales.double() * parts.codes).reshape(*keys.shape[:2], tensor.shape[-1])
@@ -132,7 +134,7 @@ def test_bytes_are_those_of_pages_and_window(bits: int) -> None:
     tensors = random_tensors(1, 0)
     for layer in range(2):
         cache.attend(layer, *tensors, AttentionRule(1.0))
-    page = KV_HEADS * (64 * (DIM + VALUE_DIM) * bits // 8 + 4 * DIM + 4 * 64)
+    page = KV_HEADS * (64 * (DIM + VALUE_DIM) * bits // 8 + 4 * DIM) + 4 * 64  # both heads share a value's scale
     assert page % 64 == 0
     assert packed_pages(capacity - 1) == 13
     assert cache.nbytes == 2 * (13 * page + 192 * KV_HEADS * (DIM + VALUE_DIM) * 4)

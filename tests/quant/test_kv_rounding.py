@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
-from pipo_ray.plan.low_bit_pages import PageLayout
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout, packed_pages
 from pipo_ray.quant.kv_rounding import PageViews, pack_pages, round_along, unpack_pages, views_of
 
 
@@ -18,8 +18,8 @@ from pipo_ray.quant.kv_rounding import PageViews, pack_pages, round_along, unpac
 def keys_and_values(draw: st.DrawFn) -> tuple[PageLayout, torch.Tensor, torch.Tensor]:
     """Channels of very different size and far from zero, constant ones, and what 16 bits leave of it."""
     layout = PageLayout(
-        draw(st.integers(1, 3)), draw(st.sampled_from([2, 16, 24])), draw(st.sampled_from([3, 16, 136, 256])),
-        draw(st.sampled_from([8, 4])),
+        draw(st.sampled_from([1, 2, 3, 6])), draw(st.sampled_from([2, 16, 24])),
+        draw(st.sampled_from([3, 16, 136, 256])), draw(st.sampled_from([8, 4])),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     tensors = []
@@ -58,14 +58,15 @@ def test_pages_that_are_rounded_again_are_identical(case: tuple[PageLayout, torc
 @settings(max_examples=60, deadline=None)
 @given(keys_and_values())
 def test_each_value_is_off_by_half_a_step(case: tuple[PageLayout, torch.Tensor, torch.Tensor]) -> None:
-    """Of its channel in its page (keys), of its group of channels in its token (values); and by what float16 can tell
-    apart at that distance from zero."""
+    """Of its channel in its page (keys), of its group of channels and heads in its token (values); and by what float16
+    can tell apart at that distance from zero."""
     layout, keys, values = case
     got = unpacked(layout, views_of(packed(layout, keys, values), layout), keys.shape[1])
     levels = (1 << layout.bits) - 1
     groups = values.float().clamp(-65504, 65504).unflatten(2, (layout.value_groups, -1))
+    groups = groups.unflatten(0, (-1, layout.heads_per_group))
     pages = keys.float().clamp(-65504, 65504).unflatten(1, (-1, PAGE_TOKENS))
-    for exact, ours, dim in ((pages, got[0], 2), (groups, got[1], 3)):
+    for exact, ours, dim in ((pages, got[0], 2), (groups, got[1], (1, 4))):
         step = (exact.amax(dim, keepdim=True) - exact.amin(dim, keepdim=True)) / levels
         resolution = exact.abs().amax(dim, keepdim=True) * 2**-10 + 2**-15
         assert bool(((ours.view(exact.shape) - exact).abs() <= 0.66 * step + resolution).all())
@@ -106,6 +107,29 @@ def test_values_have_groups_of_at_most_128_channels() -> None:
         2,
         131,
     ]
+
+
+def test_heads_share_a_scale_up_to_128_channels() -> None:
+    assert [PageLayout(8, 128, dim, 4).heads_per_group for dim in (8, 32, 48, 64, 65, 128, 256)] == [
+        8,
+        4,
+        2,
+        2,
+        1,
+        1,
+        1,
+    ]
+    assert [PageLayout(heads, 32, 32, 4).heads_per_group for heads in (1, 2, 3, 5, 6, 7)] == [1, 2, 3, 1, 3, 1]
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (8, 64), (2, 32), (4, 256)])
+def test_a_page_is_within_what_is_promised_of_memory(heads: int, dim: int) -> None:
+    """1.85 and 3.5 times less than 16 bits at 32,768 tokens, the window included, for heads of any usual size."""
+    wide = 4 * heads * dim
+    for bits, times in ((8, 1.85), (4, 3.5)):
+        layout = PageLayout(heads, dim, dim, bits)
+        nbytes = packed_pages(32767) * layout.page_bytes + SHORT_TOKENS * wide
+        assert 32768 * wide / nbytes >= times
 
 
 def test_what_is_no_number_stays_none() -> None:
