@@ -11,6 +11,8 @@ That takes 13 instructions for 128 weights and one row of inputs and 4 for each 
 fill the registers; more rows go over the same 64 rows of the weight again, which are in the cache then. A row of inputs
 gives the same bits however many others it is computed with, and on however many threads.
 
+One row of inputs alone is bound by memory, and by the order in which it is read: see `_stream`.
+
 Needs AVX512F, BW, VL, VBMI and BF16. The instructions by name: VPERMB, VPTERNLOGD, VDPBF16PS.
 """
 
@@ -32,7 +34,8 @@ MOST_INPUTS = 6
 
 _BLOCK = 64
 _VECTORS = 4
-_NEAR = 512  # bytes: with one row the weights come from memory
+_STREAMS = 2
+_NEAR = 4096  # bytes of codes: the processor's own reading ahead ends with the page
 _SIXTEEN = bf16_bits(16.0)  # whose lower bits count eighths: with a code in the upper four of them it is 16 more
 _CODE_BITS = 15 << 3
 _ZERO = 24.0  # 16, and the 8 that a code of zero is below zero
@@ -44,8 +47,8 @@ _ROWS_BY_SHIFT = (0, 2, 1, 3)  # which 16 rows are in the lowest four bits of a 
 
 def module(group: int) -> str:
     """All functions for groups of `group` columns."""
-    parts = [_product(group, inputs) for inputs in range(1, MOST_INPUTS + 1)]
-    return "\n".join([DECLARATIONS, _sums(group), *parts])
+    parts = [_product(group, inputs) for inputs in range(2, MOST_INPUTS + 1)]
+    return "\n".join([DECLARATIONS, _sums(group), _stream(group), *parts])
 
 
 def product_name(num_inputs: int) -> str:
@@ -83,11 +86,7 @@ def _product(group: int, at_once: int) -> str:
     blocks = f.value(f"lshr i64 {f.add(rows, _BLOCK - 1)}, 6")
     block_bytes = f.multiply(groups, group * _BLOCK // 2)
     with f.tasks(f.place_of("next"), blocks) as block:
-        panel = f.value(f"udiv i64 {block}, {f.field('panel_blocks')}")
-        inside = f.value(f"urem i64 {block}, {f.field('panel_blocks')}")
-        offset = f.multiply(panel, f.field("panel_bytes"))
-        codes = f.at(f.at(f.field("codes", "ptr"), offset), f.multiply(inside, block_bytes))
-        scales = f.at(f.at(f.field("scales", "ptr"), offset), f.multiply(inside, 4 * _BLOCK))
+        codes, scales = _places(f, block, block_bytes)
         with f.loop(num_inputs, at_once) as first:
             # Past the end the last row is computed again.
             indices = [f.least(f.add(first, number), f.add(num_inputs, -1)) for number in range(at_once)]
@@ -95,11 +94,73 @@ def _product(group: int, at_once: int) -> str:
             start = f.multiply(block, _BLOCK)
             for index, vectors in zip(indices, totals, strict=True):
                 row = f.at(f.field("output", "ptr"), f.multiply(f.multiply(index, rows), 2))
-                for number, total in enumerate(vectors):
-                    place = f.add(start, 16 * number)
-                    left = f.value(f"sub i64 {rows}, {f.least(place, rows)}")
-                    f.store_rounded(f.load(FLOATS, total), f.at(row, f.multiply(place, 2)), left)
+                _store(f, [f.load(FLOATS, total) for total in vectors], row, start, rows)
     return f.text()
+
+
+def _stream(group: int) -> str:
+    """The product of one row of inputs. Two blocks of rows are read side by side, a group of each in turns: the scales
+    of neighbours lie side by side and those of the next group far off. That is how memory is read faster than block
+    after block. The last blocks are taken one by one, so that threads end together.
+    """
+    f = Function(product_name(1), FIELDS)
+    groups, rows, stride = f.field("groups"), f.field("rows"), f.field("scales_bytes")
+    inputs, sums, output = f.field("inputs", "ptr"), f.field("sums", "ptr"), f.field("output", "ptr")
+    group_bytes = group * _BLOCK // 2
+    block_bytes = f.multiply(groups, group_bytes)
+    ahead = max(1, _NEAR // group_bytes)
+    with_next = f.without(groups, ahead)
+    codes_at, scales_at, totals = f.room(8 * _STREAMS), f.room(8 * _STREAMS), f.room(_STREAMS * 4 * _BLOCK)
+    blocks = f.value(f"lshr i64 {f.add(rows, _BLOCK - 1)}, 6")
+    shared = f.value(f"udiv i64 {f.without(blocks, 2 * _STREAMS)}, {_STREAMS}")
+    single = f.without(blocks, f.multiply(shared, _STREAMS))
+    with f.tasks(f.place_of("next"), f.add(shared, single)) as task:
+        are_shared = f.value(f"icmp ult i64 {task}, {shared}")
+        first = f.add(f.multiply(f.least(task, shared), _STREAMS), f.without(task, shared))
+        count = f.value(f"select i1 {are_shared}, i64 {_STREAMS}, i64 1")
+        with f.loop(count) as number:
+            codes, scales = _places(f, f.add(first, number), block_bytes)
+            f.store("ptr", codes, f.at(codes_at, f.multiply(number, 8)))
+            f.store("ptr", scales, f.at(scales_at, f.multiply(number, 8)))
+            for vector_number in range(_VECTORS):
+                place = f.at(totals, f.add(f.multiply(number, 4 * _BLOCK), 64 * vector_number))
+                f.store(FLOATS, "zeroinitializer", place)
+        with f.loop(groups) as group_number:
+            of_inputs = f.everywhere(f.at(sums, f.multiply(group_number, 4)), FLOATS)
+            row = f.at(inputs, f.multiply(group_number, 2 * group))
+            there = f.value(f"icmp ult i64 {group_number}, {with_next}")
+            near = f.value(f"select i1 {there}, i64 {ahead * group_bytes}, i64 0")
+            with f.loop(count) as number:
+                codes = f.load("ptr", f.at(codes_at, f.multiply(number, 8)))
+                start = f.at(codes, f.multiply(group_number, group_bytes))
+                scales = f.load("ptr", f.at(scales_at, f.multiply(number, 8)))
+                here = f.at(scales, f.multiply(group_number, stride))
+                for line in range(_VECTORS):
+                    f.prefetch(f.at(f.at(here, stride), 64 * line), to_all=True)
+                total = f.at(totals, f.multiply(number, 4 * _BLOCK))
+                places = [f.at(total, 64 * vector_number) for vector_number in range(_VECTORS)]
+                _group(f, group, [row], [of_inputs], start, here, [places], near)
+        with f.loop(count) as number:
+            total = f.at(totals, f.multiply(number, 4 * _BLOCK))
+            floats = [f.load(FLOATS, f.at(total, 64 * vector_number)) for vector_number in range(_VECTORS)]
+            _store(f, floats, output, f.multiply(f.add(first, number), _BLOCK), rows)
+    return f.text()
+
+
+def _places(f: Function, block: str, block_bytes: str) -> tuple[str, str]:
+    """Addresses of a block's codes and scales."""
+    panel = f.value(f"udiv i64 {block}, {f.field('panel_blocks')}")
+    inside = f.value(f"urem i64 {block}, {f.field('panel_blocks')}")
+    offset = f.multiply(panel, f.field("panel_bytes"))
+    codes = f.at(f.at(f.field("codes", "ptr"), offset), f.multiply(inside, block_bytes))
+    return codes, f.at(f.at(f.field("scales", "ptr"), offset), f.multiply(inside, 4 * _BLOCK))
+
+
+def _store(f: Function, vectors: list[str], row: str, start: str, rows: str) -> None:
+    """A block's sums into a row of the output, from column `start` on; there are `rows` columns."""
+    for number, floats in enumerate(vectors):
+        place = f.add(start, 16 * number)
+        f.store_rounded(floats, f.at(row, f.multiply(place, 2)), f.without(rows, place))
 
 
 def _block(f: Function, group: int, indices: list[str], codes: str, scales: str) -> list[list[str]]:
@@ -111,26 +172,35 @@ def _block(f: Function, group: int, indices: list[str], codes: str, scales: str)
     totals = [[f.variable(FLOATS) for _ in range(_VECTORS)] for _ in indices]
     with f.loop(groups) as number:
         of_inputs = [f.everywhere(f.at(row, f.multiply(number, 4)), FLOATS) for row in sums]
-        zeros = [f.value(f"fmul {FLOATS} {total}, splat (float {float_bits(-_ZERO)})") for total in of_inputs]
-        parts = [[f.variable(FLOATS, zero) for _ in range(_VECTORS)] for zero in zeros]
         start = f.at(codes, f.multiply(number, group * _BLOCK // 2))
         starts = [f.at(row, f.multiply(number, 2 * group)) for row in inputs]
-        with f.loop(group // 2) as pair:
-            place = f.at(start, f.multiply(pair, _BLOCK))
-            if len(indices) == 1:
-                f.prefetch(f.at(place, _NEAR))
-            weights = _weights(f, place)
-            for row, part in zip(starts, parts, strict=True):
-                two = f.everywhere(f.at(row, f.multiply(pair, 4)), HALVES)
-                for weight, place in zip(weights, part, strict=True):
-                    f.store(FLOATS, f.dot(f.load(FLOATS, place), weight, two), place)
-        here = f.at(scales, f.multiply(number, stride))
-        for quarter in range(_VECTORS):
-            scale, zero = _scales(f, f.at(here, 64 * quarter))
-            for total, part, of_input in zip(totals, parts, of_inputs, strict=True):
-                scaled = f.multiply_add(scale, f.load(FLOATS, part[quarter]), f.load(FLOATS, total[quarter]))
-                f.store(FLOATS, f.multiply_add(zero, of_input, scaled), total[quarter])
+        _group(f, group, starts, of_inputs, start, f.at(scales, f.multiply(number, stride)), totals)
     return totals
+
+
+def _group(
+    f: Function, group: int, rows: list[str], of_inputs: list[str], codes: str, scales: str, totals: list[list[str]],
+    near: str | None = None,
+) -> None:  # fmt: skip
+    """Add a group's products to `totals`: of `rows` of inputs, whose sums are `of_inputs`, and 64 rows of the weight.
+    What lies `near` bytes behind its codes is brought near.
+    """
+    zeros = [f.value(f"fmul {FLOATS} {total}, splat (float {float_bits(-_ZERO)})") for total in of_inputs]
+    parts = [[f.variable(FLOATS, zero) for _ in range(_VECTORS)] for zero in zeros]
+    with f.loop(group // 2) as pair:
+        place = f.at(codes, f.multiply(pair, _BLOCK))
+        if near is not None:
+            f.prefetch(f.at(place, near))
+        weights = _weights(f, place)
+        for row, part in zip(rows, parts, strict=True):
+            two = f.everywhere(f.at(row, f.multiply(pair, 4)), HALVES)
+            for weight, place in zip(weights, part, strict=True):
+                f.store(FLOATS, f.dot(f.load(FLOATS, place), weight, two), place)
+    for quarter in range(_VECTORS):
+        scale, zero = _scales(f, f.at(scales, 64 * quarter))
+        for total, part, of_input in zip(totals, parts, of_inputs, strict=True):
+            scaled = f.multiply_add(scale, f.load(FLOATS, part[quarter]), f.load(FLOATS, total[quarter]))
+            f.store(FLOATS, f.multiply_add(zero, of_input, scaled), total[quarter])
 
 
 def _weights(f: Function, place: str) -> list[str]:

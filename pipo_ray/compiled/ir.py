@@ -16,6 +16,7 @@ INTS = "<16 x i32>"
 
 DECLARATIONS = f"""
 declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @llvm.usub.sat.i64(i64, i64)
 declare float @llvm.vector.reduce.fadd.v16f32(float, {FLOATS})
 declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
 declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, i32, <16 x i1>)
@@ -124,6 +125,10 @@ class Function:
         """The smaller i64, both unsigned."""
         return self.value(f"call i64 @llvm.umin.i64(i64 {left}, i64 {right})")
 
+    def without(self, left: str, right: str | int) -> str:
+        """The i64 `left` minus `right`, 0 where that is larger; both unsigned."""
+        return self.value(f"call i64 @llvm.usub.sat.i64(i64 {left}, i64 {right})")
+
     # -- vectors of 512 bits
     # ----------------------------------------------------------------------------------------------
 
@@ -168,9 +173,9 @@ class Function:
         words = self.cast("<16 x bfloat>", halves, "<16 x i16>")
         self.do(f"call void @llvm.masked.store.v16i16.p0(<16 x i16> {words}, ptr {place}, i32 2, <16 x i1> {mask})")
 
-    def prefetch(self, address: str) -> None:
-        """For one use: other contents of the caches are to stay."""
-        self.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 0, i32 1)")
+    def prefetch(self, address: str, to_all: bool = False) -> None:
+        """Bring a line near, into the second cache, or `to_all` of them."""
+        self.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 {3 if to_all else 1}, i32 1)")
 
     # ------------------------------------------------------------------------------------------------------------------
 
