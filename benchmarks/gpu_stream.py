@@ -3,14 +3,16 @@
 How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes):
 
     python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk] [--gpu-memory 6GiB]
-                                    [--folder FOLDER] [--json FILE] [--trace FOLDER] [--quick]
+                                    [--folder FOLDER] [--json FILE] [--trace FOLDER] [--kv-on-cpu] [--quick]
     python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b,llama-3-70b --rows 1,4,32    (100 GB of RAM)
+    python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b --rows 32 --kv-on-cpu
 
 Checkpoints of these shapes with random bf16 weights are made and packed in --folder (a temporary one); with --precision
-the bits of the checkpoint are made up as they are read (`invented_weights.py`). Decoding: 1, 4,
-or 32 requests with prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a
-sweep moves, from pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens in one sweep, others in every
-round. `disk`: one request, and 8 GiB of RAM for everything.
+the bits of the checkpoint are made up as they are read (`invented_weights.py`). Decoding: 1, 4, or 32 requests with
+prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a sweep moves, from
+pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens (or as many as the model has positions for) in one
+sweep, others in every round; KV beyond the GPU's room goes to RAM as it is made. `disk`: one request, and 8 GiB of RAM
+for everything.
 
     link limit   (weights without what is looked up - (GPU budget - 1 GiB)) / rate of the pure copies
     disk limit   of the row `disk`: (the same - (RAM budget - 1.5 GiB)) / the best rate of plain O_DIRECT reads, of
@@ -66,10 +68,15 @@ BESIDE_RAM_WEIGHTS = 3 << 29
 DISK_ROW_MEMORY = 8 << 30
 
 
-def settings(row: str, sweeps: int, rounds: int) -> dict[str, Any]:
+def settings(row: str, sweeps: int, gpu_memory: int, shape: LlamaShape | OptShape) -> dict[str, Any]:
     """The arguments of LLM for a row."""
     if row == "prompt":
-        return {"max_batch_tokens": LONG * LONG_PROMPTS, "max_kv_tokens": (LONG + 16) * LONG_PROMPTS, "memory": "64GiB"}
+        tokens = LONG_PROMPTS * long_prompt(shape)
+        large = tokens * shape.kv_bytes_per_token > gpu_memory // 2
+        return {
+            "max_batch_tokens": tokens, "memory": "64GiB",
+            **({"kv_in_ram": True} if large else {"max_kv_tokens": tokens + 16 * LONG_PROMPTS}),
+        }  # fmt: skip
     batch = 1 if row == "disk" else int(row)
     length = PROMPT + sweeps + 3
     return {
@@ -78,11 +85,17 @@ def settings(row: str, sweeps: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prompts_for(row: str, vocabulary: int, number: int) -> list[list[int]]:
+def long_prompt(shape: LlamaShape | OptShape) -> int:
+    """Tokens of a prompt that computing bounds; one more is to be generated."""
+    return min(LONG, shape.positions - 16)
+
+
+def prompts_for(row: str, shape: LlamaShape | OptShape, number: int) -> list[list[int]]:
     """Token ids without meaning, different in every prompt and for every `number`: nothing is there from before."""
-    count, length = (LONG_PROMPTS, LONG) if row == "prompt" else (1 if row == "disk" else int(row), PROMPT)
+    count = LONG_PROMPTS if row == "prompt" else 1 if row == "disk" else int(row)
+    length = long_prompt(shape) if row == "prompt" else PROMPT
     generator = torch.Generator().manual_seed(1000 * number + count)
-    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
+    return torch.randint(3, shape.vocabulary, (count, length), generator=generator).tolist()
 
 
 def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int) -> float:
@@ -111,11 +124,13 @@ def run_row(
     shape: LlamaShape | OptShape,
     precision: str | None = None,
     trace: Path | None = None,
+    kv_on_cpu: bool = False,
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
-    prompts = prompts_for(row, shape.vocabulary, 0)
-    with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **settings(row, sweeps, rounds)) as llm:
+    options = {**settings(row, sweeps, gpu_memory, shape), **({"kv_on_cpu": True} if kv_on_cpu else {})}
+    prompts = prompts_for(row, shape, 0)
+    with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **options) as llm:
         started = time.perf_counter() - begin
         print(*llm.describe(), sep="\n", flush=True)
         plan = llm._plan
@@ -137,7 +152,7 @@ def run_row(
             if precision is None:
                 streamable = shape.num_bytes - shape.embedding_bytes
             for number in range(1, rounds + 1):
-                prompts = prompts_for(row, shape.vocabulary, number)
+                prompts = prompts_for(row, shape, number)
                 links.append(link.rate(sizes))
                 drive = drive_rate(store) if row == "disk" else 0.0
                 before = worker_times(llm)
@@ -159,7 +174,8 @@ def run_row(
                     limits.append(left / links[-1])
     shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
     return {
-        "shape": name, "row": row, "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
+        "shape": name, "row": row, "kv_on_cpu": kv_on_cpu,
+        "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
         "share": statistics.median(shares), "shares": shares, "busy": statistics.median(busy),
         "link_gb_s": statistics.median(links) / 1e9, "copied_gb": sum(sizes) / 1e9, "model_gb": shape.num_bytes / 1e9,
         "copy_s": sum(sizes) / statistics.median(links), "copying_s": statistics.median(copying),
@@ -210,6 +226,7 @@ def main() -> int:
     parser.add_argument("--sweeps", type=int, default=12, help="in a round")
     parser.add_argument("--folder", type=Path, help="for checkpoints and stores, which are kept there")
     parser.add_argument("--keep-checkpoints", action="store_true", help="for `gpu_peers/`")
+    parser.add_argument("--kv-on-cpu", action="store_true", help="the processor attends, to KV in RAM")
     parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--trace", type=Path, help="a folder for a trace of each row, which costs speed")
@@ -228,7 +245,7 @@ def main() -> int:
                 rows.append(
                     run_row(
                         store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name], options.precision,
-                        trace,
+                        trace, options.kv_on_cpu,
                     )
                 )  # fmt: skip
                 show(rows[-1])

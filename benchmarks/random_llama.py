@@ -39,6 +39,11 @@ class LlamaShape:
         """Of one head's queries, keys and values."""
         return self.hidden // self.heads
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of all layers in bf16."""
+        return 4 * self.layers * self.kv_heads * self.head_dim
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by its name in a checkpoint, in the order of use."""
         ends = (self.vocabulary, self.hidden)

@@ -26,6 +26,11 @@ class OptShape:
     vocabulary: int = 50272
     positions: int = 2048
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of all layers in bf16."""
+        return 4 * self.layers * self.hidden
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by its name in a checkpoint, in the order of use."""
         h, inner = self.hidden, 4 * self.hidden

@@ -71,11 +71,13 @@ class LLM:
     `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
     tokens that all requests at the same time will have, `max_kv_sequences` of them, so that more memory is left to
     weights; `transfer` takes the
-    place of what would be chosen from a short measurement of the drive (made once, and kept in the cache). `kv_in_ram`
-    keeps in RAM what the GPU has no room for of the KV cache; `kv_on_disk` ("8GiB", "auto") on the drive what RAM has
-    none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk` for another folder, or without). `prefix_cache`
-    keeps the KV of what has ended, as long as there is room, for requests that begin with the same tokens. `calibrate`
-    rounds int4 weights for the inputs that a text gives them: True for the bundled text, or a text file. `kv_precision`
+    place of what would be chosen from a short measurement of the drive (made once, and kept in the cache).
+    `kv_in_ram` keeps in RAM what the GPU has no room for of the KV cache; with `kv_on_cpu` all of it is there, and
+    the processor attends for tokens that come alone, so that the link has weights to carry only; `kv_on_disk`
+    ("8GiB", "auto") on the drive what RAM has none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk`
+    for another folder, or without). `prefix_cache` keeps the KV of what has ended, as long as there is room, for
+    requests that begin with the same tokens. `calibrate` rounds int4 weights for the inputs that a text gives them:
+    True for the bundled text, or a text file. `kv_precision`
     holds the KV cache in 16, 8 or 4 bits, or per layer as a file says (`quant/kv_policy.py`).
 
     Raises PipoError: whatever is wrong with model, budgets or machine is said in one line. A DriveError ends the
@@ -112,6 +114,7 @@ class LLM:
         calibrate: bool | str | os.PathLike[str] = False,
         kv_precision: str | int = 16,
         max_kv_sequences: int = 1,
+        kv_on_cpu: bool = False,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -128,7 +131,7 @@ class LLM:
                 raise InputError(f"{name} {count} is below 1")
         chosen_mode = check_mode(mode)
         chosen_kv = KVPrecision.parse(kv_precision)
-        chosen_kv.require_one_tier(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None)
+        chosen_kv.require_one_tier(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None, kv_on_cpu=kv_on_cpu)
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         chosen = choose_device(device)
@@ -147,7 +150,7 @@ class LLM:
             gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
             kv_in_ram=kv_in_ram, kv_on_disk=on_disk, low_bit_kv=low_bit_kv(chosen_kv, self._facts),
-            max_kv_sequences=max_kv_sequences,
+            max_kv_sequences=max_kv_sequences, kv_on_cpu=kv_on_cpu,
         )  # fmt: skip
         folders = prepared.manifest.folders(prepared.folder)
         self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode, num_drives=len(folders)))
@@ -187,7 +190,7 @@ class LLM:
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                     str(cache_folder() / "machine-code"), self._plan.kv, self._plan.kv_tokens,
-                    None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits,
+                    None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits, kv_on_cpu,
                 ),
                 limits,
                 trace=self._trace is not None, verify_checksums=verify_checksums,

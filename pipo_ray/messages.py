@@ -78,7 +78,8 @@ class ComputeSetup:
     `kernel_profile` is a file in which the first compute worker of a run keeps which kernels it chose, for those that
     take its place; `code_folder` is where machine code is kept that was compiled for this processor. `kv` are the tiers
     of the KV cache, None: it is in the device's memory alone, which holds `kv_tokens`. `kv_bits` are the KV cache's
-    bits per layer, if any has fewer than 16.
+    bits per layer, if any has fewer than 16. With `kv_on_cpu` it is in RAM, where a GPU leaves attention to the
+    processor.
     """
 
     facts: ModelFacts
@@ -92,6 +93,7 @@ class ComputeSetup:
     kv: KVPlacement | None = None
     kv_tokens: int = 0
     kv_bits: tuple[int, ...] | None = None
+    kv_on_cpu: bool = False
 
 
 @dataclass(frozen=True)

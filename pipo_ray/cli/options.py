@@ -48,6 +48,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        'layer like {"layers": [["0-1", 16], ["*", 4]]}; default: 16')  # fmt: skip
     group.add_argument("--kv-in-ram", action="store_true", help="keep in RAM what the GPU has no room for of the KV "
                        "cache (new: tested against a simulated GPU only)")  # fmt: skip
+    group.add_argument("--kv-on-cpu", action="store_true", help="keep all of a GPU's KV cache in RAM and let the "
+                       "processor attend: for many requests whose KV would take the weights' place")  # fmt: skip
     group.add_argument("--kv-on-disk", metavar="SIZE", help="keep on the drive what RAM has no room for of the KV "
                        "cache: so much, or auto: what the prompts can need (with a GPU new: tested against a "
                        "simulated one only)")  # fmt: skip
@@ -149,6 +151,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["kv_precision"] = options.kv_precision
     if options.kv_in_ram:
         arguments["kv_in_ram"] = True
+    if options.kv_on_cpu:
+        arguments["kv_on_cpu"] = True
     if options.kv_on_disk is not None:
         arguments["kv_on_disk"] = _kv_on_disk(options)
     elif options.kv_folder is not None or options.no_kv_encryption:

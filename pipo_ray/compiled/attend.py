@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class CompiledAttention:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._codes: dict[tuple[int, int], tuple[MachineCode, int]] = {}
+        self._codes: dict[tuple[int, int], tuple[MachineCode, int, int]] = {}
         self._context = context_of([0] * len(attention.FIELDS))
 
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -48,27 +50,59 @@ class CompiledAttention:
         """Attention of `query` to the tokens `first` to before `length` of keys and values in `memory`, [kv_heads,
         capacity, dim] each, whose last becomes `new`. Returns [heads, 1, dim]. `takes` says which tensors may come.
         """
-        keys, values = memory
-        heads, kv_heads, dim = query.shape[0], keys.shape[0], query.shape[2]
+        heads, kv_heads, dim = query.shape[0], memory[0].shape[0], query.shape[2]
         output = query.new_empty(heads, 1, dim)
-        function = self._function(dim, heads // kv_heads)
-        offset = 2 * dim * first
-        self._context[:] = (
-            query.data_ptr(), new[0].data_ptr(), new[1].data_ptr(), keys.data_ptr() + offset,
-            values.data_ptr() + offset, output.data_ptr(), 0, kv_heads, heads // kv_heads, length - first,
-            struct.unpack("<i", struct.pack("<f", scale))[0], 2 * query.stride(0), 2 * new[0].stride(0),
-            2 * new[1].stride(0), 2 * keys.stride(0), 2 * values.stride(0),
-        )  # fmt: skip
-        address = ctypes.addressof(self._context)
-        if 4 * kv_heads * dim * (length - first) < _BYTES_ON_THREADS:
+        one, _ = self._functions(dim, heads // kv_heads)
+        self._context[:] = _words(query, new, memory, output.data_ptr(), 0, first, length, scale)
+        self._run(one, self._context, 4 * kv_heads * dim * (length - first))
+        return output
+
+    def attend_each(
+        self, query: Tensor, new: tuple[Tensor, Tensor], columns: Sequence[int],
+        memories: Sequence[tuple[Tensor, Tensor]], spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
+    ) -> None:  # fmt: skip
+        """The same for tokens of different sequences: number `columns[i]` of `query` [heads, n, dim] and of `new`, with
+        `memories[i]` and (first, length) `spans[i]`, into row `columns[i]` of `output` [n, heads, dim], contiguous.
+        """
+        heads, kv_heads, dim = query.shape[0], new[0].shape[0], query.shape[2]
+        _, each = self._functions(dim, heads // kv_heads)
+        words: list[int] = []
+        for column, memory, (first, length) in zip(columns, memories, spans, strict=True):
+            row = output.data_ptr() + 2 * dim * heads * column
+            words += _words(query, new, memory, row, column, first, length, scale)
+        contexts = context_of(words)
+        context = context_of([ctypes.addressof(contexts), len(columns)])
+        tokens = sum(length - first for first, length in spans)
+        self._run(each, context, 4 * kv_heads * dim * tokens)
+
+    def _run(self, function: int, context: Any, nbytes: int) -> None:
+        address = ctypes.addressof(context)
+        if nbytes < _BYTES_ON_THREADS:
             run_here(function, address)
         else:
             run_on_threads(function, address, None, self._folder)
-        return output
 
-    def _function(self, dim: int, group: int) -> int:
+    def _functions(self, dim: int, group: int) -> tuple[int, int]:
+        """For one sequence, and for several."""
         found = self._codes.get((dim, group))
         if found is None:
             code = MachineCode(attention.module(dim, group), self._folder)
-            found = self._codes[dim, group] = code, code.address(attention.NAME)
-        return found[1]
+            found = code, code.address(attention.NAME), code.address(attention.EACH)
+            self._codes[dim, group] = found
+        return found[1:]
+
+
+def _words(
+    query: Tensor, new: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor], output: int, column: int, first: int,
+    length: int, scale: float,
+) -> tuple[int, ...]:  # fmt: skip
+    """The kernel's context for number `column` of query and new keys and values."""
+    keys, values = memory
+    heads, kv_heads, dim = query.shape[0], keys.shape[0], query.shape[2]
+    places = (tensor.data_ptr() + 2 * column * tensor.stride(1) for tensor in (query, *new))
+    offset = 2 * dim * first
+    return (
+        *places, keys.data_ptr() + offset, values.data_ptr() + offset, output, 0, kv_heads, heads // kv_heads,
+        length - first, struct.unpack("<i", struct.pack("<f", scale))[0], 2 * query.stride(0), 2 * new[0].stride(0),
+        2 * new[1].stride(0), 2 * keys.stride(0), 2 * values.stride(0),
+    )  # fmt: skip

@@ -22,6 +22,11 @@ one head to the next.
 """
 
 NAME = "attend"
+EACH = "attend_each"
+EACH_FIELDS = ("contexts", "count")
+"""The context of the function that attends for several sequences: the address of so many contexts of the other one, one
+behind the other. Threads share out each sequence's heads.
+"""
 MOST_DIM = 256
 
 _TOKENS = 16
@@ -45,7 +50,15 @@ declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 def module(dim: int, group: int) -> str:
     """The function for heads of `dim` columns, a multiple of 64, of which `group` share keys."""
-    return "\n".join([DECLARATIONS, _MORE, _attend(dim, -(-group // -(-group // _MOST_HEADS)))])
+    return "\n".join([DECLARATIONS, _MORE, _attend(dim, -(-group // -(-group // _MOST_HEADS))), _attend_each()])
+
+
+def _attend_each() -> str:
+    f = Function(EACH, EACH_FIELDS)
+    contexts = f.field("contexts", "ptr")
+    with f.loop(f.field("count")) as number:
+        f.do(f"call void @{NAME}(ptr {f.at(contexts, f.multiply(number, 8 * len(FIELDS)))})")
+    return f.text()
 
 
 def _attend(dim: int, at_once: int) -> str:

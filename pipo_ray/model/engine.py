@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
     ComputeSetup,
@@ -38,6 +39,7 @@ from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
+from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
@@ -93,13 +95,17 @@ class ComputeEngine:
         self._ops: CudaOps | None = None
         self._kv_tiers: KVTiers | None = None
         self._kv_disk: KVDisk | None = None
-        kv_store: KVStore | None = None
+        kv_store: KVStore | HostKV | None = None
+        code_folder = Path(compute.code_folder) if compute.code_folder else None
+        notes: list[str] = []
         if self._device.type == "cuda":
             self._ops = CudaOps(self._device, self._trace)
             if setup.kv_disk is not None:
                 kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
             elif compute.kv is not None:
                 kv_store = self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
+            elif compute.kv_on_cpu:
+                kv_store = self._host_kv(dtype, code_folder, notes)
             elif self._facts.ragged and compute.kv_tokens and compute.kv_bits is None:
                 kv_store = KVPool(compute.kv_tokens, self._device)
             self._stream = open_device_stream(setup, memory, self._ops, self._trace)
@@ -130,9 +136,10 @@ class ComputeEngine:
             file = Path(compute.kernel_profile) if compute.kernel_profile else None
             products = CpuProducts.for_run(dtype, file)
         profile = Path(compute.kernel_profile).with_name("low-bit-kernels.json") if compute.kernel_profile else None
-        code_folder = Path(compute.code_folder) if compute.code_folder else None
         low_bit = products_for(setup.plan, profile, self._device, code_folder)
-        self.notes = () if low_bit is None or low_bit.obstacle is None else (_unpacked_note(low_bit.obstacle),)
+        if low_bit is not None and low_bit.obstacle is not None:
+            notes.append(_unpacked_note(low_bit.obstacle))
+        self.notes = tuple(notes)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products, low_bit
         )
@@ -145,6 +152,12 @@ class ComputeEngine:
         self._losses: Counter[str] = Counter()
         self._computing_s = self._waited_s = self._copying_s = 0.0
         self._started = time.perf_counter()
+
+    def _host_kv(self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]) -> HostKV:
+        reason = obstacle() if dtype is torch.bfloat16 else f"the model is computed in {str(dtype)[6:]}"
+        if reason is not None:
+            notes.append(f"attention on the processor is torch's, which is slower: {reason}")
+        return HostKV(self._device, CompiledAttention(code_folder) if reason is None else None)
 
     def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
         kv = KVMemory.attach(setup, memory.table)

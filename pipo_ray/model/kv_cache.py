@@ -2,8 +2,9 @@
 
 With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
 heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
-neighbours. A GPU's pool is in `kv_pool.py`, its two tiers in `kv_tiers.py`; pages on the drive are in `kv_disk.py`,
-fewer bits in `kv_low_bit.py`. What a sequence has in common with others it reads in their caches.
+neighbours; `kv_host.py` lets a GPU's sequences be there, too. A GPU's pool is in `kv_pool.py`, its two tiers in
+`kv_tiers.py`; pages on the drive are in `kv_disk.py`, fewer bits in `kv_low_bit.py`. What a sequence has in common with
+others it reads in their caches.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.kv_disk import DiskCache, KVDisk
+from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
@@ -89,7 +91,7 @@ class SequenceCache:
         `length` itself moves on only when the sweep is over (`advance`): each layer appends at the same place.
         """
         stop = self.length + keys.shape[1]
-        all_keys, all_values = self._layer(layer, keys, values)
+        all_keys, all_values = self.memory_for(layer, keys, values)
         all_keys[:, self.length : stop] = keys
         all_values[:, self.length : stop] = values
         return all_keys[:, :stop], all_values[:, :stop]
@@ -102,22 +104,25 @@ class SequenceCache:
         """
         plain = not self.prefix and rule.softcap is None and rule.sinks is None
         if plain and self.compiled is not None and self.compiled.takes(query, keys, values):
-            memory, stop = self._layer(layer, keys, values), self.length + 1
-            first = 0 if rule.sliding_window is None else max(0, stop - rule.sliding_window)
-            return self.compiled.attend(query, (keys, values), memory, first, stop, rule.scale)
+            memory, stop = self.memory_for(layer, keys, values), self.length + 1
+            return self.compiled.attend(query, (keys, values), memory, rule.first_visible(stop), stop, rule.scale)
         own = self.append(layer, keys, values)
         if not self.prefix:
             return attend(query, *own, rule)
         spans = [cache.span(layer, count) for cache, count in self.prefix]
         return attend_spans(query, [*spans, DenseSpan(*own)], rule)
 
-    def _layer(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def memory_for(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All memory of a layer, with room for these new ones."""
         stop = self.length + keys.shape[1]
         if stop > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self.layers:
             self.layers[layer] = _memory(keys, self.capacity), _memory(values, self.capacity)
+        return self.layers[layer]
+
+    def memory_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All memory of a layer that something was appended to."""
         return self.layers[layer]
 
     def span(self, layer: int, num_tokens: int) -> DenseSpan:
@@ -189,9 +194,10 @@ class RaggedCache(Cache):
     appends them to each sequence's own cache.
     """
 
-    def __init__(self, segments: tuple[Segment, ...], store: KVStore | None = None) -> None:
+    def __init__(self, segments: tuple[Segment, ...], store: KVStore | HostKV | None = None) -> None:
         super().__init__(layers=[])
         self.segments = segments
+        self.host = store if isinstance(store, HostKV) else None
         self._pool = store if isinstance(store, KVPool) else None
         self._tiers = store if isinstance(store, KVTiers) else None
         self._disk = store if isinstance(store, KVDisk) else None

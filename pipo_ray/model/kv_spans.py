@@ -39,6 +39,10 @@ class AttentionRule:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    def first_visible(self, length: int) -> int:
+        """The first of `length` tokens that the last one sees."""
+        return 0 if self.sliding_window is None else max(0, length - self.sliding_window)
+
 
 class Span(Protocol):
     """A consecutive part of one sequence's keys and values in one layer."""

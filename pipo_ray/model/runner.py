@@ -17,6 +17,7 @@ from pipo_ray.model.binding import Binder
 from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV
 from pipo_ray.model.kv_disk import DiskCache, KVPagesLostError
+from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.lanes import Lanes
 
 
@@ -27,7 +28,7 @@ class OutOfStepError(Exception):
 class ModelRunner:
     """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
     alone, in lockstep. `kv_store` holds the ragged rows' caches; without it each is by itself in the device's memory,
-    and has `attention` for tokens that come alone.
+    and has `attention` for tokens that come alone; with a `HostKV` it is by itself in RAM.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ModelRunner:
         device: torch.device,
         *,
         ragged: bool,
-        kv_store: KVStore | None = None,
+        kv_store: KVStore | HostKV | None = None,
         attention: CompiledAttention | None = None,
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
@@ -125,7 +126,7 @@ class ModelRunner:
             del self._caches[own[0].sequence]
             cache.resize(capacity, own[0].num_tokens)
             return cache
-        if self._kv_store is None:
+        if self._kv_store is None or isinstance(self._kv_store, HostKV):
             prefix = tuple((self._kept(part.sequence), part.num_tokens) for part in shared)
             cache = SequenceCache(capacity, prefix=prefix, compiled=self._attention)
         else:

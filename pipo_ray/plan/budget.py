@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipo_ray.errors import BudgetError, InputError
+from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.kernel_profile import GPU_SCRATCH_BYTES
@@ -56,7 +56,8 @@ class RunPlan:
     `max_sequences`, `max_scored_tokens` and `state_tokens` are those of `scheduling.limits.Limits`; `max_length` is the
     longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
     pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive;
-    `low_bit_kv` says what a KV cache of fewer than 16 bits is.
+    `low_bit_kv` says what a KV cache of fewer than 16 bits is; with `kv_on_cpu` all of it is in RAM beside a GPU, and
+    the processor attends.
     """
 
     sweep: SweepPlan
@@ -79,6 +80,7 @@ class RunPlan:
     kv: KVPlacement | None = None
     kv_disk: KVDiskPlacement | None = None
     low_bit_kv: LowBitKV | None = None
+    kv_on_cpu: bool = False
 
     @property
     def kv_page_tokens(self) -> int:
@@ -102,12 +104,14 @@ def plan_run(
     kv_in_ram: bool = False,
     kv_on_disk: KVOnDisk | None = None,
     low_bit_kv: LowBitKV | None = None,
+    kv_on_cpu: bool = False,
 ) -> RunPlan:
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
     that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed, in
     `max_kv_sequences` at the same time: there is room for them if at all possible, and what the KV cache does not take
     is left to the weights. `kv_in_ram` gives the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU, and that
-    of a GPU a second and a third; `low_bit_kv` is what it is held in.
+    of a GPU a second and a third; `low_bit_kv` is what it is held in; with `kv_on_cpu` a GPU leaves all of it to RAM
+    and the processor.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
@@ -117,6 +121,11 @@ def plan_run(
     if gpu_memory_bytes is not None:
         if kv_on_disk is not None and kv_in_ram:
             raise InputError("--kv-on-disk uses RAM, too: leave --kv-in-ram out, or --kv-on-disk")
+        if kv_on_cpu and not facts.ragged:
+            raise UnsupportedModelError(
+                f"--kv-on-cpu: architecture {facts.model_type!r} keeps its model's own KV cache, on the GPU; leave the "
+                "option out"
+            )
         return _plan_gpu_run(
             manifest,
             facts,
@@ -132,7 +141,10 @@ def plan_run(
             kv_in_ram,
             kv_on_disk,
             low_bit_kv,
+            kv_on_cpu,
         )
+    if kv_on_cpu:
+        raise InputError("--kv-on-cpu is for a GPU; without one the KV cache is in RAM already: leave it out")
     processes = PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
@@ -229,6 +241,7 @@ def _plan_gpu_run(
     kv_in_ram: bool,
     kv_on_disk: KVOnDisk | None,
     low_bit_kv: LowBitKV | None,
+    kv_on_cpu: bool,
 ) -> RunPlan:
     processes = CUDA_PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
@@ -239,6 +252,8 @@ def _plan_gpu_run(
     activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
     if any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors):
         activations += GPU_SCRATCH_BYTES
+    if kv_on_cpu:
+        activations += _earlier_bytes(facts, context, max_kv_tokens)
     least_slot = least_slot_bytes(manifest)
     least_sweep = sweep_plan(manifest, facts, least_slot)
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
@@ -250,6 +265,9 @@ def _plan_gpu_run(
         )
     if kv_on_disk is not None:
         least_kv = gpu_bytes_for(facts, 1)
+    least_host_kv = 0
+    if kv_on_cpu:
+        least_kv, least_host_kv = 0, least_kv
     fixed = gpu_context_bytes + activations
     if gpu_memory_bytes < fixed + least_kv + least_gpu:
         raise BudgetError(
@@ -262,6 +280,9 @@ def _plan_gpu_run(
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         wanted_kv = gpu_bytes_for(facts, rows)
+    wanted_host_kv = 0
+    if kv_on_cpu:
+        wanted_kv, wanted_host_kv = 0, wanted_kv
     # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
     kv_bytes = max(least_kv, min(_kv_room(spare, None if kv_on_disk is not None else max_kv_tokens), wanted_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
@@ -271,11 +292,12 @@ def _plan_gpu_run(
             f"--weight-memory {format_size(weight_memory_bytes)} is too low: at least {format_least(least_host)} would "
             "do: two slots for the largest matrix part that must be in one"
         )
-    if memory_bytes < processes + least_host:
+    if memory_bytes < processes + least_host + least_host_kv:
         raise BudgetError(
             f"--memory {format_size(memory_bytes)} is too low: at least "
-            f"{format_least(processes + least_host)} would do: processes with CUDA "
+            f"{format_least(processes + least_host + least_host_kv)} would do: processes with CUDA "
             f"{format_size(processes)}, slots {format_size(least_host)}"
+            + (f", KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_host_kv)}" if kv_on_cpu else "")
         )
     # Weights that were asked for have their room before keys and values in RAM, as on the CPU.
     wanted_host = max(least_host, min(weight_memory_bytes or 0, sum(p.read_bytes for p in least_sweep.pieces)))
@@ -284,6 +306,8 @@ def _plan_gpu_run(
     if kv_in_ram:
         kv = _kv_tiers(manifest, facts, kv_bytes, spare_ram, context)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
+    if kv_on_cpu:
+        kv_ram_bytes = max(least_host_kv, min(_kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
     kv_disk = None
     if kv_on_disk is not None:
         wanted_tokens = max_kv_tokens or max(_WANTED_KV_TOKENS, context)
@@ -317,7 +341,7 @@ def _plan_gpu_run(
     kept = set(on_gpu) | set(in_ram)
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
     copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
-    kv_tokens, state_tokens = _tokens(facts, kv_bytes)
+    kv_tokens, state_tokens = _tokens(facts, kv_ram_bytes if kv_on_cpu else kv_bytes)
     if kv is not None:
         kv_tokens = kv.kv_tokens
     if kv_disk is not None:
@@ -342,13 +366,17 @@ def _plan_gpu_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, "
-            + (f"KV cache {format_size(kv_ram_bytes)}, " if kv_ram_bytes else "")
+            + (f"KV cache {format_size(kv_ram_bytes)}{_on_cpu_line(kv_on_cpu, kv_tokens)}, " if kv_ram_bytes else "")
             + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
-            f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{_tiers_line(facts, kv_bytes, kv)}"
-            f"{_low_bit_line(kv_bytes, low_bit_kv)}), activations "
-            f"{format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
+            + (
+                ""
+                if kv_on_cpu
+                else f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens"
+                f"{_tiers_line(facts, kv_bytes, kv)}{_low_bit_line(kv_bytes, low_bit_kv)}), "
+            )
+            + f"activations {format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
             *(() if kv_disk is None else (kv_disk.describe(),)),
@@ -356,7 +384,13 @@ def _plan_gpu_run(
         kv=kv,
         kv_disk=kv_disk,
         low_bit_kv=low_bit_kv,
+        kv_on_cpu=kv_on_cpu,
     )
+
+
+def _earlier_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -> int:
+    """Of a layer's keys and values that a chunk of a prompt attends to on the GPU, and which are in RAM otherwise."""
+    return -(-facts.kv_bytes_per_token // facts.num_layers) * min(context, max_kv_tokens or context)
 
 
 def _kv_tiers(
@@ -383,6 +417,10 @@ def _tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> st
     if kv is None or not kv.ram_pages:
         return ""
     return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
+
+
+def _on_cpu_line(kv_on_cpu: bool, kv_tokens: int) -> str:
+    return f" ({kv_tokens} tokens, for which the processor attends)" if kv_on_cpu else ""
 
 
 def _low_bit_line(kv_bytes: int, low_bit_kv: LowBitKV | None) -> str:

@@ -78,4 +78,4 @@ def _sharing(plan: RunPlan, facts: ModelFacts, device: str) -> Sharing:
         return "none"
     if plan.kv is not None or plan.kv_disk is not None or plan.low_bit_kv is not None:
         return "none"
-    return "shared" if device == "cpu" else "copied"
+    return "shared" if device == "cpu" or plan.kv_on_cpu else "copied"

@@ -120,3 +120,23 @@ def test_what_the_kernel_is_not_made_for_is_left_to_torch(attention: CompiledAtt
             SequenceCache(8, compiled=one).attend(0, query, keys, normal(2, 1, 64), rule) for one in (None, attention)
         ]
         assert torch.equal(*outputs)
+
+
+def test_tokens_of_several_sequences_are_as_each_alone(attention: CompiledAttention) -> None:
+    lengths, columns = (5, 700, 1, 64), (0, 2, 3, 5)
+    queries, output = normal(8, 6, 128), torch.zeros(6, 8, 128, dtype=torch.bfloat16)
+    new = normal(2, 6, 128, seed=1), normal(2, 6, 128, seed=2)
+    memories = [(normal(2, n + 3, 128, seed=3 + n), normal(2, n + 3, 128, seed=4 + n)) for n in lengths]
+    spans = [(max(0, n - 100), n) for n in lengths]
+    alone = [
+        attention.attend(
+            queries[:, c : c + 1], (new[0][:, c : c + 1], new[1][:, c : c + 1]),
+            (memory[0].clone(), memory[1].clone()), *span, 0.1,
+        )
+        for c, memory, span in zip(columns, memories, spans, strict=True)
+    ]  # fmt: skip
+    attention.attend_each(queries, new, columns, memories, spans, 0.1, output)
+    for column, memory, length, expected in zip(columns, memories, lengths, alone, strict=True):
+        assert torch.equal(output[column], expected[:, 0])
+        assert torch.equal(memory[0][:, length - 1], new[0][:, column])
+    assert not output[[1, 4]].any()

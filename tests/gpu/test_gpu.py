@@ -12,9 +12,12 @@ from kv_sweeps import Written, append_random
 from pipeline.pages_on_disk import pages_on_disk
 from transformers import AutoModelForCausalLM
 
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.batch import PrefixPart, SweepEntry
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import attend_row, can_attend
+from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers
@@ -110,6 +113,23 @@ def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
         assert pipeline.greedy(prompts, 40) == wanted
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+
+
+@pytest.mark.parametrize("architecture", _CHOSEN[:3], ids=lambda architecture: architecture.slug)
+def test_logits_with_keys_and_values_in_ram(architecture: Architecture, tmp_path: Path) -> None:
+    """Chunks on the GPU, single tokens on the processor; in 16 bits by its kernel, if it has one."""
+    architecture.save(tmp_path / "checkpoint")
+    device = torch.device("cuda", 0)
+    attention = None if obstacle() is not None else CompiledAttention(tmp_path / "code")
+    for dtype, kernel, tolerance in ((torch.float32, None, 1e-4), (torch.bfloat16, attention, 0.05)):
+        packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / f"store {dtype}", dtype)
+        prompts = random_prompts(packed.facts.vocab_size, (60, 33, 21))
+        with Pipeline(packed, device=device) as pipeline:
+            wanted = pipeline.follow(prompts, [40, 3, 8], joins=[0, 2, 9])
+        with Pipeline(packed, device=device, kv_store=lambda *_: HostKV(device, kernel)) as pipeline:  # type: ignore[arg-type, return-value]  # noqa: B023
+            followed = pipeline.follow(prompts, [40, 3, 8], joins=[0, 2, 9])
+        for ours, theirs in zip(followed, wanted, strict=True):
+            assert max(relative_errors(ours.logits.cpu(), theirs.logits.cpu())) <= tolerance
 
 
 def test_text_with_kv_pages_on_the_drive(tmp_path: Path) -> None:

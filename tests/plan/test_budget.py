@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan.budget_models import GIB, model, plan
 
-from pipo_ray.errors import BudgetError
+from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, whole_bytes
 from pipo_ray.plan.transfer import Transfer
@@ -196,3 +196,22 @@ def test_what_the_gpu_has_no_room_for_is_kept_in_ram() -> None:
     alone = plan((manifest, replace(facts, ragged=False)), **gpu)
     assert alone.kv is None
     assert "RAM and back" not in alone.explanation[1]
+
+
+def test_kv_on_the_cpu_leaves_the_gpu_to_weights() -> None:
+    manifest, facts = model(8, 1000, 1000)
+    facts = replace(facts, kv_bytes_per_token=8 * 32768, num_layers=8)
+    gpu = {"gpu_memory_bytes": 1 * GIB, "gpu_context_bytes": 500 << 20, "memory_bytes": 16 * GIB, "max_kv_tokens": 1000}
+    beside = plan((manifest, facts), **gpu)
+    found = plan((manifest, facts), **gpu, kv_on_cpu=True)
+    assert found.kv_tokens == 1000
+    assert found.kv_bytes == 1000 * 8 * 32768
+    assert "KV cache 250.0 MiB (1000 tokens, for which the processor attends)" in found.explanation[0]
+    assert "KV cache" not in found.explanation[1]
+    assert found.activation_bytes == beside.activation_bytes + 512 * 32768  # a layer's, of the context
+    with pytest.raises(UnsupportedModelError, match="keeps its model's own KV cache"):
+        plan((manifest, replace(facts, ragged=False)), **gpu, kv_on_cpu=True)
+    with pytest.raises(InputError, match="--kv-on-cpu is for a GPU"):
+        plan((manifest, facts), kv_on_cpu=True)
+    with pytest.raises(BudgetError, match=r"--memory .* is too low: .* KV cache of 256 tokens 64.0 MiB"):
+        plan((manifest, facts), **{**gpu, "memory_bytes": CUDA_PROCESS_BYTES + (60 << 20)}, kv_on_cpu=True)
