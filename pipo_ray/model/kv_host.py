@@ -100,7 +100,7 @@ class HostKV:
     def _append(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keys and values on the device behind those of a cache in RAM."""
         tokens = keys.shape[1]
-        memory = cache.memory_for(layer, keys, values)
+        memory = cache.memory_for(layer, *(torch.empty((), dtype=x.dtype).expand(x.shape) for x in (keys, values)))
         at_once = max(1, _BUFFER_BYTES // (keys.itemsize * sum(x.shape[0] * x.shape[2] for x in (keys, values))))
         for first in range(0, tokens, at_once):
             part = slice(first, min(first + at_once, tokens))
