@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ import torch
 from torch import Tensor
 
 from pipo_ray.compiled import attention
-from pipo_ray.compiled.crew import run_on_threads
+from pipo_ray.compiled.crew import deferred_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 
 _BYTES_ON_THREADS = 1 << 20  # of keys and values: with fewer the other threads are better off bringing weights near
+
+
+@dataclass(frozen=True)
+class DeferredCall:
+    """The address of a function and its context; bytes of keys and values it reads, and what has to live with it."""
+
+    function: int
+    context: Any
+    nbytes: int
+    owns: Any = None
 
 
 class CompiledAttention:
@@ -33,14 +44,17 @@ class CompiledAttention:
         """Whether these are for the kernel: `query` [heads, 1, dim], `keys` and `values` [kv_heads, 1, dim] in bf16 on
         the CPU.
         """
+        tensors = query, keys, values
+        here = query.device.type == "cpu" and all(tensor.stride(2) == 1 for tensor in tensors)
+        return query.shape[1] == 1 and here and self.takes_heads(*tensors)
+
+    def takes_heads(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """The same of these heads, wherever they are, in which order, and however many tokens there are."""
         dim = query.shape[2]
         return (
-            query.shape[1] == 1
-            and query.dtype is keys.dtype is values.dtype is torch.bfloat16
-            and query.device.type == "cpu"
+            query.dtype is keys.dtype is values.dtype is torch.bfloat16
             and keys.shape[2] == values.shape[2] == dim <= attention.MOST_DIM
             and dim % 64 == 0
-            and query.stride(2) == keys.stride(2) == values.stride(2) == 1
         )
 
     def attend(
@@ -58,22 +72,42 @@ class CompiledAttention:
         return output
 
     def attend_each(
-        self, query: Tensor, new: tuple[Tensor, Tensor], columns: Sequence[int],
-        memories: Sequence[tuple[Tensor, Tensor]], spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
+        self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
+        spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
     ) -> None:  # fmt: skip
-        """The same for tokens of different sequences: number `columns[i]` of `query` [heads, n, dim] and of `new`, with
-        `memories[i]` and (first, length) `spans[i]`, into row `columns[i]` of `output` [n, heads, dim], contiguous.
+        """The same for tokens of different sequences, number i of `query` [heads, n, dim] and of `new`, with
+        `memories[i]` and (first, length) `spans[i]`, into `output` [n, heads, dim], contiguous.
         """
+        call = self._each(query, new, memories, spans, scale, output)
+        self._run(call.function, call.context, call.nbytes)
+
+    def defer_each(
+        self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
+        spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
+    ) -> DeferredCall:  # fmt: skip
+        """What does so when it is called, by whichever thread: one at a time, and none of the others meanwhile. The
+        tensors have to stay until it is over.
+        """
+        call = self._each(query, new, memories, spans, scale, output)
+        if call.nbytes < _BYTES_ON_THREADS:
+            return call
+        function, context = deferred_on_threads(call.function, ctypes.addressof(call.context), self._folder)
+        return DeferredCall(function, context, call.nbytes, call)
+
+    def _each(
+        self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
+        spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
+    ) -> DeferredCall:  # fmt: skip
         heads, kv_heads, dim = query.shape[0], new[0].shape[0], query.shape[2]
         _, each = self._functions(dim, heads // kv_heads)
         words: list[int] = []
-        for column, memory, (first, length) in zip(columns, memories, spans, strict=True):
-            row = output.data_ptr() + 2 * dim * heads * column
-            words += _words(query, new, memory, row, column, first, length, scale)
+        for number, (memory, (first, length)) in enumerate(zip(memories, spans, strict=True)):
+            row = output.data_ptr() + 2 * dim * heads * number
+            words += _words(query, new, memory, row, number, first, length, scale)
         contexts = context_of(words)
-        context = context_of([ctypes.addressof(contexts), len(columns)])
         tokens = sum(length - first for first, length in spans)
-        self._run(each, context, 4 * kv_heads * dim * tokens)
+        context = context_of([ctypes.addressof(contexts), len(spans)])
+        return DeferredCall(each, context, 4 * kv_heads * dim * tokens, contexts)
 
     def _run(self, function: int, context: Any, nbytes: int) -> None:
         address = ctypes.addressof(context)

@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,6 +106,11 @@ class Crew:
         finally:
             self._busy.release()
 
+    def deferred(self, function: int, context: int, num_threads: int) -> tuple[int, Any]:
+        """See `deferred_on_threads`."""
+        words = [self._address, function, context, min(num_threads, self.num_threads)]
+        return self._code.address("lead_with"), context_of(words)
+
     def dismiss(self) -> None:
         """End the threads; later calls are computed by the caller alone."""
         with self._busy:
@@ -119,6 +125,18 @@ _HALF_AT = _HEADER.index("half")
 
 _lock = threading.Lock()
 _crews: list[Crew] = []
+
+
+def deferred_on_threads(function: int, context: int, folder: Path | None = None) -> tuple[int, Any]:
+    """A function and its context: whoever calls it, a thread without Python too, runs `function` with `context` as
+    `run_on_threads` does. Only one such call, and none of `run_on_threads`, may run at a time; what is returned has to
+    stay until it is over.
+    """
+    others = torch.get_num_threads() - 1
+    if others:
+        _enlist(others, folder)
+        return _crews[0].deferred(function, context, others)
+    return function, context_of([context])
 
 
 def run_on_threads(
@@ -154,7 +172,9 @@ def _dismiss_all() -> None:
 
 
 def _source() -> str:
-    """`lead`, `dismiss` (context: the memory's address) and `work` (context: the address, the thread's number)."""
+    """`lead`, `dismiss` (context: the memory's address), `work` (context: the address, the thread's number) and
+    `lead_with` (context: the address, a function, its context, the number of threads to call).
+    """
     places = "\n".join(f"  %{name} = getelementptr i8, ptr %crew, i64 {8 * at}" for at, name in enumerate(_HEADER))
     here = "\n".join(
         f"  %{name} = getelementptr i8, ptr %half_place, i64 {8 * at}\n"
@@ -188,6 +208,22 @@ define internal void @wake(ptr %crew, ptr %state) {{
 {places}
   %kernel = load ptr, ptr %syscall
   call i64 (i64, ...) %kernel(i64 202, ptr %state, i64 129, i64 1, ptr null, ptr null, i64 0)
+  ret void
+}}
+
+define void @lead_with(ptr %words) {{
+  %crew = load ptr, ptr %words
+{places}
+  %function_word = getelementptr i8, ptr %words, i64 8
+  %context_word = getelementptr i8, ptr %words, i64 16
+  %called_word = getelementptr i8, ptr %words, i64 24
+  %given_function = load i64, ptr %function_word
+  %given_context = load i64, ptr %context_word
+  %given_called = load i64, ptr %called_word
+  store i64 %given_function, ptr %function
+  store i64 %given_context, ptr %context
+  store i64 %given_called, ptr %called
+  call void @lead(ptr %crew)
   ret void
 }}
 

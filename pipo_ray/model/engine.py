@@ -51,6 +51,7 @@ from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.host_functions import HostFunctions
 from pipo_ray.pipeline.stage_memory import KVMemory, StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
@@ -157,7 +158,9 @@ class ComputeEngine:
         reason = obstacle() if dtype is torch.bfloat16 else f"the model is computed in {str(dtype)[6:]}"
         if reason is not None:
             notes.append(f"attention on the processor is torch's, which is slower: {reason}")
-        return HostKV(self._device, CompiledAttention(code_folder) if reason is None else None)
+        if reason is not None:
+            return HostKV(self._device)
+        return HostKV(self._device, CompiledAttention(code_folder), HostFunctions(self._device))
 
     def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
         kv = KVMemory.attach(setup, memory.table)

@@ -8,10 +8,11 @@ to a copy of the layer's earlier keys and values that it gets for as long as tha
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,21 @@ _BUFFER_BYTES = 32 << 20
 
 class HostKV:
     """Attention of rows on `device` whose sequences' caches (`SequenceCache`) are in RAM. `compiled` takes what it does
-    of tokens that come alone. One thread uses it.
+    of tokens that come alone; with `in_stream_order` it does so when the device's stream comes to it, and the thread
+    that uses this, always the same, waits for nothing. A sweep has ended on the device before the next one begins.
 
     Between RAM and `device` everything passes through two pinned buffers of at most 32 MiB, and a token that is larger.
     """
 
-    def __init__(self, device: torch.device, compiled: CompiledAttention | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        compiled: CompiledAttention | None = None,
+        in_stream_order: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.compiled = compiled
-        self._device = device
+        self._device, self._in_stream_order = device, in_stream_order
+        self._deferred: dict[int, object] = {}  # by layer
         self._buffers: dict[str, Tensor] = {}
 
     def attend_row(
@@ -51,6 +59,9 @@ class HostKV:
         for segment in several:
             self._append(_cache(segment), layer, *(x[:, segment.start : segment.stop] for x in (keys, values)))
         output = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+        if self._in_stream_order is not None and not several and self._all_compile(alone, query, keys, values, rule):
+            self._defer(alone, layer, query, keys, values, rule, output)
+            return output
         if alone:
             self._attend_alone(alone, layer, query, keys, values, rule, output)
         for segment in several:
@@ -72,30 +83,55 @@ class HostKV:
             columns = [segment.start for segment in part]
             neighbours = columns[-1] - columns[0] == len(columns) - 1
             chosen = slice(columns[0], columns[-1] + 1) if neighbours else columns
-            on_host = self._to_host([x.transpose(0, 1)[chosen] for x in (query, keys, values)])
-            q, k, v = (x.transpose(0, 1) for x in on_host)
+            q, k, v = self._to_host([x.transpose(0, 1)[chosen] for x in (query, keys, values)])
             attended = self._buffer("output", (len(part), *output.shape[1:]), output.dtype)
-            by_kernel = [number for number, segment in enumerate(part) if self._compiles(segment, rule, q, k, v)]
-            if by_kernel:
+            if self._all_compile(part, q, k, v, rule):
                 assert self.compiled is not None
-                caches = [_cache(part[number]) for number in by_kernel]
-                self.compiled.attend_each(
-                    q, (k, v), by_kernel,
-                    [cache.memory_for(layer, k[:, :1], v[:, :1]) for cache in caches],
-                    [(rule.first_visible(cache.length + 1), cache.length + 1) for cache in caches],
-                    rule.scale, attended,
-                )  # fmt: skip
-            others = set(range(len(part))).difference(by_kernel)
-            for number in sorted(others):
-                one = slice(number, number + 1)
-                result = _cache(part[number]).attend(layer, q[:, one], k[:, one], v[:, one], _in_ram(rule))
-                attended[number] = result[:, 0]
+                self.compiled.attend_each(**self._arguments(part, layer, q, k, v, rule), output=attended)
+            else:
+                for number, segment in enumerate(part):
+                    one = slice(number, number + 1)
+                    result = _cache(segment).attend(layer, q[:, one], k[:, one], v[:, one], _in_ram(rule))
+                    attended[number] = result[:, 0]
             # The buffer is written again behind the next `_to_host`, which waits for the stream, and so for this copy.
             output[chosen] = attended.to(self._device, non_blocking=True)
 
-    def _compiles(self, segment: Segment, rule: AttentionRule, *row: Tensor) -> bool:
-        plain = not _cache(segment).prefix and rule.softcap is None and rule.sinks is None
-        return plain and self.compiled is not None and self.compiled.takes(*(x[:, :1] for x in row))
+    def _defer(
+        self, alone: Sequence[Segment], layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule,
+        output: Tensor,
+    ) -> None:  # fmt: skip
+        """The same for a row of tokens that all come alone, in the stream's order from copy to copy. The buffers are
+        used again, by the next layer, in that order as well.
+        """
+        assert self.compiled is not None
+        assert self._in_stream_order is not None
+        q, k, v = self._copy_to_host([x.transpose(0, 1) for x in (query, keys, values)])
+        attended = self._buffer("output", tuple(output.shape), output.dtype)
+        call = self.compiled.defer_each(**self._arguments(alone, layer, q, k, v, rule), output=attended)
+        self._deferred[layer] = call, q, k, v, attended
+        self._in_stream_order(call.function, ctypes.addressof(call.context))
+        output.copy_(attended, non_blocking=True)
+
+    def _all_compile(
+        self, alone: Sequence[Segment], query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
+    ) -> bool:
+        """Whether the kernel takes all of these tokens, given where they are or were."""
+        if self.compiled is None or rule.softcap is not None or rule.sinks is not None:
+            return False
+        if any(_cache(segment).prefix for segment in alone):
+            return False
+        return self.compiled.takes_heads(query, keys, values)
+
+    def _arguments(
+        self, alone: Sequence[Segment], layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
+    ) -> dict[str, Any]:
+        """What `CompiledAttention.attend_each` wants, but for its output; of query, keys and values in RAM."""
+        caches = [_cache(segment) for segment in alone]
+        memories = [cache.memory_for(layer, keys[:, :1], values[:, :1]) for cache in caches]
+        spans = [(rule.first_visible(cache.length + 1), cache.length + 1) for cache in caches]
+        return {
+            "query": query, "new": (keys, values), "memories": memories, "spans": spans, "scale": rule.scale
+        }  # fmt: skip
 
     def _append(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keys and values on the device behind those of a cache in RAM."""
@@ -107,7 +143,7 @@ class HostKV:
             on_host = self._to_host([x.transpose(0, 1)[part] for x in (keys, values)])
             place = slice(cache.length + part.start, cache.length + part.stop)
             for target, rows in zip(memory, on_host, strict=True):
-                target[:, place] = rows.transpose(0, 1)
+                target[:, place] = rows
 
     def _with_earlier(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The cache's keys and values, those of its prefix before them, and the new ones behind, on the device."""
@@ -129,15 +165,23 @@ class HostKV:
         return results[0], results[1]
 
     def _to_host(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors [n, heads, dim] of the device, in a pinned buffer until this is called again."""
+        """Tensors [n, heads, dim] of the device as [heads, n, dim] in RAM, in a buffer until this is called again."""
+        on_host = self._copy_to_host(parts)
+        self._synchronize()
+        return on_host
+
+    def _copy_to_host(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The same, there once the device's stream gets here."""
         n = parts[0].shape[0]
         together = torch.cat([part.flatten(1) for part in parts], dim=1)
         buffer = self._buffer("row", tuple(together.shape), together.dtype)
         buffer.copy_(together, non_blocking=True)
+        columns = buffer.split([part.shape[1] * part.shape[2] for part in parts], dim=1)
+        return [column.view(n, *part.shape[1:]).transpose(0, 1) for column, part in zip(columns, parts, strict=True)]
+
+    def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        columns = buffer.split([part.shape[1] * part.shape[2] for part in parts], dim=1)
-        return [column.view(n, *part.shape[1:]) for column, part in zip(columns, parts, strict=True)]
 
     def _to_device(self, source: Tensor, target: Tensor) -> None:
         """Copy [heads, n, dim] in RAM to the device, through the pinned buffer."""
@@ -147,14 +191,14 @@ class HostKV:
             buffer = self._buffer("row", tuple(part.shape), part.dtype)
             buffer.copy_(part)
             target[:, first : first + at_once].copy_(buffer, non_blocking=True)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+            self._synchronize()
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Pinned memory that is there until it is asked for again under this name."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
+            self._synchronize()  # a deferred call may use the one that there is
             # By powers of two: torch keeps pinned memory that is given back, for blocks of such sizes.
             size = 1 << max(20, (nbytes - 1).bit_length())
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")

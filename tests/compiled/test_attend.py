@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.machine import run_here
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
@@ -123,20 +125,27 @@ def test_what_the_kernel_is_not_made_for_is_left_to_torch(attention: CompiledAtt
 
 
 def test_tokens_of_several_sequences_are_as_each_alone(attention: CompiledAttention) -> None:
-    lengths, columns = (5, 700, 1, 64), (0, 2, 3, 5)
-    queries, output = normal(8, 6, 128), torch.zeros(6, 8, 128, dtype=torch.bfloat16)
-    new = normal(2, 6, 128, seed=1), normal(2, 6, 128, seed=2)
+    """Also when the call is put off, and made by somebody else."""
+    lengths = (5, 3000, 1, 64)
+    queries, new = normal(8, 4, 128), (normal(2, 4, 128, seed=1), normal(2, 4, 128, seed=2))
     memories = [(normal(2, n + 3, 128, seed=3 + n), normal(2, n + 3, 128, seed=4 + n)) for n in lengths]
-    spans = [(max(0, n - 100), n) for n in lengths]
+    spans = [(max(0, n - 2000), n) for n in lengths]
     alone = [
         attention.attend(
-            queries[:, c : c + 1], (new[0][:, c : c + 1], new[1][:, c : c + 1]),
+            queries[:, i : i + 1], (new[0][:, i : i + 1], new[1][:, i : i + 1]),
             (memory[0].clone(), memory[1].clone()), *span, 0.1,
         )
-        for c, memory, span in zip(columns, memories, spans, strict=True)
+        for i, (memory, span) in enumerate(zip(memories, spans, strict=True))
     ]  # fmt: skip
-    attention.attend_each(queries, new, columns, memories, spans, 0.1, output)
-    for column, memory, length, expected in zip(columns, memories, lengths, alone, strict=True):
-        assert torch.equal(output[column], expected[:, 0])
-        assert torch.equal(memory[0][:, length - 1], new[0][:, column])
-    assert not output[[1, 4]].any()
+    for deferred in (False, True):
+        copies = [(memory[0].clone(), memory[1].clone()) for memory in memories]
+        output = torch.zeros(4, 8, 128, dtype=torch.bfloat16)
+        if deferred:
+            call = attention.defer_each(queries, new, copies, spans, 0.1, output)
+            assert not output.any()
+            run_here(call.function, ctypes.addressof(call.context))
+        else:
+            attention.attend_each(queries, new, copies, spans, 0.1, output)
+        for i, (copy, length, expected) in enumerate(zip(copies, lengths, alone, strict=True)):
+            assert torch.equal(output[i], expected[:, 0])
+            assert torch.equal(copy[0][:, length - 1], new[0][:, i])

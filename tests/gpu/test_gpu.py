@@ -22,6 +22,7 @@ from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.pipeline.device_ops import CudaOps
+from pipo_ray.pipeline.host_functions import HostFunctions
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
 from pipo_ray.quant.policy import Precision
 
@@ -121,12 +122,13 @@ def test_logits_with_keys_and_values_in_ram(architecture: Architecture, tmp_path
     architecture.save(tmp_path / "checkpoint")
     device = torch.device("cuda", 0)
     attention = None if obstacle() is not None else CompiledAttention(tmp_path / "code")
+    calls = HostFunctions(device)
     for dtype, kernel, tolerance in ((torch.float32, None, 1e-4), (torch.bfloat16, attention, 0.05)):
         packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / f"store {dtype}", dtype)
         prompts = random_prompts(packed.facts.vocab_size, (60, 33, 21))
         with Pipeline(packed, device=device) as pipeline:
             wanted = pipeline.follow(prompts, [40, 3, 8], joins=[0, 2, 9])
-        with Pipeline(packed, device=device, kv_store=lambda *_: HostKV(device, kernel)) as pipeline:  # type: ignore[arg-type, return-value]  # noqa: B023
+        with Pipeline(packed, device=device, kv_store=lambda *_: HostKV(device, kernel, calls)) as pipeline:  # type: ignore[arg-type, return-value]  # noqa: B023
             followed = pipeline.follow(prompts, [40, 3, 8], joins=[0, 2, 9])
         for ours, theirs in zip(followed, wanted, strict=True):
             assert max(relative_errors(ours.logits.cpu(), theirs.logits.cpu())) <= tolerance

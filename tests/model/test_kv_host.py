@@ -11,6 +11,7 @@ from fake_device import FakeDevice
 from harness import CPU, PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.machine import run_here
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model import kv_host
 from pipo_ray.model.batch import PrefixPart, SweepEntry
@@ -97,3 +98,24 @@ def test_tokens_that_come_alone_are_the_kernels(window: int | None) -> None:
     for (cache, a, b), memory in zip(row, memories, strict=True):
         for tensor, before in zip(cache.memory_of(0), memory, strict=True):
             assert torch.equal(tensor[:, : cache.length + b - a], before[:, : cache.length + b - a])
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_a_row_of_single_tokens_is_left_to_the_stream() -> None:
+    """Two layers, whose calls come when the host is done with both."""
+    generator = torch.Generator().manual_seed(0)
+    calls: list[tuple[int, int]] = []
+    host = HostKV(CPU, CompiledAttention(), lambda *call: calls.append(call))
+    caches = [SequenceCache(30), SequenceCache(30)]
+    rows = [torch.randn(heads, 2, 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    segments = [Segment(cache, number, number + 1) for number, cache in enumerate(caches)]
+    for layer in (0, 1):
+        host.attend_row(segments, layer, *rows, AttentionRule(0.1))
+    assert len(calls) == 2
+    for function, context in calls:
+        run_here(function, context)
+    for cache, number in ((caches[0], 0), (caches[1], 1)):
+        for layer in (0, 1):  # a single token sees its own value
+            assert torch.equal(cache.memory_of(layer)[1][:, :1], rows[2][:, number : number + 1])
+    got = host.attend_row(segments, 0, *rows, AttentionRule(0.1, softcap=9.0))  # which the kernel does not take
+    assert torch.equal(got[:, ::4], rows[2].transpose(0, 1))
