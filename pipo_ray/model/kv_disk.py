@@ -128,6 +128,7 @@ class KVDisk:
         self._kept = [0] * placement.num_layers
         self._batch: Sequence[DiskCache] = ()
         self._ahead = LookAhead()
+        self._sweep = 0  # the number of the one that is computed, or comes next
         self._shapes: dict[int, tuple[int, int, int]] = {}  # kv_heads, head_dim, value_head_dim
         self._windows: dict[int, int | None] = {}
         table.restart()
@@ -162,6 +163,7 @@ class KVDisk:
         self._collect()
         self._raise_if_lost(batch)
         self._batch = batch
+        self._sweep += 1  # also where the one before was given up
         self._make_room()
         self._ahead.coming, self._ahead.next = iter(()), None
         for page in [page for page in self._ahead.claimed if page.owner not in batch]:
@@ -172,6 +174,7 @@ class KVDisk:
         """All layers have attended: the first pages of the next sweep are read, which will most likely be for the same
         sequences.
         """
+        self._sweep += 1
         self._look_ahead()
 
     def attend(
@@ -220,6 +223,7 @@ class KVDisk:
     def _bring(self, page: Page) -> None:
         """The page is in RAM."""
         self._raise_if_lost([page.owner])
+        page.read_in = self._sweep
         if page.at is PageState.STORED:
             self._load(page, self._take_frame())
         if page.at is PageState.LOADING:
@@ -341,6 +345,8 @@ class KVDisk:
             ahead.next = None
             if page is None:
                 return
+            if page.read_in == self._sweep:
+                continue  # what is read ahead for a sweep goes on in it: this one has been used meanwhile
             if page.at is PageState.STORED and page.owner.lost is None:
                 if not self._free:
                     self._collect()

@@ -25,7 +25,9 @@ class PageState(Enum):
 
 @dataclass(eq=False)
 class Page:
-    """A page of `owner`. `frame` and `stored` (its place in the file) are -1 where it has none."""
+    """A page of `owner`. `frame` and `stored` (its place in the file) are -1 where it has none; `read_in` is the last
+    sweep that has attended to it.
+    """
 
     owner: DiskCache
     layer: int
@@ -33,6 +35,7 @@ class Page:
     frame: int
     stored: int = -1
     at: PageState = PageState.OPEN
+    read_in: int = -1
 
 
 @dataclass

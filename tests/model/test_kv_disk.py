@@ -17,7 +17,7 @@ from pipeline.page_loader import Pages
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
 from pipo_ray.model.kv_disk import DiskCache, KVDisk, KVPagesLostError, _Pages
-from pipo_ray.model.kv_page import PageState
+from pipo_ray.model.kv_page import Page, PageState
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_table import _NO_FRAME
@@ -221,6 +221,30 @@ def test_a_fixed_part_stays_in_every_layer_and_nothing_is_written_twice() -> Non
         assert abs(one.disk.loaded_pages - before - 4 * LAYERS * 7) <= ahead
         assert one.disk.saved_pages == LAYERS * 7
         assert one.disk._kept == [2] * LAYERS
+
+
+@pytest.mark.parametrize("device", [None, FakeDevice(eager=1.0)])
+def test_no_page_is_asked_for_when_it_is_needed_only(
+    device: FakeDevice | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read ahead before the sweep began is not read ahead once more when it has been used."""
+    too_late: list[Page] = []
+    real = KVDisk._bring
+
+    def bring(self: KVDisk, page: Page) -> None:
+        if page.at is PageState.STORED:
+            too_late.append(page)
+        real(self, page)
+
+    with stage(STAGING + 3 * LAYERS, 60, device=device) as one:
+        written = one.join(10 * PAGE_TOKENS)
+        for _ in range(9):
+            one.sweep([(written, PAGE_TOKENS)], look=False)
+        one.sweep([(written, 1)], look=False)
+        monkeypatch.setattr(KVDisk, "_bring", bring)
+        for _ in range(4):
+            one.sweep([(written, 1)], look=False)
+    assert not too_late
 
 
 def test_pages_come_back_to_ram_when_there_is_room() -> None:
