@@ -60,7 +60,7 @@ class NvmeLoader:
         memory = KVMemory.attach(setup, self._memory.table)
         key = read_key(setup.key_path)
         file = PageFile(setup.path, setup.placement.page_bytes, key, memory.table.next_nonce)
-        server = PageServer(file, memory.table, list(memory.pages), trace=trace)
+        server = PageServer(file, memory.table, list(memory.pages), run_pages=setup.placement.run_pages, trace=trace)
         server.start()
         return server
 

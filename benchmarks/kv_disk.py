@@ -132,8 +132,8 @@ def page_rates(page_bytes: int, folder: Path, rounds: int, num_pages: int = 256)
         row["read"].append(rate(lambda memory, page: os.preadv(raw, [memory], page * page_bytes)))
         for name, opened in sealed.items():
             row = rates.setdefault(name, {"write": [], "read": []})
-            row["write"].append(rate(lambda memory, page, o=opened: seals.update({page: o.save(memory, page)})))
-            row["read"].append(rate(lambda memory, page, o=opened: o.load(memory, page, seals[page])))
+            row["write"].append(rate(lambda memory, page, o=opened: seals.update({page: o.save([memory], page)})))
+            row["read"].append(rate(lambda memory, page, o=opened: o.load([memory], page, seals[page])))
     os.close(raw)
     for opened in sealed.values():
         opened.close()

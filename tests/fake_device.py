@@ -40,6 +40,9 @@ class FakeEvent:
     def synchronize(self) -> None:
         self.device.host_waits_for(self)
 
+    def query(self) -> bool:
+        return self.device.host_sees(self)
+
 
 @dataclass
 class _Access:
@@ -123,6 +126,14 @@ class FakeDevice:
         with self._lock:
             self._do(event)
             _merge(self._host, event.clock)
+
+    def host_sees(self, event: FakeEvent) -> bool:
+        """Whether it has happened; what the host has seen it can rely on."""
+        with self._lock:
+            if event.work is not None:
+                return False
+            _merge(self._host, event.clock)
+            return True
 
     @contextmanager
     def watching(self) -> Iterator[None]:

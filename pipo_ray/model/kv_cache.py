@@ -20,8 +20,9 @@ from transformers import Cache
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.dense_attention import attend
+from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.fused_rows import RowLayout
-from pipo_ray.model.kv_disk import DiskCache, KVDisk
+from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans

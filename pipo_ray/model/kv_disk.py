@@ -24,9 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
+from pipo_ray.errors import DriveError, ResourceError
+from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.kv_page import LookAhead, Page, PageState
 from pipo_ray.model.kv_page_copies import PageCopies
+from pipo_ray.model.kv_page_layout import PageLayout
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
 from pipo_ray.pipeline.device_ops import DeviceOps
 from pipo_ray.pipeline.page_table import MOVING, FrameState, PageTable
@@ -38,36 +40,6 @@ class KVPagesLostError(Exception):
     """Pages of at least one sequence (`DiskCache.lost`) cannot be written or read. The others' are as they were before
     the sweep.
     """
-
-
-class DiskCache:
-    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer. `lost` is
-    why it cannot be used any more.
-    """
-
-    def __init__(self, store: KVDisk, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self.layers: dict[int, list[Page]] = {}
-        self.lost: DriveError | None = None
-        self._store = store
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
-        """See `SequenceCache.attend`."""
-        return self._store.attend(self, layer, query, keys, values, rule)
-
-    def advance(self, num_tokens: int) -> None:
-        """The sweep that appended `num_tokens` tokens to every layer is complete."""
-        self.length += num_tokens
-
-    def drop(self) -> None:
-        """Give the pages back."""
-        self._store.drop(self)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its pages in RAM."""
-        pages = (page for layer in self.layers.values() for page in layer)
-        return sum(page.frame >= 0 for page in pages) * self._store.placement.page_bytes
 
 
 @dataclass(frozen=True)
@@ -129,7 +101,7 @@ class KVDisk:
         self._batch: Sequence[DiskCache] = ()
         self._ahead = LookAhead()
         self._sweep = 0  # the number of the one that is computed, or comes next
-        self._shapes: dict[int, tuple[int, int, int]] = {}  # kv_heads, head_dim, value_head_dim
+        self._layout = PageLayout(placement.page_bytes, dtype)
         self._windows: dict[int, int | None] = {}
         table.restart()
 
@@ -165,6 +137,7 @@ class KVDisk:
         self._batch = batch
         self._sweep += 1  # also where the one before was given up
         self._make_room()
+        self._post_saves()
         self._ahead.coming, self._ahead.next = iter(()), None
         for page in [page for page in self._ahead.claimed if page.owner not in batch]:
             self.release(page)
@@ -186,8 +159,8 @@ class KVDisk:
         if cache.length + keys.shape[1] > cache.capacity:
             raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {cache.length + keys.shape[1]}")
         self._raise_if_lost([cache])
-        self._post_saves(but_of=layer)
-        self._check_shape(layer, keys, values)
+        self._post_saves()
+        self._layout.learn(layer, keys, values)
         self._windows[layer] = rule.sliding_window
         pages = cache.layers.setdefault(layer, [])
         self._return_to(cache, pages)
@@ -214,18 +187,38 @@ class KVDisk:
             (page,) = pages
             self._bring(page)
             return self._views(page)
+        here: list[Page] = []
         for row, page in enumerate(pages):
+            if here and not self._is_here(page):
+                self._into_group(self._copies, row, here)
             self._bring(page)
-            self._copies.into_group(row, page.frame)
-            self.release(page)  # a frame is needed for the copy alone: RAM need not hold a group at once
-        return self._group_views(self._copies.group(len(pages)), pages[0].layer)
+            here.append(page)
+        self._into_group(self._copies, len(pages), here)
+        return self._layout.merged(self._copies.group(len(pages)), pages[0].layer)
+
+    def _into_group(self, copies: PageCopies, stop: int, here: list[Page]) -> None:
+        """These pages are copied to the group's rows before `stop`. Their frames are needed for that alone: so RAM need
+        not hold a group at once.
+        """
+        copies.into_group(stop - len(here), [page.frame for page in here])
+        for page in here:
+            self._give_back(page)
+        here.clear()
+        self._post_saves()
+        self._claim()
+
+    def _is_here(self, page: Page) -> bool:
+        """Whether nobody would have to wait for it."""
+        if page.at is PageState.LOADING:
+            return self._table.state(page.frame) not in MOVING
+        return page.at is not PageState.STORED
 
     def _bring(self, page: Page) -> None:
         """The page is in RAM."""
         self._raise_if_lost([page.owner])
         page.read_in = self._sweep
         if page.at is PageState.STORED:
-            self._load(page, self._take_frame())
+            self._table.post(FrameState.LOAD, [self._start_load(page, self._take_frame())])
         if page.at is PageState.LOADING:
             self.waited_s += self._table.wait(page.frame)
             self._arrived(page)
@@ -240,6 +233,10 @@ class KVDisk:
 
     def release(self, page: Page) -> None:
         """The page in RAM has been used, or will not be."""
+        self._give_back(page)
+        self._claim()
+
+    def _give_back(self, page: Page) -> None:
         self._ahead.claimed.pop(page, None)
         if page.owner.lost is not None:
             return  # it is dropped soon, with whatever it has
@@ -253,7 +250,6 @@ class KVDisk:
         elif page.at is PageState.LOADING:
             self._leaving.append((page.frame, -1))
             page.at, page.frame = PageState.STORED, -1
-        self._claim()
 
     # -- what stays
     # ------------------------------------------------------------------------------------------------------
@@ -292,6 +288,7 @@ class KVDisk:
             for memory, new in zip(self._views(pages[index]), (keys, values), strict=True):
                 memory[:, start : start + count] = new[:, done : done + count]
             done += count
+        self._post_saves()
 
     def _settle(self, page: Page) -> None:
         """The page is full, and a newer one begins."""
@@ -309,7 +306,7 @@ class KVDisk:
             return
         page = pages[-1]
         if page.at is PageState.SAVING:
-            self._post_saves()
+            self._post_saves(wait=True)
             self._saving.remove(page)
             self._table.wait(page.frame)
         elif page.at is PageState.KEPT:
@@ -338,33 +335,40 @@ class KVDisk:
                 yield from cache.layers.get(layer, ())[first : pages_of(cache.length)]
 
     def _claim(self) -> None:
-        """Have as many pages as may be on their way, as far as frames are free."""
-        ahead = self._ahead
-        while len(ahead.claimed) < self.placement.ahead_pages:
+        """Have as many pages as may be on their way, as far as frames are free: several at a time, which the loader
+        reads at once if they are neighbours in the file.
+        """
+        ahead, most = self._ahead, self.placement.ahead_pages
+        if most - len(ahead.claimed) < min(self.placement.run_pages, most):
+            return
+        loads: list[tuple[int, int]] = []
+        while len(ahead.claimed) < most:
             page = ahead.next or next(ahead.coming, None)
             ahead.next = None
             if page is None:
-                return
+                break
             if page.read_in == self._sweep:
-                continue  # what is read ahead for a sweep goes on in it: this one has been used meanwhile
+                continue  # it was read before this sweep began, and has been used in it meanwhile
             if page.at is PageState.STORED and page.owner.lost is None:
                 if not self._free:
                     self._collect()
-                if not self._free:
+                if not self._free or not self._is_complete(self._free[0]):
                     ahead.next = page
-                    return
-                self._load(page, self._take_free())
+                    break
+                loads.append(self._start_load(page, self._free.popleft()))
             elif page.at is PageState.SAVING:
                 ahead.claimed[page] = None
+        self._table.post(FrameState.LOAD, loads)
 
     # -- moving
     # ----------------------------------------------------------------------------------------------------------
 
-    def _load(self, page: Page, frame: int) -> None:
+    def _start_load(self, page: Page, frame: int) -> tuple[int, int]:
+        """Returns what the table is to be asked for."""
         page.at, page.frame = PageState.LOADING, frame
         self._ahead.claimed[page] = None
         self.loaded_pages += 1
-        self._table.post(FrameState.LOAD, frame, page.stored)
+        return frame, page.stored
 
     def _save(self, page: Page) -> None:
         while not self._free_stored and self._leaving:
@@ -374,20 +378,22 @@ class KVDisk:
             return
         page.at, page.stored = PageState.SAVING, self._free_stored.pop()
         self._to_save.append(page)
-        if self._copies is None:
-            self._post_saves()
 
-    def _post_saves(self, but_of: int = -1) -> None:
-        """Ask the loader for what is to be saved. Of a layer that is being computed the pages may not be in RAM for a
-        while, and waiting for them can wait.
-        """
-        while self._to_save and self._to_save[0].layer != but_of:
+    def _post_saves(self, wait: bool = False) -> None:
+        """Ask the loader for what is to be saved and in RAM by now; with `wait` for all of it."""
+        saves: list[tuple[int, int]] = []
+        while self._to_save and (wait or self._is_complete(self._to_save[0].frame)):
             page = self._to_save.popleft()
             if self._copies is not None:
                 self._copies.complete(page.frame)
             self._saving.append(page)
-            self.saved_pages += 1
-            self._table.post(FrameState.SAVE, page.frame, page.stored)
+            saves.append((page.frame, page.stored))
+        self.saved_pages += len(saves)
+        self._table.post(FrameState.SAVE, saves)
+
+    def _is_complete(self, frame: int) -> bool:
+        """Whether no copy on the GPU's side is under way."""
+        return self._copies is None or self._copies.is_complete(frame)
 
     def _arrived(self, page: Page) -> None:
         page.at = PageState.STAGED
@@ -409,7 +415,7 @@ class KVDisk:
 
     def _wait_for_one(self) -> None:
         """Until a page that leaves RAM has left it."""
-        self._post_saves()
+        self._post_saves(wait=True)
         leaving = [page.frame for page in self._saving if page not in self._ahead.claimed]
         leaving += [frame for frame, _ in self._leaving]
         if not leaving:
@@ -472,30 +478,6 @@ class KVDisk:
                 self._free_stored.append(page.stored)
         page.at, page.frame, page.stored = PageState.GONE, -1, -1
 
-    # -- memory
-    # ----------------------------------------------------------------------------------------------------------
-
-    def _check_shape(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        shape = self._shapes[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
-        elements = PAGE_TOKENS * shape[0] * (shape[1] + shape[2])
-        if elements > self._frames.shape[1]:
-            raise UnsupportedModelError(
-                f"layer {layer} caches {elements // PAGE_TOKENS} elements per token, its model's facts say "
-                f"{self._frames.shape[1] // PAGE_TOKENS}"
-            )
-
     def _views(self, page: Page) -> tuple[Tensor, Tensor]:
         frame = self._frames[page.frame] if self._copies is None else self._copies.written(page.frame)
-        heads, dim, value_dim = self._shapes[page.layer]
-        middle = heads * PAGE_TOKENS * dim
-        stop = middle + heads * PAGE_TOKENS * value_dim
-        return frame[:middle].view(heads, PAGE_TOKENS, dim), frame[middle:stop].view(heads, PAGE_TOKENS, value_dim)
-
-    def _group_views(self, group: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The pages' keys and values one behind the other: one copy on the GPU makes a range of them."""
-        heads, dim, value_dim = self._shapes[layer]
-        middle = heads * PAGE_TOKENS * dim
-        stop = middle + heads * PAGE_TOKENS * value_dim
-        keys = group[:, :middle].view(-1, heads, PAGE_TOKENS, dim).transpose(0, 1)
-        values = group[:, middle:stop].view(-1, heads, PAGE_TOKENS, value_dim).transpose(0, 1)
-        return keys.reshape(heads, -1, dim), values.reshape(heads, -1, value_dim)
+        return self._layout.views(frame, page.layer)

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipo_ray.model.kv_disk import DiskCache
+    from pipo_ray.model.disk_cache import DiskCache
 
 
 class PageState(Enum):

@@ -60,13 +60,14 @@ class PageCopies:
         """The same, with what it has in RAM."""
         self.open(frame)
         place = self._written[frame]
-        self._copy(frame, place.memory, place.free_at)
+        self._copy(frame, place.memory[None], place.free_at)
         self._ops.compute_waits_for(self._leaving[frame])
 
     def settle(self, frame: int) -> None:
         """The page is full: it goes to its frame, and its place is free."""
         place = self._written.pop(frame)
-        done = self._ops.copy(place.memory, self._row(frame), self._ops.record_on_compute(), "KV save")
+        target = self._frames[frame].view(self._dtype)
+        done = self._ops.copy(place.memory, target, self._ops.record_on_compute(), "KV save")
         self._arriving[frame] = place.free_at = done
         self._newest.append(place)
 
@@ -80,13 +81,22 @@ class PageCopies:
         """The page that is written, on the GPU."""
         return self._written[frame].memory
 
-    def into_group(self, row: int, frame: int) -> None:
-        """Put a copy of the page into the next group. The frame is not needed any more once `complete` returns."""
-        group = self._groups[0]
-        if (place := self._written.get(frame)) is not None:
-            group.memory[row].copy_(place.memory)  # both are the computation's own
-        else:
-            self._copy(frame, group.memory[row], group.free_at)
+    def into_group(self, row: int, frames: list[int]) -> None:
+        """Put copies of these pages into the next group from `row` on: neighbours in RAM at once. The frames are not
+        needed any more once `complete` returns.
+        """
+        group, index = self._groups[0], 0
+        while index < len(frames):
+            at, count = row + index, 1
+            if (place := self._written.get(frames[index])) is not None:
+                group.memory[at].copy_(place.memory)  # both are the computation's own
+            else:
+                while frames[index + count : index + count + 1] == [frames[index] + count]:
+                    if frames[index + count] in self._written:
+                        break
+                    count += 1
+                self._copy(frames[index], group.memory[at : at + count], group.free_at)
+            index += count
 
     def group(self, num_pages: int) -> Tensor:
         """The pages [num_pages, elements] that were put into the next group, for what is computed until `passed`."""
@@ -106,10 +116,16 @@ class PageCopies:
             if (event := events.pop(frame, None)) is not None:
                 event.synchronize()
 
-    def _copy(self, frame: int, target: Tensor, after: Event | None) -> None:
-        if (event := self._arriving.pop(frame, None)) is not None:
-            event.synchronize()
-        self._leaving[frame] = self._latest = self._ops.copy(self._row(frame), target, after, "KV load")
+    def is_complete(self, frame: int) -> bool:
+        """Whether `complete` would not have to wait."""
+        return all(event is None or event.query() for event in (self._arriving.get(frame), self._leaving.get(frame)))
 
-    def _row(self, frame: int) -> Tensor:
-        return self._frames[frame].view(self._dtype)
+    def _copy(self, first: int, target: Tensor, after: Event | None) -> None:
+        """Copy the frames from `first` on to `target` [frames, elements]."""
+        frames = range(first, first + len(target))
+        for frame in frames:
+            if (event := self._arriving.pop(frame, None)) is not None:
+                event.synchronize()
+        source = self._frames[first : first + len(target)].view(self._dtype)
+        self._latest = self._ops.copy(source, target, after, "KV load")
+        self._leaving.update(dict.fromkeys(frames, self._latest))

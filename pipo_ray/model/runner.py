@@ -14,9 +14,10 @@ from pipo_ray.errors import DriveError
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV
-from pipo_ray.model.kv_disk import DiskCache, KVPagesLostError
+from pipo_ray.model.kv_disk import KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.lanes import Lanes
 

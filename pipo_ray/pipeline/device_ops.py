@@ -20,6 +20,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Wait for it, asleep."""
 
+    def query(self) -> bool:
+        """Whether it has happened."""
+
 
 CopyStream = Literal["weight copy", "KV load", "KV save"]
 """Copies on different streams overlap; each of these kinds of task has one of its own."""

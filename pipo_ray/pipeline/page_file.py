@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import xxhash
 from cryptography.exceptions import InvalidTag
@@ -29,7 +29,7 @@ _TAG_BYTES = 16
 
 class PageFile:
     """The file at `path`, pages of `page_bytes` (a multiple of 4096); several threads may use it. `nonce` gives numbers
-    that no page was encrypted with before. Memory that is read or written begins on a multiple of 4096.
+    that no page was encrypted with before. A page in memory begins on a multiple of 4096.
     """
 
     def __init__(self, path: str, page_bytes: int, key: bytes | None, nonce: Callable[[], int]) -> None:
@@ -41,28 +41,30 @@ class PageFile:
         self.retries = 0
         self._descriptor = self._open()
 
-    def save(self, memory: memoryview, page: int) -> Seal:
-        """Write a page. Raises OSError once trying again has not helped."""
+    def save(self, pages: Sequence[memoryview], first: int) -> list[Seal]:
+        """Write these pages to `first` and the places behind it. Raises OSError once trying again has not helped."""
         if self._key is None:
-            seal = Seal(0, xxhash.xxh3_128_digest(memory))
-        else:
+            self._move(os.pwritev, pages, first)
+            return [Seal(0, xxhash.xxh3_128_digest(page)) for page in pages]
+        bounce = self._bounce_memory(len(pages))
+        seals: list[Seal] = []
+        for page, encrypted in zip(pages, bounce, strict=True):
             with self._lock:
                 number = self._next_nonce()
             cipher = Cipher(algorithms.AES(self._key), modes.GCM(_nonce(number))).encryptor()
-            bounce = self._bounce_memory()
-            cipher.update_into(memory, bounce)
+            cipher.update_into(page, encrypted)
             cipher.finalize()
-            memory, seal = bounce, Seal(number, cipher.tag)
-        self._move(os.pwritev, memory, page)
-        return seal
+            seals.append(Seal(number, cipher.tag))
+        self._move(os.pwritev, bounce, first)
+        return seals
 
-    def load(self, memory: memoryview, page: int, seal: Seal) -> None:
-        """Read a page that was sealed like this. Raises OSError once trying again has not helped; with EBADMSG, if it
+    def load(self, pages: Sequence[memoryview], first: int, seals: Sequence[Seal]) -> None:
+        """Read pages that were sealed like this. Raises OSError once trying again has not helped; with EBADMSG, if one
         is not what was written.
         """
         for _ in range(2):  # a second time: the transfer may have gone wrong, and not what is on the drive
-            self._move(os.preadv, memory, page)
-            if self._opened(memory, seal):
+            self._move(os.preadv, pages, first)
+            if all(self._opened(page, seal) for page, seal in zip(pages, seals, strict=True)):
                 return
             self.retries += 1
         raise OSError(errno.EBADMSG, "it is not what was written")
@@ -84,12 +86,12 @@ class PageFile:
             return False
         return True
 
-    def _move(self, move: Callable[[int, list[memoryview], int], int], memory: memoryview, page: int) -> None:
-        offset, done, attempts = page * self.page_bytes, 0, 0
-        while done < len(memory):
+    def _move(self, move: Callable[[int, list[memoryview], int], int], pages: Sequence[memoryview], first: int) -> None:
+        left, offset, attempts = list(pages), first * self.page_bytes, 0
+        while left:
             descriptor, direct = self._descriptor, self.direct
             try:
-                count = move(descriptor, [memory[done:]], offset + done)
+                count = move(descriptor, left, offset)
                 if direct:
                     count -= count % PAGE
                 if not count:
@@ -105,8 +107,12 @@ class PageFile:
                 time.sleep(RETRY_AFTER_S[attempts - 1])
                 continue
             if not direct:
-                os.posix_fadvise(descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
-            done += count
+                os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if left:
+                left[0] = left[0][count:]
 
     def _open(self) -> int:
         if self.direct:
@@ -125,11 +131,12 @@ class PageFile:
                 self._retired.append(self._descriptor)  # others may be using it
                 self._descriptor = self._open()
 
-    def _bounce_memory(self) -> memoryview:
-        """A page of this thread's own: what is encrypted must not replace the page in RAM, which is still in use."""
-        if not hasattr(self._bounce, "memory"):
-            self._bounce.memory = memoryview(mmap.mmap(-1, self.page_bytes))
-        return self._bounce.memory  # type: ignore[no-any-return]
+    def _bounce_memory(self, count: int) -> list[memoryview]:
+        """Pages of this thread's own: what is encrypted must not replace the pages in RAM, which are still in use."""
+        mine: list[memoryview] = self._bounce.__dict__.setdefault("pages", [])
+        while len(mine) < count:
+            mine.append(memoryview(mmap.mmap(-1, self.page_bytes)))
+        return mine[:count]
 
 
 def _nonce(number: int) -> bytes:

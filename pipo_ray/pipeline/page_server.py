@@ -2,6 +2,8 @@
 
 Threads of its own, beside those that read weights: a page is needed within a layer or two, so it must not queue behind
 weights, which are read as far ahead as there are slots. The drive shares itself between both.
+
+A thread takes a *run*: what was asked for one behind the other and lies so in the file. It is one transfer.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pipo_ray.pipeline.slots import U8
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 
 _log = logging.getLogger("pipo_ray")
-PAGE_THREADS = 4
+PAGE_THREADS = 8
 
 
 @dataclass
@@ -34,7 +36,9 @@ class PageCounters:
 
 
 class PageServer:
-    """Moves pages between `frames` (uint8 arrays of a page each, 4096-aligned) and `file`, as `table` says."""
+    """Moves pages between `frames` (uint8 arrays of a page each, 4096-aligned) and `file`, as `table` says: `run_pages`
+    at once at most.
+    """
 
     def __init__(
         self,
@@ -42,11 +46,14 @@ class PageServer:
         table: PageTable,
         frames: Sequence[U8],
         *,
+        run_pages: int = 1,
         threads: int = PAGE_THREADS,
         trace: TraceWriter = NO_TRACE,
     ) -> None:
         self._file, self._table, self._trace = file, table, trace
         self._frames = [frame.data for frame in frames]
+        # What is encrypted has memory of each thread's own.
+        self._most = {FrameState.LOAD: run_pages, FrameState.SAVE: max(1, run_pages // 2)}
         self._turn = threading.Lock()  # of the one that takes the next request; it sleeps with it
         self._state = threading.Condition()
         self._moving = 0
@@ -54,6 +61,7 @@ class PageServer:
         self._taken = table.posted
         # A predecessor who was killed has left these; what it had half done is done again.
         self._inherited = table.open_requests(table.first, self._taken)
+        self._waiting: PageRequest | None = None  # taken from the table, and not part of a run yet
         table.drive_asked(0)
         table.acknowledge(self._epoch)
         self._counters = PageCounters()
@@ -76,41 +84,55 @@ class PageServer:
             return replace(self._counters, direct=self._file.direct, retries=self._file.retries)
 
     def _serve(self) -> None:
-        while (request := self._take()) is not None:
+        while run := self._take():
             begin = time.perf_counter()
-            error = self._move(request)
-            self._table.finish(request, error)
+            errors = self._move(run)
+            for request, error in zip(run, errors, strict=True):
+                self._table.finish(request, error)
             end = time.perf_counter()
-            name = "KV save" if request.kind == FrameState.SAVE else "KV load"
-            self._trace.add(name, begin, end, {"piece": f"page {request.page}", "bytes": self._file.page_bytes})
+            saves, nbytes = run[0].kind == FrameState.SAVE, len(run) * self._file.page_bytes
+            if self._trace.enabled:
+                labels = {"piece": f"page {run[0].page}", "pages": len(run), "bytes": nbytes}
+                self._trace.add("KV save" if saves else "KV load", begin, end, labels)
             with self._state:
                 self._moving -= 1
                 self._table.drive_asked(end if self._moving else 0)
                 if not self._file.direct:
                     self._table.note_buffered()
                 self._counters.busy_s += end - begin
-                if request.kind == FrameState.SAVE:
-                    self._counters.saved_bytes += self._file.page_bytes
+                if saves:
+                    self._counters.saved_bytes += nbytes
                 else:
-                    self._counters.loaded_bytes += self._file.page_bytes
+                    self._counters.loaded_bytes += nbytes
                 self._state.notify_all()
 
-    def _take(self) -> PageRequest | None:
-        """The next request; None when everybody is to stop."""
+    def _take(self) -> list[PageRequest]:
+        """The next run; nothing when everybody is to stop."""
         with self._turn:
             while not self._table.stopped:
                 if self._table.epoch != self._epoch:
                     self._begin_epoch()
-                request = self._next()
-                if request is not None:
+                if run := self._next_run():
                     with self._state:
                         self._moving += 1
                         if self._moving == 1:
                             self._table.drive_asked(time.perf_counter())
-                    return request
+                    return run
                 if self._table.epoch == self._epoch:
                     self._table.wait_posted(self._taken)
-            return None
+            return []
+
+    def _next_run(self) -> list[PageRequest]:
+        run: list[PageRequest] = []
+        while (request := self._waiting or self._next()) is not None:
+            self._waiting = request
+            if run and (
+                request.kind != run[0].kind or request.page != run[-1].page + 1 or len(run) == self._most[request.kind]
+            ):
+                break
+            run.append(request)
+            self._waiting = None
+        return run
 
     def _next(self) -> PageRequest | None:
         if self._inherited:
@@ -129,21 +151,26 @@ class PageServer:
                 self._state.wait()
         epoch = self._table.epoch
         self._inherited.clear()
+        self._waiting = None
         self._taken = max(self._taken, self._table.first)
         self._epoch = epoch
         self._table.acknowledge(epoch)
 
-    def _move(self, request: PageRequest) -> int:
-        """Returns 0, or the number of the error."""
+    def _move(self, run: list[PageRequest]) -> list[int]:
+        """Returns for each page 0, or the number of its error."""
         try:
-            memory = self._frames[request.frame]
-            if request.kind == FrameState.SAVE:
-                self._table.set_seal(request.page, self._file.save(memory, request.page))
+            pages = [self._frames[request.frame] for request in run]
+            first = run[0].page
+            if run[0].kind == FrameState.SAVE:
+                for request, seal in zip(run, self._file.save(pages, first), strict=True):
+                    self._table.set_seal(request.page, seal)
             else:
-                self._file.load(memory, request.page, self._table.seal(request.page))
-        except OSError as error:
-            return error.errno or errno.EIO
-        except Exception:  # a defect of ours: the compute worker must hear of it instead of waiting for ever
-            _log.exception("pipo: KV page %d", request.page)
-            return errno.EIO
-        return 0
+                self._file.load(pages, first, [self._table.seal(request.page) for request in run])
+        except Exception as error:
+            if len(run) > 1:  # which of them it was: the others are as good as ever
+                return [number for request in run for number in self._move([request])]
+            if isinstance(error, OSError):
+                return [error.errno or errno.EIO]
+            _log.exception("pipo: KV page %d", run[0].page)  # the compute worker must hear of it, too, or would wait
+            return [errno.EIO]
+        return [0] * len(run)

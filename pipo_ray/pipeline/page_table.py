@@ -17,7 +17,7 @@ seal of four uint64 per page of the file. The loader alone writes seals, and DON
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -107,10 +107,10 @@ class PageTable:
 
     def restart(self) -> None:
         """A new compute worker: no request of its predecessor is open any more. Raises StoppedError."""
-        self._post(_NO_FRAME)  # whoever sleeps looks at the epoch
+        self._post([_NO_FRAME])  # whoever sleeps looks at the epoch
         self._words64[_FIRST] = self.posted
         self._words64[_EPOCH] = epoch = self.epoch + 1
-        self._post(_NO_FRAME)
+        self._post([_NO_FRAME])
         while int(self._words64[_EPOCH_SEEN]) != epoch:
             if self.stopped:
                 raise StoppedError
@@ -118,13 +118,15 @@ class PageTable:
         for frame in range(self.num_frames):
             self._words32[2 * self._row(frame)] = FrameState.IDLE
 
-    def post(self, kind: FrameState, frame: int, page: int) -> None:
-        """Ask for `frame` to be saved to, or loaded from, `page` of the file."""
-        row = self._row(frame)
-        self._words64[row + _NUMBER] = self.posted
-        self._words64[row + _PAGE] = page
-        self._words32[2 * row] = kind
-        self._post(frame)
+    def post(self, kind: FrameState, moves: Sequence[tuple[int, int]]) -> None:
+        """Ask for each of these frames to be saved to, or loaded from, its page of the file: (frame, page)."""
+        posted = self.posted
+        for number, (frame, page) in enumerate(moves, posted):
+            row = self._row(frame)
+            self._words64[row + _NUMBER] = number
+            self._words64[row + _PAGE] = page
+            self._words32[2 * row] = kind
+        self._post([frame for frame, _ in moves])
 
     def wait(self, frame: int) -> float:
         """Until the frame's request is done, or has failed; seconds waited. Raises StoppedError."""
@@ -235,10 +237,14 @@ class PageTable:
         """Index of a frame's row in uint64 words."""
         return (2 + frame) * _WORDS
 
-    def _post(self, frame: int) -> None:
+    def _post(self, frames: Sequence[int]) -> None:
+        """One wake for all of them: so whoever looks finds neighbours, too."""
+        if not frames:
+            return
         posted = self.posted
-        self._ring[posted % self.num_frames] = frame
-        self._words64[_POSTED] = posted + 1
+        for number, frame in enumerate(frames, posted):
+            self._ring[number % self.num_frames] = frame
+        self._words64[_POSTED] = posted + len(frames)
         futex.wake(self._address + 8 * _POSTED)
 
     def _request(self, frame: int) -> PageRequest | None:

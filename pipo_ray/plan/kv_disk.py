@@ -27,9 +27,17 @@ GROUP_PAGES = 8
 PASSING_PAGES = 2 * GROUP_PAGES
 """Pages on a GPU that are only read, from RAM: a group is copied while another is computed with."""
 
+RUN_BYTES = 2 * MIB
+"""Pages that are neighbours in the file are read at once, up to so many bytes: small ones by themselves keep no drive
+busy.
+"""
+
 _ALIGNMENT = 4096
 _LEAST_STAGING = 6
 _STAGING_BYTES = 32 * MIB
+_MOST_STAGING_BYTES = 64 * MIB
+"""While a GPU computes a layer of a long prompt without asking for pages, some 15 ms, a drive reads 45 MiB."""
+_STAGING_SHARE = 1 / 16
 _MOST_STAGING_SHARE = 0.25
 _PARTLY_FILLED = 16
 """Pages per layer beyond the tokens that are wanted, where nobody says how many: half a page for each of 32 requests.
@@ -89,6 +97,11 @@ class KVDiskPlacement:
         """Pages that are read before they are needed; the rest of the staging is for pages to be written."""
         return self.staging_pages - max(2, self.staging_pages // 4)
 
+    @property
+    def run_pages(self) -> int:
+        """Pages that are read at once, where they are neighbours."""
+        return max(1, RUN_BYTES // self.page_bytes)
+
     def describe(self) -> str:
         """A line for the user."""
         in_ram = (self.ram_pages - self.staging_pages) // self.num_layers * PAGE_TOKENS
@@ -122,7 +135,7 @@ def least_ram_bytes(facts: ModelFacts) -> int:
 def ram_bytes_for(facts: ModelFacts, num_tokens: int) -> int:
     """The RAM with which nothing of a sequence of `num_tokens` tokens is on the drive."""
     nbytes, pages = disk_page_bytes(facts), facts.num_layers * pages_of(num_tokens)
-    return (pages + _wanted_staging(nbytes)) * nbytes
+    return (pages + max(_LEAST_STAGING, _MOST_STAGING_BYTES // nbytes)) * nbytes
 
 
 def gpu_bytes_for(facts: ModelFacts, num_sequences: int) -> int:
@@ -159,7 +172,8 @@ def place_kv(
         )
     ram_pages = ram_bytes // nbytes
     most_staging = max(_LEAST_STAGING, int((ram_pages - layers) * _MOST_STAGING_SHARE))
-    staging = min(_wanted_staging(nbytes), most_staging)
+    wanted_staging = min(max(_STAGING_BYTES, int(ram_bytes * _STAGING_SHARE)), _MOST_STAGING_BYTES) // nbytes
+    staging = min(max(_LEAST_STAGING, wanted_staging), most_staging)
     if wish.size_bytes is None:
         wanted = pages_of(wanted_tokens) + _PARTLY_FILLED
         disk_pages = max(layers, layers * wanted - (ram_pages - staging))
@@ -172,10 +186,6 @@ def place_kv(
         )
     folder = wish.folder or ""
     return KVDiskPlacement(layers, nbytes, ram_pages, staging, disk_pages, folder, wish.encrypted, gpu_bytes // nbytes)
-
-
-def _wanted_staging(page_bytes: int) -> int:
-    return max(_LEAST_STAGING, _STAGING_BYTES // page_bytes)
 
 
 def kept_pages(placement: KVDiskPlacement, num_sequences: int) -> tuple[int, ...]:

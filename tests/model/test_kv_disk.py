@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pipeline.page_loader import Pages
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
-from pipo_ray.model.kv_disk import DiskCache, KVDisk, KVPagesLostError, _Pages
+from pipo_ray.model.disk_cache import DiskCache
+from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError, _Pages
 from pipo_ray.model.kv_page import Page, PageState
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.page_file import PageFile
@@ -112,7 +113,7 @@ def stage(
             yield Stage(disk, KVDisk(plenty, others[2], others[1], dtype, other_device), device)
         finally:
             stop[0] = 1
-            table._post(_NO_FRAME)  # whoever sleeps looks up
+            table._post([_NO_FRAME])  # whoever sleeps looks up
             server.stop()
             file.close()
 
@@ -282,10 +283,10 @@ def test_a_page_that_fails_costs_its_sequence_alone(verb: str, monkeypatch: pyte
         real = getattr(PageFile, "load" if verb == "reading" else "save")
         fails = [True]
 
-        def fail(self: PageFile, memory: memoryview, page: int, *seal: object) -> object:
+        def fail(self: PageFile, pages: list[memoryview], first: int, *seals: object) -> object:
             if fails[0]:
                 raise OSError(5, "Input/output error")
-            return real(self, memory, page, *seal)
+            return real(self, pages, first, *seals)
 
         if verb == "reading":
             one.sweep([(broken, 900)], look=False)

@@ -17,6 +17,7 @@ from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_server import PageServer
 from pipo_ray.pipeline.page_table import PageTable
 from pipo_ray.pipeline.slots import U8
+from pipo_ray.plan.kv_disk import RUN_BYTES
 from pipo_ray.session.kv_file import KVFile, read_key
 
 PAGE = 4096
@@ -51,7 +52,10 @@ class Pages:
     def serve(self, table: PageTable, frames: U8) -> PageServer:
         """A server, started."""
         server = PageServer(
-            PageFile(self.path, self.page_bytes, read_key(self.key_path), table.next_nonce), table, list(frames)
+            PageFile(self.path, self.page_bytes, read_key(self.key_path), table.next_nonce),
+            table,
+            list(frames),
+            run_pages=max(2, RUN_BYTES // self.page_bytes),
         )
         server.start()
         return server

@@ -63,8 +63,8 @@ def content(file: KVFile, page: int) -> bytes:
 
 def test_a_page_comes_back_and_only_with_a_key_is_it_hidden(file: KVFile) -> None:
     opened, page, back = page_file(file), filled(1), aligned()
-    seal = opened.save(page.data, 3)
-    opened.load(back.data, 3, seal)
+    seals = opened.save([page.data], 3)
+    opened.load([back.data], 3, seals)
     assert np.array_equal(back, page)
     assert (content(file, 3) == page.tobytes()) == (file.key_path is None)
     assert np.array_equal(page, filled(1)), "what is in RAM has changed"
@@ -76,7 +76,7 @@ def test_the_same_page_is_never_encrypted_alike(tmp_path: Path) -> None:
     opened = page_file(file)
     written = set()
     for page in (0, 0, 1):
-        opened.save(filled(1).data, page)
+        opened.save([filled(1).data], page)
         written.add(content(file, page))
     assert len(written) == 3
     opened.close()
@@ -86,20 +86,20 @@ def test_the_same_page_is_never_encrypted_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["bit", "older", "other"])
 def test_what_is_not_what_was_written_last_is_an_error(file: KVFile, damage: str) -> None:
     opened = page_file(file)
-    seal = opened.save(filled(1).data, 3)
+    seals = opened.save([filled(1).data], 3)
     if damage == "bit":
         with open(file.path, "r+b") as raw:
             byte = content(file, 3)[77] ^ 4
             os.pwrite(raw.fileno(), bytes([byte]), 3 * PAGE_BYTES + 77)
     elif damage == "older":
         older = content(file, 3)
-        seal = opened.save(filled(2).data, 3)
+        seals = opened.save([filled(2).data], 3)
         with open(file.path, "r+b") as raw:
             os.pwrite(raw.fileno(), older, 3 * PAGE_BYTES)
     else:
-        seal = opened.save(filled(2).data, 4)
+        seals = opened.save([filled(2).data], 4)
     with pytest.raises(OSError) as caught:
-        opened.load(aligned().data, 3, seal)
+        opened.load([aligned().data], 3, seals)
     assert caught.value.errno == errno.EBADMSG
     opened.close()
 
@@ -118,7 +118,7 @@ def test_a_file_system_without_direct_access_is_read_through_the_cache(
     opened = page_file(file)
     assert not opened.direct
     back = aligned()
-    opened.load(back.data, 0, opened.save(filled(5).data, 0))
+    opened.load([back.data], 0, opened.save([filled(5).data], 0))
     assert np.array_equal(back, filled(5))
     opened.close()
 
@@ -135,12 +135,12 @@ def test_errors_that_pass_are_tried_again_and_others_come_through(
 
     monkeypatch.setattr(os, "pwritev", fail)
     back = aligned()
-    opened.load(back.data, 0, opened.save(filled(5).data, 0))
+    opened.load([back.data], 0, opened.save([filled(5).data], 0))
     assert np.array_equal(back, filled(5))
     assert opened.retries == 2
     failures.append(errno.ENOSPC)
     with pytest.raises(OSError) as caught:
-        opened.save(filled(6).data, 0)
+        opened.save([filled(6).data], 0)
     assert caught.value.errno == errno.ENOSPC
     opened.close()
 
@@ -182,7 +182,7 @@ class Mover:
 
     def _post(self, kind: FrameState, frame: int, page: int, seed: int) -> None:
         self._open[frame] = (kind, page, seed)
-        self._table.post(kind, frame, page)
+        self._table.post(kind, [(frame, page)])
 
     def end(self, frame: int) -> None:
         """Wait for the frame's request, and look at what came."""
@@ -239,7 +239,7 @@ def test_a_page_that_fails_is_told_with_its_cause(tmp_path: Path, encrypted_file
     server = pages.serve(table, frames)
     table.restart()
     table.set_seal(7, Seal(1, bytes(16)))
-    table.post(FrameState.LOAD, 2, 7)  # nothing was written there
+    table.post(FrameState.LOAD, [(2, 7)])  # nothing was written there
     table.wait(2)
     assert (table.state(2), table.error(2)) == (FrameState.FAILED, errno.EBADMSG)
     stop[0] = 1
@@ -264,7 +264,7 @@ def test_a_drive_that_hangs_is_told_once_with_its_folder(
 
     monkeypatch.setattr(os, "pwritev", hang)
     assert watch.news() == []
-    table.post(FrameState.SAVE, 0, 0)
+    table.post(FrameState.SAVE, [(0, 0)])
     deadline = time.monotonic() + PATIENCE_S
     while not (news := watch.news()) and time.monotonic() < deadline:
         time.sleep(0.01)
