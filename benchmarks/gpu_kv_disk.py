@@ -2,14 +2,16 @@
 
 How to run (a machine with CUDA, 40 GB of RAM and 45 GB of temporary disk; seven minutes):
 
-    python benchmarks/gpu_kv_disk.py [--tokens 65536] [--new 32] [--layers 32] [--kv 2GiB] [--without-pages]
-        [--folder DIR] [--json FILE]
+    python benchmarks/gpu_kv_disk.py [--tokens 65536] [--new 32] [--layers 32] [--kv 2GiB] [--chunk 2048]
+        [--without-pages] [--folder DIR] [--json FILE] [--trace DIR] [--every 10]
 
-Llama-3-8B's shape with random bf16 weights and a GPU budget of 6 GiB. A prompt of random tokens in chunks of 2048, then
-32 tokens more. In the first run RAM has room for all of it; in the second the KV cache has --kv bytes on GPU and RAM
-together, and the rest is in an encrypted file. The 1000 highest log probabilities of every new token, over the whole
-vocabulary, must be the same bits in both. With --without-pages a third run has a GPU budget that holds everything, and
-no pages: another order of additions, so its log probabilities differ by rounding; the largest difference is printed.
+Llama-3-8B's shape with random bf16 weights and a GPU budget of 6 GiB. A prompt of random tokens in chunks of --chunk,
+then 32 tokens more. Before it: GB/s of pages through the file with as many threads as the loader has. Meanwhile, every
+so many seconds, what was moved so far. In the first run RAM has room for all of it; in the second the KV cache has --kv
+bytes on GPU and RAM together, and the rest is in an encrypted file. The 1000 highest log probabilities of every new
+token, over the whole vocabulary, must be the same bits in both. With --without-pages a third run has a GPU budget that
+holds everything, and no pages: another order of additions, so its log probabilities differ by rounding; the largest
+difference is printed.
 """
 
 from __future__ import annotations
@@ -20,10 +22,16 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from kv_disk import page_rates
 from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
@@ -33,23 +41,25 @@ from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, pages_of, ram_bytes
 from pipo_ray.prepare import prepare_store
 from pipo_ray.session.memory import format_size, parse_size
 
-CHUNK = 2048
 COMPARED = 1000
 GPU_MEMORY = 6 << 30
 
 
-def run(store: Path, prompt: list[int], arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+def run(name: str, store: Path, prompt: list[int], arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
     """One start."""
     params = SamplingParams(temperature=0.0, max_tokens=arguments.new, ignore_eos=True, logprobs=COMPARED)
     total = len(prompt) + arguments.new
-    with LLM(store, device="cuda", max_batch_tokens=CHUNK, max_model_len=total, **settings) as llm:
+    trace = arguments.trace / f"{name.replace(' ', '-')}.json" if arguments.trace else None
+    with LLM(store, device="cuda", max_batch_tokens=arguments.chunk, max_model_len=total, trace=trace,
+             **settings) as llm:  # fmt: skip
         print(*llm.describe(), sep="\n", flush=True)
-        output = llm.generate([{"prompt_token_ids": prompt}], params)[0]
+        with progress(llm, arguments.every):
+            output = llm.generate([{"prompt_token_ids": prompt}], params)[0]
         stages = {stage["stage"]: stage for stage in llm.report()["stages"]}
         plan = llm._plan
     loader, worker, metrics = stages["NvmeLoader"], stages["ComputeWorker"], output.metrics
     assert metrics.tokens_per_s is not None
-    return {
+    row = {
         "first_token_s": metrics.ttft_s, "per_token_s": 1 / metrics.tokens_per_s,
         "gpu_kv_bytes": plan.kv_bytes - (plan.kv_disk.ram_bytes if plan.kv_disk else 0),
         "saved_bytes": loader.get("kv_saved_bytes", 0), "loaded_bytes": loader.get("kv_loaded_bytes", 0),
@@ -57,6 +67,37 @@ def run(store: Path, prompt: list[int], arguments: argparse.Namespace, **setting
         "kv_waited_s": worker.get("kv_waited_s", 0.0),
         "answer": (output.outputs[0].token_ids, output.outputs[0].logprobs),
     }  # fmt: skip
+    show(name, row)
+    return row
+
+
+@contextmanager
+def progress(llm: LLM, every_s: float) -> Iterator[None]:
+    """Print what was moved so far, every so many seconds."""
+    over, begin = threading.Event(), time.perf_counter()
+
+    def watch() -> None:
+        before = 0
+        while not over.wait(every_s):
+            report = llm.report()
+            stages = {stage["stage"]: stage for stage in report["stages"]}
+            loader, worker = stages["NvmeLoader"], stages["ComputeWorker"]
+            loaded = loader.get("kv_loaded_bytes", 0)
+            print(
+                f"    {time.perf_counter() - begin:5.0f} s: {report['sweeps']} sweeps, KV pages "
+                f"{loader.get('kv_saved_bytes', 0) / 1e9:.1f} GB saved, {loaded / 1e9:.1f} GB loaded "
+                f"({(loaded - before) / every_s / 1e9:.2f} GB/s), waited for {worker.get('kv_waited_s', 0.0):.1f} s",
+                flush=True,
+            )
+            before = loaded
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def largest_difference(mine: Any, other: Any) -> float:
@@ -76,24 +117,27 @@ def measure(store: Path, arguments: argparse.Namespace, base: Path) -> dict[str,
     everything = facts.num_layers * pages_of(total) * disk_page_bytes(facts)
     # More than does not fit on the GPU: so much has its room before keys and values.
     weights = plan_run(prepared.manifest, facts, memory_bytes=64 << 30).model_bytes
+    rates = page_rates(disk_page_bytes(facts), base, 3)["rates"]
+    for name, row in rates.items():
+        print(
+            f"pages through the file, {name}: {median(row['write']):.2f} GB/s written, {median(row['read']):.2f} read"
+        )
     file = KVOnDisk(2 * everything, str(base))
     settings: dict[str, Any] = {
         "gpu_memory": GPU_MEMORY, "weight_memory": weights, "max_kv_tokens": total, "kv_on_disk": file,
     }  # fmt: skip
     rows: dict[str, Any] = {}
     fixed = CUDA_PROCESS_BYTES + weights
-    rows["pages in RAM"] = run(store, prompt, arguments, memory=fixed + ram_bytes_for(facts, total), **settings)
-    show("pages in RAM", rows["pages in RAM"])
+    plenty = fixed + ram_bytes_for(facts, total)
+    rows["pages in RAM"] = run("pages in RAM", store, prompt, arguments, memory=plenty, **settings)
     in_ram = parse_size(arguments.kv, "--kv") - rows["pages in RAM"]["gpu_kv_bytes"]
-    rows["three tiers"] = run(store, prompt, arguments, memory=fixed + in_ram, **settings)
-    show("three tiers", rows["three tiers"])
+    rows["three tiers"] = run("three tiers", store, prompt, arguments, memory=fixed + in_ram, **settings)
     if arguments.without_pages:
         everything_on = {"gpu_memory": 40 << 30, "memory": "40GiB", "max_kv_tokens": total}
-        rows["no pages"] = run(store, prompt, arguments, **everything_on)
-        show("no pages", rows["no pages"])
+        rows["no pages"] = run("no pages", store, prompt, arguments, **everything_on)
     answers = {name: row.pop("answer") for name, row in rows.items()}
     found = {
-        "tokens": arguments.tokens, "kv_bytes": everything, "rows": rows,
+        "tokens": arguments.tokens, "kv_bytes": everything, "rows": rows, "file": rates,
         "bit_equal": answers["three tiers"] == answers["pages in RAM"], "device": torch.cuda.get_device_name(0),
     }  # fmt: skip
     if arguments.without_pages:
@@ -118,9 +162,12 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=32, help="tokens that are generated")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv", default="2GiB", help="KV cache on GPU and RAM together")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prompt in a sweep")
     parser.add_argument("--without-pages", action="store_true", help="and everything on the GPU")
     parser.add_argument("--folder", type=Path, help="for the store, which is kept there, and the file of KV pages")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--trace", type=Path, help="a folder for a trace of each run, which costs speed")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between lines of progress")
     arguments = parser.parse_args()
     choose_device("cuda")  # says what is missing
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="pipo-bench-kv-"))

@@ -10,8 +10,8 @@ A random Llama (hidden size 1024, 8 KV heads of 64, bf16; all weights in memory,
 bundled held-out text in chunks of 512 tokens and goes on for 32. Printed per run: seconds to the first token and per
 token behind it, bytes saved and loaded, and whether the log probabilities of all of the vocabulary are bit-equal to
 those of the run with all pages in RAM, at every new token. "one range" is the KV cache without pages, as it is without
---kv-on-disk. Below: GB/s of pages through the file with four threads, as they are, with a checksum, and encrypted, in
-turns; and of the cipher alone.
+--kv-on-disk. Below: GB/s of pages through the file with the loader's number of threads, as they are, with a checksum,
+and encrypted, in turns; and of the cipher alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipo_ray import LLM, SamplingParams
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_server import PAGE_THREADS
 from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
-from pipo_ray.plan.kv_disk import PAGE_TOKENS, KVOnDisk, disk_page_bytes, pages_of, ram_bytes_for
+from pipo_ray.plan.kv_disk import PAGE_TOKENS, RUN_BYTES, KVOnDisk, disk_page_bytes, pages_of, ram_bytes_for
 from pipo_ray.prepare import prepare_store
 from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.kv_file import KVFile, read_key
@@ -102,8 +102,10 @@ def generate(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     return {"kv_bytes": everything, "page_bytes": disk_page_bytes(facts), "rounds": rounds}
 
 
-def page_rates(page_bytes: int, folder: Path, rounds: int, num_pages: int = 256) -> dict[str, Any]:
-    """GB/s of pages written to and read from a file, per round."""
+def page_rates(page_bytes: int, folder: Path, rounds: int, file_bytes: int = 512 * MIB) -> dict[str, Any]:
+    """GB/s of pages written to and read from a file, as many at once as the loader takes, per round."""
+    at_once = max(1, RUN_BYTES // page_bytes)
+    num_pages = file_bytes // page_bytes // at_once * at_once
     file = KVFile(folder, num_pages * page_bytes)
     numbers, key = count(1), read_key(file.key_path)
     sealed = {
@@ -111,14 +113,15 @@ def page_rates(page_bytes: int, folder: Path, rounds: int, num_pages: int = 256)
         "encrypted": PageFile(file.path, page_bytes, key, lambda: next(numbers)),
     }
     raw = os.open(file.path, os.O_RDWR | os.O_DIRECT)
-    memory = scratch_memory(PAGE_THREADS * page_bytes).reshape(PAGE_THREADS, page_bytes)
+    memory = scratch_memory(PAGE_THREADS * at_once * page_bytes).reshape(PAGE_THREADS, at_once, page_bytes)
     memory[:] = np.random.default_rng(0).integers(0, 256, memory.shape, np.uint8)
     seals: dict[int, Any] = {}
 
-    def rate(move: Callable[[memoryview, int], object]) -> float:
-        def several(first: int) -> None:
-            for page in range(first, num_pages, PAGE_THREADS):
-                move(memory[first].data, page)
+    def rate(move: Callable[[list[memoryview], int], object]) -> float:
+        def several(thread: int) -> None:
+            mine = [page.data for page in memory[thread]]
+            for page in range(thread * at_once, num_pages, PAGE_THREADS * at_once):
+                move(mine, page)
 
         begin = time.perf_counter()
         with ThreadPoolExecutor(PAGE_THREADS) as pool:
@@ -128,12 +131,12 @@ def page_rates(page_bytes: int, folder: Path, rounds: int, num_pages: int = 256)
     rates: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
         row = rates.setdefault("as it is", {"write": [], "read": []})
-        row["write"].append(rate(lambda memory, page: os.pwritev(raw, [memory], page * page_bytes)))
-        row["read"].append(rate(lambda memory, page: os.preadv(raw, [memory], page * page_bytes)))
+        row["write"].append(rate(lambda pages, first: os.pwritev(raw, pages, first * page_bytes)))
+        row["read"].append(rate(lambda pages, first: os.preadv(raw, pages, first * page_bytes)))
         for name, opened in sealed.items():
             row = rates.setdefault(name, {"write": [], "read": []})
-            row["write"].append(rate(lambda memory, page, o=opened: seals.update({page: o.save([memory], page)})))
-            row["read"].append(rate(lambda memory, page, o=opened: o.load([memory], page, seals[page])))
+            row["write"].append(rate(lambda pages, first, o=opened: seals.update({first: o.save(pages, first)})))
+            row["read"].append(rate(lambda pages, first, o=opened: o.load(pages, first, seals[first])))
     os.close(raw)
     for opened in sealed.values():
         opened.close()

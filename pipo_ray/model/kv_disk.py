@@ -342,6 +342,7 @@ class KVDisk:
         if most - len(ahead.claimed) < min(self.placement.run_pages, most):
             return
         loads: list[tuple[int, int]] = []
+        owner: DiskCache | None = None
         while len(ahead.claimed) < most:
             page = ahead.next or next(ahead.coming, None)
             ahead.next = None
@@ -355,6 +356,9 @@ class KVDisk:
                 if not self._free or not self._is_complete(self._free[0]):
                     ahead.next = page
                     break
+                if page.owner is not owner:  # whose pages must not fail with these
+                    self._table.post(FrameState.LOAD, loads)
+                    loads, owner = [], page.owner
                 loads.append(self._start_load(page, self._free.popleft()))
             elif page.at is PageState.SAVING:
                 ahead.claimed[page] = None
@@ -382,13 +386,17 @@ class KVDisk:
     def _post_saves(self, wait: bool = False) -> None:
         """Ask the loader for what is to be saved and in RAM by now; with `wait` for all of it."""
         saves: list[tuple[int, int]] = []
+        owner: DiskCache | None = None
         while self._to_save and (wait or self._is_complete(self._to_save[0].frame)):
             page = self._to_save.popleft()
             if self._copies is not None:
                 self._copies.complete(page.frame)
             self._saving.append(page)
+            self.saved_pages += 1
+            if page.owner is not owner:
+                self._table.post(FrameState.SAVE, saves)
+                saves, owner = [], page.owner
             saves.append((page.frame, page.stored))
-        self.saved_pages += len(saves)
         self._table.post(FrameState.SAVE, saves)
 
     def _is_complete(self, frame: int) -> bool:

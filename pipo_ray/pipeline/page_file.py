@@ -58,16 +58,17 @@ class PageFile:
         self._move(os.pwritev, bounce, first)
         return seals
 
-    def load(self, pages: Sequence[memoryview], first: int, seals: Sequence[Seal]) -> None:
-        """Read pages that were sealed like this. Raises OSError once trying again has not helped; with EBADMSG, if one
-        is not what was written.
+    def load(self, pages: Sequence[memoryview], first: int, seals: Sequence[Seal]) -> list[bool]:
+        """Read pages that were sealed like this; whether each of them is what was written. Raises OSError once trying
+        again has not helped.
         """
         for _ in range(2):  # a second time: the transfer may have gone wrong, and not what is on the drive
             self._move(os.preadv, pages, first)
-            if all(self._opened(page, seal) for page, seal in zip(pages, seals, strict=True)):
-                return
+            good = [self._opened(page, seal) for page, seal in zip(pages, seals, strict=True)]
+            if all(good):
+                break
             self.retries += 1
-        raise OSError(errno.EBADMSG, "it is not what was written")
+        return good
 
     def close(self) -> None:
         """Close it."""

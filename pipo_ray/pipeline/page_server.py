@@ -3,7 +3,7 @@
 Threads of its own, beside those that read weights: a page is needed within a layer or two, so it must not queue behind
 weights, which are read as far ahead as there are slots. The drive shares itself between both.
 
-A thread takes a *run*: what was asked for one behind the other and lies so in the file. It is one transfer.
+A thread takes a *run*, which is one transfer: what was asked for together and lies one behind the other in the file.
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ class PageServer:
         run: list[PageRequest] = []
         while (request := self._waiting or self._next()) is not None:
             self._waiting = request
-            if run and (
-                request.kind != run[0].kind or request.page != run[-1].page + 1 or len(run) == self._most[request.kind]
-            ):
+            if run and not (request.joins and request.page == run[-1].page + 1 and len(run) < self._most[request.kind]):
                 break
             run.append(request)
             self._waiting = None
@@ -160,17 +158,14 @@ class PageServer:
         """Returns for each page 0, or the number of its error."""
         try:
             pages = [self._frames[request.frame] for request in run]
-            first = run[0].page
             if run[0].kind == FrameState.SAVE:
-                for request, seal in zip(run, self._file.save(pages, first), strict=True):
+                for request, seal in zip(run, self._file.save(pages, run[0].page), strict=True):
                     self._table.set_seal(request.page, seal)
-            else:
-                self._file.load(pages, first, [self._table.seal(request.page) for request in run])
-        except Exception as error:
-            if len(run) > 1:  # which of them it was: the others are as good as ever
-                return [number for request in run for number in self._move([request])]
-            if isinstance(error, OSError):
-                return [error.errno or errno.EIO]
-            _log.exception("pipo: KV page %d", run[0].page)  # the compute worker must hear of it, too, or would wait
-            return [errno.EIO]
-        return [0] * len(run)
+                return [0] * len(run)
+            good = self._file.load(pages, run[0].page, [self._table.seal(request.page) for request in run])
+            return [0 if one else errno.EBADMSG for one in good]
+        except OSError as error:
+            return [error.errno or errno.EIO] * len(run)
+        except Exception:  # a defect of ours: the compute worker must hear of it instead of waiting for ever
+            _log.exception("pipo: KV page %d", run[0].page)
+            return [errno.EIO] * len(run)

@@ -34,7 +34,7 @@ _NO_FRAME = (1 << 64) - 1
 _EPOCH, _FIRST, _EPOCH_SEEN, _NONCE, _ASKED, _BUFFERED = range(6)
 _POSTED = _WORDS  # the low half is the futex that the loader sleeps on
 # Words of a frame's row: uint32 word 0 is the state (the futex); uint64 words from 1 on.
-_NUMBER, _PAGE, _ERROR = 1, 2, 3
+_NUMBER, _PAGE, _ERROR, _JOINS = 1, 2, 3, 4
 
 
 class FrameState(IntEnum):
@@ -53,12 +53,15 @@ MOVING = (FrameState.SAVE, FrameState.LOAD)
 
 @dataclass(frozen=True)
 class PageRequest:
-    """Move `frame` to `page` of the file, or the other way round."""
+    """Move `frame` to `page` of the file, or the other way round; with `joins` it may be one transfer with the request
+    before it.
+    """
 
     number: int
     kind: FrameState
     frame: int
     page: int
+    joins: bool
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,15 @@ class PageTable:
             self._words32[2 * self._row(frame)] = FrameState.IDLE
 
     def post(self, kind: FrameState, moves: Sequence[tuple[int, int]]) -> None:
-        """Ask for each of these frames to be saved to, or loaded from, its page of the file: (frame, page)."""
+        """Ask for each of these frames to be saved to, or loaded from, its page of the file: (frame, page). Those that
+        are neighbours in the file may be one transfer, which fails as one.
+        """
         posted = self.posted
         for number, (frame, page) in enumerate(moves, posted):
             row = self._row(frame)
             self._words64[row + _NUMBER] = number
             self._words64[row + _PAGE] = page
+            self._words64[row + _JOINS] = number > posted
             self._words32[2 * row] = kind
         self._post([frame for frame, _ in moves])
 
@@ -251,4 +257,5 @@ class PageTable:
         row, state = self._row(frame), self.state(frame)
         if state not in MOVING:
             return None
-        return PageRequest(int(self._words64[row + _NUMBER]), state, frame, int(self._words64[row + _PAGE]))
+        number, page, joins = (int(self._words64[row + word]) for word in (_NUMBER, _PAGE, _JOINS))
+        return PageRequest(number, state, frame, page, bool(joins))

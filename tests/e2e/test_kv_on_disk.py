@@ -159,7 +159,7 @@ def test_pages_that_fail_once_are_computed_again_and_others_go_on(
     kind: Any, llm: LLM, failing: FailingDrive, expected: dict[str, Any]
 ) -> None:
     pids = llm.pids()
-    failing.fail(kind, after=3, times=2)  # the second time it is tried again, too
+    failing.fail(kind, after=3, times=2 if "read" in kind else 1)  # what was read is read once more
     computed = details(llm, "Scheduler")["tokens_computed"]
     long, short = llm.generate([{"prompt_token_ids": prompt} for prompt in (LONG, SHORT)], PARAMS)
     assert long.outputs[0].token_ids == expected["long of both"][0]
