@@ -129,10 +129,10 @@ _crews: list[Crew] = []
 
 def deferred_on_threads(function: int, context: int, folder: Path | None = None) -> tuple[int, Any]:
     """A function and its context: whoever calls it, a thread without Python too, runs `function` with `context` as
-    `run_on_threads` does. Only one such call, and none of `run_on_threads`, may run at a time; what is returned has to
-    stay until it is over.
+    `run_on_threads` does, on half as many threads: who defers a call has something else to do meanwhile. Only one such
+    call, and none of `run_on_threads`, may run at a time; what is returned has to stay until it is over.
     """
-    others = torch.get_num_threads() - 1
+    others = (torch.get_num_threads() + 1) // 2 - 1
     if others:
         _enlist(others, folder)
         return _crews[0].deferred(function, context, others)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.pipeline.host_functions import as_device_sees
 
 if TYPE_CHECKING:
     from pipo_ray.model.kv_cache import Segment, SequenceCache
@@ -44,6 +45,7 @@ class HostKV:
         self.compiled = compiled
         self._device, self._in_stream_order = device, in_stream_order
         self._deferred: dict[int, object] = {}  # by layer
+        self._seen: tuple[Tensor, Tensor] | None = None  # the buffer "output", in RAM and on the device
         self._buffers: dict[str, Tensor] = {}
 
     def attend_row(
@@ -93,8 +95,8 @@ class HostKV:
                     one = slice(number, number + 1)
                     result = _cache(segment).attend(layer, q[:, one], k[:, one], v[:, one], _in_ram(rule))
                     attended[number] = result[:, 0]
-            # The buffer is written again behind the next `_to_host`, which waits for the stream, and so for this copy.
-            output[chosen] = attended.to(self._device, non_blocking=True)
+            # The buffer is written again behind the next `_to_host`, which waits for the stream, and so for this one.
+            output[chosen] = self._on_device(attended)
 
     def _defer(
         self, alone: Sequence[Segment], layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule,
@@ -110,7 +112,7 @@ class HostKV:
         call = self.compiled.defer_each(**self._arguments(alone, layer, q, k, v, rule), output=attended)
         self._deferred[layer] = call, q, k, v, attended
         self._in_stream_order(call.function, ctypes.addressof(call.context))
-        output.copy_(attended, non_blocking=True)
+        torch.mul(self._on_device(attended), 1, out=output)  # a kernel: `copy_` would be the copy engine's
 
     def _all_compile(
         self, alone: Sequence[Segment], query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
@@ -192,6 +194,15 @@ class HostKV:
             buffer.copy_(part)
             target[:, first : first + at_once].copy_(buffer, non_blocking=True)
             self._synchronize()
+
+    def _on_device(self, attended: Tensor) -> Tensor:
+        """The buffer "output", filled as `attended`, where the device reads it."""
+        if self._device.type != "cuda":
+            return attended
+        buffer = self._buffers["output"]
+        if self._seen is None or self._seen[0] is not buffer:
+            self._seen = buffer, as_device_sees(buffer, self._device)
+        return self._seen[1][: attended.nbytes].view(attended.dtype).view(attended.shape)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Pinned memory that is there until it is asked for again under this name."""
