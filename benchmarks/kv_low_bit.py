@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from low_bit_quality import BUNDLED, text_windows
 from torch import Tensor
@@ -124,27 +123,32 @@ def compare(
     """Add a window's tokens to what was found for each cache, by where they are counted from; the first cache is what
     the others are compared with. All go chunk by chunk, so that no window's logits [tokens, vocabulary] are kept.
     """
-    starts = starts_of(len(window))
-    before: dict[str, Any] = {}
+    starts, last = starts_of(len(window)), len(window) - 1
     for start in range(0, len(window), chunk):
         ids = torch.tensor([window[start : start + chunk]], device=model.device)
         stop, positions = start + ids.shape[1], torch.arange(start, start + ids.shape[1], device=model.device)[None]
+        following = torch.tensor(window[start + 1 : stop + 1], device=model.device)
         made = {}
         for name, cache in caches.items():
             row = RaggedCache((Segment(cache, 0, ids.shape[1]),))
             with ragged_row(row):
                 logits = model(ids, position_ids=positions, past_key_values=row, use_cache=True).logits[0]
             row.advance()
-            made[name] = logits.float().cpu().numpy()
-        whole, *_ = made
-        for name, logits in made.items():
+            made[name] = torch.log_softmax(logits.float(), dim=-1)
+        whole, *_ = made.values()
+        for name, ours in made.items():
             for quality, first in zip(found[name], starts, strict=True):
-                if first < start:  # the chunk before has the logits for this one's first token
-                    rows = (np.concatenate([before[one], made[one]]) for one in (name, whole))
-                    quality.add(window[start - 1 : stop], *rows)
-                elif stop - first > 1:
-                    quality.add(window[first:stop], logits[first - start :], made[whole][first - start :])
-        before = {name: logits[-1:] for name, logits in made.items()}
+                if (begin := max(first, start)) < (end := min(stop, last)):
+                    rows = slice(begin - start, end - start)
+                    add(quality, following[rows], ours[rows], whole[rows])
+
+
+def add(quality: Quality, following: Tensor, ours: Tensor, whole: Tensor) -> None:
+    """As `Quality.add`, of log probabilities [tokens, vocabulary] where they are: the tokens `following` [tokens]."""
+    quality.loss -= float(ours.gather(-1, following[:, None]).sum(dtype=torch.float64))
+    quality.divergence += float((whole.exp() * (whole - ours)).sum(dtype=torch.float64))
+    quality.same += int((ours.argmax(-1) == whole.argmax(-1)).sum())
+    quality.count += len(following)
 
 
 def starts_of(length: int) -> tuple[int, int]:

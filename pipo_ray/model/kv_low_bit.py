@@ -72,15 +72,16 @@ class LowBitCache:
         for first, unpacked_keys, unpacked_values in memory.unpacked(attention.first_seen(), before):
             attention.add(first, unpacked_keys, unpacked_values)
         window = memory.append(start, keys, values)
-        for begin, end in _steps(start, stop):
-            rows = begin - start, end - start
-            packed = packed_pages(begin) * PAGE_TOKENS
-            for first, unpacked_keys, unpacked_values in memory.unpacked(
-                max(before, attention.first_seen(rows[0])), packed
-            ):
-                attention.add(first, unpacked_keys, unpacked_values, rows)
+        steps = [(begin, end, packed_pages(begin) * PAGE_TOKENS) for begin, end in _steps(start, stop)]
+        # Each page that the new tokens pack is unpacked once, for all steps that see it.
+        for first, unpacked_keys, unpacked_values in memory.unpacked(max(before, attention.first_seen()), steps[-1][2]):
+            for begin, end, packed in steps:
+                if seen := max(0, min(packed - first, unpacked_keys.shape[1])):
+                    rows = begin - start, end - start
+                    attention.add(first, unpacked_keys[:, :seen], unpacked_values[:, :seen], rows)
+        for begin, end, packed in steps:
             inside = slice(packed - before, end - before)
-            attention.add(packed, window[0][:, inside], window[1][:, inside], rows)
+            attention.add(packed, window[0][:, inside], window[1][:, inside], (begin - start, end - start))
         return attention.result()
 
     def advance(self, num_tokens: int) -> None:

@@ -158,7 +158,8 @@ class OnlineAttention:
 
     def _parts(self, first: int, count: int, start: int, stop: int) -> Iterator[tuple[int, int, _Visible]]:
         """Ranges of the query's rows from `start` to before `stop` that see any of `count` tokens from `first` on, and
-        which of them: each row all, a row per token and those behind them what is not after it, or something else.
+        which of them: each row all, a row per token and those behind them what is not after it, or something else. A
+        single row that sees all beside others that do not is no part of its own.
         """
         window = self._window
         start = max(start, first - self._first_query)
@@ -168,7 +169,7 @@ class OnlineAttention:
         all_stop = min(max(start, first + window - self._first_query), stop)
         if start == first - self._first_query and all_stop == stop and stop - start > 1:
             yield start, stop, "causal"
-        elif all_start < all_stop:
+        elif all_stop - all_start > 1 or (all_start, all_stop) == (start, stop):
             for begin, end, visible in ((start, all_start, "some"), (all_start, all_stop, "all"),
                                         (all_stop, stop, "some")):  # fmt: skip
                 if begin < end:

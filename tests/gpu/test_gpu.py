@@ -149,6 +149,23 @@ def test_text_with_kv_pages_on_the_drive(tmp_path: Path) -> None:
         assert pipeline.runner._kv_store.loaded_pages > 10
 
 
+@pytest.mark.parametrize("architecture", _CHOSEN[:2], ids=lambda architecture: architecture.slug)
+def test_a_kv_cache_in_few_bits_is_that_of_the_processor(architecture: Architecture, tmp_path: Path) -> None:
+    """Whose cache is tested against float64: equal but for float32's roundings, which turn a code here and there."""
+    architecture.save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (450, 230, 30))
+    device, bits = torch.device("cuda", 0), (4,) * packed.facts.num_layers
+    logits = []
+    for options in ({"device": device, "kv_bits": bits}, {"kv_bits": bits}, {"device": device}):
+        with Pipeline(packed, slot_bytes=1 << 20, chunk=200, **options) as pipeline:
+            logits.append([one.logits.cpu() for one in pipeline.follow(prompts, [440, 200, 20])])
+    few, processor, wide = (torch.cat(one) for one in logits)
+    rounding = max(relative_errors(few, wide))
+    assert rounding > 0.02, "4 bits change nothing here: the test shows nothing"
+    assert max(relative_errors(few, processor)) <= 0.1 * rounding
+
+
 def test_kv_pages_are_bit_identical_through_the_tiers() -> None:
     """Of Llama-3-8B's width; sequences join and leave, so that layers are demoted and promoted."""
     layers, shape = 6, (8, 128, 128)

@@ -17,7 +17,7 @@ from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS, packed_pages
-from pipo_ray.quant.kv_rounding import round_along
+from pipo_ray.quant.kv_rounding import PageViews, round_along
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
 
@@ -111,6 +111,19 @@ def test_up_to_the_window_nothing_is_rounded() -> None:
         in_chunks(cache, tensors, rule, [100, 92]) for cache in (LowBitStore((4,)).open(192), SequenceCache(192))
     )
     torch.testing.assert_close(few, wide, rtol=1e-5, atol=1e-6)
+
+
+def test_a_page_is_unpacked_once_for_all_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[int] = []
+    real = kv_low_bit.unpack_pages
+
+    def recording(views: PageViews, *rest: Any) -> None:
+        unpacked.append(len(views.key_codes))
+        real(views, *rest)
+
+    monkeypatch.setattr(kv_low_bit, "unpack_pages", recording)
+    in_chunks(LowBitStore((4,)).open(900), random_tensors(900, 5), AttentionRule(0.5), [500, 400])
+    assert sum(unpacked) == packed_pages(499) + packed_pages(899)
 
 
 def test_each_layer_has_its_bits() -> None:

@@ -148,6 +148,23 @@ def test_scores_of_a_long_prompt_are_made_in_parts(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(got.double(), reference(query, keys, keys, rule), rtol=1e-5, atol=1e-5)
 
 
+def test_a_last_row_that_sees_all_is_attended_with_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by a call for one row: of the second span the rows see 6, 7, ... and all 15 tokens."""
+    asked: list[int] = []
+    real = kv_spans._attend_fused
+
+    def recording(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(query.shape[1])
+        return real(query, *rest)
+
+    monkeypatch.setattr(kv_spans, "_attend_fused", recording)
+    query, keys = torch.randn(4, 10, 8), torch.randn(2, 40, 8)
+    spans = [DenseSpan(keys[:, start:stop], keys[:, start:stop]) for start, stop in ((0, 25), (25, 40))]
+    got = attend_spans(query, spans, AttentionRule(0.3))
+    assert asked == [10, 10]
+    torch.testing.assert_close(got.double(), reference(query, keys, keys, AttentionRule(0.3)), rtol=1e-5, atol=1e-5)
+
+
 def test_scores_far_apart_and_beyond_the_range_of_their_exponentials() -> None:
     """exp(200) is no float32."""
     keys = torch.zeros(1, 6, 4)
