@@ -47,12 +47,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-precision", metavar="P", help="bits of the KV cache: 16, 8 or 4, or a file with bits per "
                        'layer like {"layers": [["0-1", 16], ["*", 4]]}; default: 16')  # fmt: skip
     group.add_argument("--kv-in-ram", action="store_true", help="keep in RAM what the GPU has no room for of the KV "
-                       "cache (new: tested against a simulated GPU only)")  # fmt: skip
+                       "cache")  # fmt: skip
     group.add_argument("--kv-on-cpu", action="store_true", help="keep all of a GPU's KV cache in RAM and let the "
                        "processor attend: for many requests whose KV would take the weights' place")  # fmt: skip
     group.add_argument("--kv-on-disk", metavar="SIZE", help="keep on the drive what RAM has no room for of the KV "
-                       "cache: so much, or auto: what the prompts can need (with a GPU new: tested against a "
-                       "simulated one only)")  # fmt: skip
+                       "cache: so much, or auto: what the prompts can need")  # fmt: skip
     group.add_argument("--kv-folder", metavar="FOLDER", help="where that is, in a file without a name; default: the "
                        "cache folder")  # fmt: skip
     group.add_argument("--no-kv-encryption", action="store_true", help="write it as it is; default: encrypted with a "
