@@ -42,6 +42,9 @@ LOADER_BYTES = 60 * MIB
 """Each loader beyond the first, one for every further drive of a striped store."""
 
 _WANTED_GPU_SLOTS = 4
+_WANTED_GPU_SLOTS_BESIDE_CPU = 8
+"""Where the processor attends, the link goes on in each layer only as long as there are slots to fill."""
+
 _KV_SHARE = 0.2
 _WANTED_KV_TOKENS = 16384
 _LEAST_KV_TOKENS = 256
@@ -324,12 +327,13 @@ def _plan_gpu_run(
     host = memory_bytes - processes - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
-    slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // _WANTED_GPU_SLOTS,
+    wanted_slots = _WANTED_GPU_SLOTS_BESIDE_CPU if kv_on_cpu else _WANTED_GPU_SLOTS
+    slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // wanted_slots,
                                      int(host * STAGING_SHARE) // transfer.num_slots) // 4096 * 4096)  # fmt: skip
     sweep = sweep_plan(manifest, facts, slot_bytes)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     whole = model_bytes <= gpu_weights
-    gpu_slots = 0 if whole else max(sweep.max_held + 1, min(_WANTED_GPU_SLOTS, gpu_weights // slot_bytes))
+    gpu_slots = 0 if whole else max(sweep.max_held + 1, min(wanted_slots, gpu_weights // slot_bytes))
     on_gpu = choose_residents(sweep.pieces, gpu_weights - gpu_slots * slot_bytes)
     off_gpu = [piece for piece in sweep.pieces if piece.index not in set(on_gpu)]
     num_slots = max(2, min(transfer.num_slots, int(host * STAGING_SHARE) // slot_bytes))
