@@ -38,7 +38,8 @@ class StagingPool:
         self._books = Books(self._memory.table)
         trace_file = f"{setup.trace_folder}/StagingPool-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._trace = TraceWriter(trace_file, "StagingPool")
-        threading.Thread(target=self._watch, name="books", daemon=True).start()
+        if self._memory.table.num_slots:  # else the books stay as they are
+            threading.Thread(target=self._watch, name="books", daemon=True).start()
         self._setup = setup
         self._opened.set()
         return os.getpid()

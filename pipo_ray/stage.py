@@ -30,7 +30,7 @@ from pipo_ray.store.manifest import Manifest
 
 _log = logging.getLogger("pipo_ray")
 _START_PATIENCE_S = 120.0
-_SUPERVISE_S = 0.05
+_SUPERVISE_S = 0.2
 
 
 def store_bytes(plan: RunPlan) -> int:

@@ -28,7 +28,10 @@ AHEAD_RANGES = 2
 """So many pieces of memory are brought near after a call."""
 
 _RESTING, _CALLED, _WORKING, _AWAITED, _ASLEEP, _DISMISSED = range(6)
-_HEADER = ("function", "context", "called", "number", "threads", "syscall", "crowded_until", "disturbance", "half")
+_HEADER = (
+    "function", "context", "called", "number", "threads", "syscall", "crowded_until", "disturbance", "half",
+    "crowded_calls",
+)  # fmt: skip
 _AHEAD = ("pauses", *(f"{what}{number}" for number in range(AHEAD_RANGES) for what in ("start", "bytes")))
 _WORDS = 16  # of the header, and of each line behind it: two cache lines, which processors fetch together
 _HALF_WORDS = _WORDS // 2
@@ -43,8 +46,11 @@ _WAIT_PAUSES = 5_000
 """The caller loops so often for a thread that has begun, 0.12 ms; then another process has its core."""
 _CROWDED_PAUSES = 200
 """Of the caller where that was so lately: the core that it leaves may be the one that the thread waits for."""
-_CROWDED_CALLS = 512
-"""For so many calls after that threads sleep as soon as they can: who sleeps is let in before who does not."""
+_CROWDED_CALLS, _MOST_CROWDED_CALLS, _AGAIN_CALLS = 64, 512, 32
+"""For so many calls after that, half a sweep, threads sleep as soon as they can: who sleeps is let in before who does
+not. If it is crowded again within so few calls, twice as many as before, up to a limit: what comes and goes costs half
+a sweep's reading ahead, and beside a process that computes all the time it is hardly tried again.
+"""
 _DISTURBED, _CROWDED = 8, 32
 """A call for which a thread's core was another's adds 8, and each other one takes 1 away: with more than 32 it is
 crowded. What the system and Ray do now and then does not count, a process that computes does within a sweep.
@@ -189,6 +195,8 @@ def _source() -> str:
     return f"""
 declare void @llvm.x86.sse2.pause()
 declare i64 @llvm.usub.sat.i64(i64, i64)
+declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @llvm.umax.i64(i64, i64)
 
 define internal ptr @state(ptr %crew, i64 %number) {{
   %line = add i64 %number, 2
@@ -315,7 +323,15 @@ count_up:
   %too_much = icmp ugt i64 %new_score, {_CROWDED}
   br i1 %too_much, label %step_back, label %done
 step_back:
-  %next_until = add i64 %now, {_CROWDED_CALLS}
+  %lately = add i64 %until, {_AGAIN_CALLS}
+  %again = icmp ult i64 %now, %lately
+  %calls_before = load i64, ptr %crowded_calls
+  %twice = shl i64 %calls_before, 1
+  %calls_again = call i64 @llvm.umin.i64(i64 %twice, i64 {_MOST_CROWDED_CALLS})
+  %calls_now = select i1 %again, i64 %calls_again, i64 0
+  %calls_next = call i64 @llvm.umax.i64(i64 %calls_now, i64 {_CROWDED_CALLS})
+  store i64 %calls_next, ptr %crowded_calls
+  %next_until = add i64 %now, %calls_next
   store i64 %next_until, ptr %crowded_until
   store i64 0, ptr %disturbance
   br label %done

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import pipo_ray.compiled.crew as module
 from pipo_ray.compiled.crew import Crew, run_on_threads
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
@@ -129,3 +130,20 @@ def test_threads_sleep_when_nobody_calls(code: MachineCode, crew: Crew) -> None:
     before = time.process_time()
     time.sleep(0.2)
     assert time.process_time() - before < 0.05
+
+
+def test_a_crowd_that_comes_again_at_once_is_given_way_for_longer_each_time(crew: Crew, code: MachineCode) -> None:
+    words = crew._words
+    number, until, disturbance = map(module._HEADER.index, ("number", "crowded_until", "disturbance"))
+
+    def crowded_calls(calls_between: int) -> int:
+        """For how many calls a crowd is given way that comes so many calls behind the last one."""
+        words[number] = words[until] + calls_between
+        words[disturbance] = module._CROWDED + 8  # more than a call that nobody disturbs takes away
+        crew.call((job := Job(code)).function, job.context, 2)
+        job.check()
+        return words[until] - words[number]
+
+    assert crowded_calls(1000) == 64
+    assert [crowded_calls(1) for _ in range(5)] == [128, 256, 512, 512, 512]
+    assert crowded_calls(40) == 64
