@@ -1,6 +1,6 @@
 """How seconds per sweep grow with layers, batch, prompt length and resident share of the weights, as a picture.
 
-How to run (four minutes; --quick: one; needs the extra `bench` for the picture):
+How to run (two minutes; --quick: one; needs the extra `bench` for the picture):
 
     python benchmarks/scaling.py [--layers 32] [--picture docs/scaling.svg] [--quick] [--json FILE]
 
@@ -41,9 +41,12 @@ LABELS = {
 
 
 def open_llm(model: Path, share: float) -> LLM:
-    """A run with `share` of the model as weight memory."""
+    """A run with `share` of the model as weight memory. Prompts are computed as a whole, each time anew."""
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    return LLM(model, weight_memory=int(size * share), device="cpu", ray_address="local", max_batch_tokens=max(PROMPTS))
+    return LLM(
+        model, weight_memory=int(size * share), device="cpu", ray_address="local", max_batch_tokens=max(PROMPTS),
+        prefix_cache=False,
+    )  # fmt: skip
 
 
 def decode(llm: LLM, batch: int, sweeps: int) -> dict[str, float]:
