@@ -339,7 +339,9 @@ class KVDisk:
         reads at once if they are neighbours in the file.
         """
         ahead, most = self._ahead, self.placement.ahead_pages
-        if most - len(ahead.claimed) < min(self.placement.run_pages, most):
+        # Whole transfers, but not one that has to wait until all others are over and used.
+        most -= (most - len(ahead.claimed)) % min(self.placement.run_pages, max(1, most // 4))
+        if len(ahead.claimed) >= most:
             return
         loads: list[tuple[int, int]] = []
         owner: DiskCache | None = None

@@ -282,7 +282,8 @@ def _plan_gpu_run(
     spare = gpu_memory_bytes - fixed - least_gpu
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
-        wanted_kv = gpu_bytes_for(facts, rows)
+        # The newest pages of those that run at the same time: what is beyond them is never used, and the weights'.
+        wanted_kv = gpu_bytes_for(facts, rows if max_kv_tokens is None else min(rows, max_kv_sequences))
     wanted_host_kv = 0
     if kv_on_cpu:
         wanted_kv, wanted_host_kv = 0, wanted_kv

@@ -122,5 +122,36 @@ def test_a_gpu_has_the_newest_pages_and_ram_and_drive_the_others(max_kv_tokens: 
                  kv_on_disk=KVOnDisk(64 << 20, "folder"))  # fmt: skip
 
 
+def test_what_is_on_its_way_has_room_before_what_stays() -> None:
+    """As far as the drive needs it, and as long as that makes little more to read, and leaves room for sequences."""
+    facts = replace(FACTS, num_layers=16, kv_bytes_per_token=16 * 4096)  # pages of 1 MiB
+
+    def staging(ram_mib: int, tokens: int) -> int:
+        return place_kv(facts, ram_mib << 20, tokens, KVOnDisk(16 * GIB, "")).staging_pages
+
+    assert staging(56, 65_536) == 20  # half of what is beyond a page of each layer
+    assert staging(80, 65_536) == 32
+    assert staging(80, 16 * PAGE_TOKENS) == 16 + (16 * 16 - 64) // 16  # most of it would have stayed
+    assert staging(2 * 16 + 7, 65_536) == 7  # and two sequences
+    assert staging(2048, 65_536) == 64
+
+
+def test_the_gpu_gives_pages_to_those_that_run_and_the_rest_to_weights() -> None:
+    manifest, facts = model(3, 64, 100)
+    options = {"memory_bytes": 3 * GIB, "gpu_memory_bytes": 1 * GIB, "max_batch_tokens": 64,
+               "kv_on_disk": KVOnDisk(64 << 20, "folder")}  # fmt: skip
+    plans = {
+        sequences: plan_run(manifest, facts, **options, max_kv_tokens=20_000, max_kv_sequences=sequences)
+        for sequences in (1, 2)
+    }
+    for sequences, plan in plans.items():
+        assert plan.kv_disk is not None
+        assert plan.kv_disk.gpu_pages == PASSING_PAGES + sequences * facts.num_layers
+        assert plan.max_sequences == sequences
+    unnamed = plan_run(manifest, facts, **options).kv_disk
+    assert unnamed is not None
+    assert unnamed.gpu_pages > PASSING_PAGES + 2 * facts.num_layers
+
+
 def test_pages_are_whole_blocks_of_the_drive() -> None:
     assert disk_page_bytes(replace(FACTS, num_layers=32, kv_bytes_per_token=32 * 4096)) == 1 << 20
