@@ -41,10 +41,11 @@ class _Progress:
 class BlockChecksums:
     """xxh3_128 of each block over its byte range, fed with `pieces` as they arrive. Thread-safe.
 
-    What is checked is what is in memory, every piece's byte of it. A block whose pieces do not arrive in file order
-    (after a restart in the middle of it, say), or whose checksum is wrong, is read once more, whole, through `drive`:
-    that tells a block that is damaged on the drive (StoreError) from one that came out wrong (MisreadError, and
-    DriveError if it happens again).
+    What is checked is what is in memory, every piece's byte of it. Of pieces that are read at the same time, one that
+    is too early waits for those in front of it that were announced (`expect`). A block whose pieces do not come in file
+    order all the same (after a restart in the middle of it, say), or whose checksum is wrong, is read once more, whole,
+    through `drive`: that tells a block that is damaged on the drive (StoreError) from one that came out wrong
+    (MisreadError, and DriveError if it happens again).
     """
 
     def __init__(self, blocks: Mapping[str, StoredBlock], pieces: Sequence[Piece], drive: Drive) -> None:
@@ -52,10 +53,26 @@ class BlockChecksums:
         self._pieces: dict[str, list[Piece]] = {}
         for piece in pieces:
             self._pieces.setdefault(piece.block, []).append(piece)
+        self._places = {piece.index: at for found in self._pieces.values() for at, piece in enumerate(found)}
+        self._expected: set[int] = set()
         self._progress: dict[str, _Progress] = {}
         self._checked: set[str] = set()
         self._misread: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+
+    def expect(self, piece: Piece) -> None:
+        """`piece` is being read: `check` or `missed` will follow. To be told in the order in which reads begin, so that
+        whoever waits for a piece does not keep it from being read.
+        """
+        with self._lock:
+            if piece.block not in self._checked:
+                self._expected.add(piece.index)
+
+    def missed(self, piece: Piece) -> None:
+        """An expected piece could not be read."""
+        with self._lock:
+            self._expected.discard(piece.index)
+            self._lock.notify_all()
 
     def check(self, piece: Piece, memory: U8) -> None:
         """Take note of `piece`, whose bytes are `memory`. Raises StoreError, MisreadError or DriveError, naming block
@@ -63,34 +80,53 @@ class BlockChecksums:
 
         A block may turn out wrong with its last piece only: the sweep that used the others must not end well.
         """
+        if piece.block in self._checked and piece.index not in self._expected:
+            return  # without the lock: so it is in every sweep but the first
         with self._lock:
-            if piece.block in self._checked:
-                return
-            block = self._blocks[piece.block]
-            progress = self._progress.setdefault(piece.block, _Progress(block.offset))
-            if progress.trusted is None:
-                if self._feed(progress, block, piece, memory):
-                    if progress.num_fed < len(self._pieces[piece.block]):
-                        return
-                    if progress.position == _end(block) and progress.digest.hexdigest() == block.checksum:
-                        self._finish(piece.block)
-                        return
-                try:
-                    progress.trusted = self._read_again(progress, block)
-                except Exception:
-                    del self._progress[piece.block]
-                    raise
-            start, stop = _range(block, piece)
-            found = xxhash.xxh3_128(memory[start - piece.file_offset : stop - piece.file_offset].data).hexdigest()
-            right, other = progress.sound, progress.wrong
-            if found != progress.trusted[piece.index]:
-                right, other = other, right
-            right.add(piece.index)
-            other.discard(piece.index)
-            if progress.wrong:
-                raise self._wrong(block)
-            if len(progress.sound) == len(self._pieces[piece.block]):
-                self._finish(piece.block)
+            self._lock.wait_for(lambda: self._is_next(piece))
+            try:
+                self._check(piece, memory)
+            finally:
+                self._expected.discard(piece.index)
+                self._lock.notify_all()
+
+    def _is_next(self, piece: Piece) -> bool:
+        """Whether nothing is being read that would let the piece be hashed behind its predecessors."""
+        progress = self._progress.get(piece.block)
+        if piece.block in self._checked or (progress is not None and progress.trusted is not None):
+            return True
+        fed = 0 if progress is None else progress.num_fed
+        before = self._pieces[piece.block][fed : self._places[piece.index]]
+        return not any(other.index in self._expected for other in before)
+
+    def _check(self, piece: Piece, memory: U8) -> None:
+        if piece.block in self._checked:
+            return
+        block = self._blocks[piece.block]
+        progress = self._progress.setdefault(piece.block, _Progress(block.offset))
+        if progress.trusted is None:
+            if self._feed(progress, block, piece, memory):
+                if progress.num_fed < len(self._pieces[piece.block]):
+                    return
+                if progress.position == _end(block) and progress.digest.hexdigest() == block.checksum:
+                    self._finish(piece.block)
+                    return
+            try:
+                progress.trusted = self._read_again(progress, block)
+            except Exception:
+                del self._progress[piece.block]
+                raise
+        start, stop = _range(block, piece)
+        found = xxhash.xxh3_128(memory[start - piece.file_offset : stop - piece.file_offset].data).hexdigest()
+        right, other = progress.sound, progress.wrong
+        if found != progress.trusted[piece.index]:
+            right, other = other, right
+        right.add(piece.index)
+        other.discard(piece.index)
+        if progress.wrong:
+            raise self._wrong(block)
+        if len(progress.sound) == len(self._pieces[piece.block]):
+            self._finish(piece.block)
 
     def begin_again(self, kept: Collection[int]) -> frozenset[int]:
         """All pieces but those in `kept` are about to be loaded again if they were wrong. Returns these."""

@@ -224,13 +224,17 @@ class Loader:
         self, piece: Piece, memory: memoryview, done: Callable[[Exception | None], None], labels: Mapping[str, object]
     ) -> None:
         begin = time.perf_counter()
+        if self._checksums is not None:
+            self._checksums.expect(piece)
         with self._in_flight_changed:
             if self._in_flight == 0:
                 self._busy_since = begin
             self._in_flight += 1
 
         def finish(error: Exception | None) -> None:
-            if error is None and self._checksums is not None:
+            if error is not None and self._checksums is not None:
+                self._checksums.missed(piece)
+            elif self._checksums is not None:
                 try:
                     self._checksums.check(piece, np.frombuffer(memory, np.uint8))
                 except Exception as mismatch:

@@ -65,6 +65,44 @@ def test_any_order_will_do(seed: int, store: FakeStore) -> None:
     assert fed(store, pieces) <= sum(block.nbytes for block in store.blocks)
 
 
+def test_what_is_read_at_the_same_time_is_hashed_in_order(store: FakeStore) -> None:
+    """The last piece has been read first: it waits for the others, and nothing is read again."""
+    drive = CountingDrive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
+    for piece in store.pieces:
+        checksums.expect(piece)
+    threads = []
+    for piece in reversed(store.pieces):
+        threads.append(
+            threading.Thread(target=checksums.check, args=(piece, np.frombuffer(store.content(piece), np.uint8)))
+        )
+        threads[-1].start()
+        threads[-1].join(0.01)
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+    assert drive.num_bytes == 0
+    drive.close()
+
+
+def test_nobody_waits_for_a_piece_that_could_not_be_read(store: FakeStore) -> None:
+    drive = CountingDrive(store.folder)
+    checksums = BlockChecksums({block.name: block for block in store.blocks}, store.pieces, drive)
+    first, second, *_ = [piece for piece in store.pieces if piece.block == "block0"]
+    checksums.expect(first)
+    checksums.expect(second)
+    memory = np.frombuffer(store.content(second), np.uint8)
+    waiting = threading.Thread(target=checksums.check, args=(second, memory))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    checksums.missed(first)
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert drive.num_bytes > 0
+    drive.close()
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("where", ["first tensor", "last tensor", "padding"])
 def test_a_flipped_byte_is_found_in_any_order(seed: int, where: str, store: FakeStore) -> None:
