@@ -40,8 +40,8 @@ thread that finds no newer call behind its reading knows that nobody has written
 """
 _STEP = 4096  # bytes brought near between two looks at one's state
 _STREAMS, _RUN = 4, 16
-"""A thread takes such a step in turns from each of four runs of 16 steps: so one core reads 1.4 times as fast as from
-one place, because the processor's own reading ahead begins anew with every page.
+"""A thread takes a step in turns from each of four runs of 16: so one core reads 1.4 times as fast as from one place,
+because the processor's own reading ahead begins anew with every page.
 """
 _LINE = 64
 _PAUSES = 20_000
@@ -52,8 +52,7 @@ _CROWDED_PAUSES = 200
 """Of the caller where that was so lately: the core that it leaves may be the one that the thread waits for."""
 _CROWDED_CALLS, _MOST_CROWDED_CALLS, _AGAIN_CALLS = 64, 512, 32
 """For so many calls after that, half a sweep, threads sleep as soon as they can: who sleeps is let in before who does
-not. If it is crowded again within so few calls, twice as many as before, up to a limit: what comes and goes costs half
-a sweep's reading ahead, and beside a process that computes all the time it is hardly tried again.
+not. If it is crowded again within so few calls, twice as many, up to a limit.
 """
 _DISTURBED, _CROWDED = 8, 32
 """A call for which a thread's core was another's adds 8, and each other one takes 1 away: with more than 32 it is
@@ -192,7 +191,6 @@ def _source() -> str:
         for at, name in enumerate(_AHEAD)
     )
     # Loads: what asks for memory and waits for nothing (PREFETCHT1) is dropped as soon as a few are on their way.
-    # It only goes before them, to the next step of the run.
     reads = "\n".join(
         f"  %line{at} = getelementptr i8, ptr %page, i64 {at}\n    %read{at} = load volatile i64, ptr %line{at}\n"
         f"    %next{at} = getelementptr i8, ptr %page, i64 {at + _STEP}\n"
