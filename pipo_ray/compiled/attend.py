@@ -89,10 +89,10 @@ class CompiledAttention:
         tensors have to stay until it is over.
         """
         call = self._each(query, new, memories, spans, scale, output)
-        if call.nbytes < _BYTES_ON_THREADS:
-            return call
-        function, context = deferred_on_threads(call.function, ctypes.addressof(call.context), self._folder)
-        return DeferredCall(function, context, call.nbytes, call)
+        threads = None
+        if call.nbytes >= _BYTES_ON_THREADS:
+            threads = deferred_on_threads(call.function, ctypes.addressof(call.context), self._folder)
+        return call if threads is None else DeferredCall(*threads, call.nbytes, call)
 
     def _each(
         self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],

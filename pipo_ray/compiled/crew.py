@@ -136,16 +136,17 @@ _lock = threading.Lock()
 _crews: list[Crew] = []
 
 
-def deferred_on_threads(function: int, context: int, folder: Path | None = None) -> tuple[int, Any]:
+def deferred_on_threads(function: int, context: int, folder: Path | None = None) -> tuple[int, Any] | None:
     """A function and its context: whoever calls it, a thread without Python too, runs `function` with `context` as
     `run_on_threads` does, on half as many threads: who defers a call has something else to do meanwhile. Only one such
-    call, and none of `run_on_threads`, may run at a time; what is returned has to stay until it is over.
+    call, and none of `run_on_threads`, may run at a time; what is returned has to stay until it is over. None where
+    that is one thread alone: the function itself does then.
     """
     others = (torch.get_num_threads() + 1) // 2 - 1
-    if others:
-        _enlist(others, folder)
-        return _crews[0].deferred(function, context, others)
-    return function, context_of([context])
+    if not others:
+        return None
+    _enlist(others, folder)
+    return _crews[0].deferred(function, context, others)
 
 
 def run_on_threads(

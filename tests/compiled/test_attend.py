@@ -124,8 +124,12 @@ def test_what_the_kernel_is_not_made_for_is_left_to_torch(attention: CompiledAtt
         assert torch.equal(*outputs)
 
 
-def test_tokens_of_several_sequences_are_as_each_alone(attention: CompiledAttention) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_tokens_of_several_sequences_are_as_each_alone(
+    threads: int, attention: CompiledAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when the call is put off, and made by somebody else."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     lengths = (5, 3000, 1, 64)
     queries, new = normal(8, 4, 128), (normal(2, 4, 128, seed=1), normal(2, 4, 128, seed=2))
     memories = [(normal(2, n + 3, 128, seed=3 + n), normal(2, n + 3, 128, seed=4 + n)) for n in lengths]
