@@ -35,7 +35,6 @@ from pipo_ray import LLM, SamplingParams
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
-from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.layout import TORCH_DTYPES
@@ -47,9 +46,9 @@ from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 from pipo_ray.plan.budget import RunPlan
+from pipo_ray.prepare import prepare_store
 from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.memory import format_size, parse_size
-from pipo_ray.store.manifest import Manifest
 from pipo_ray.store.rows import RowReader
 
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
@@ -69,8 +68,8 @@ class LocalPipeline:
 
     def __init__(self, folder: Path, plan: RunPlan, threads: int, kernels: Path) -> None:
         torch.set_num_threads(threads)
-        manifest = Manifest.load(folder)
-        facts = ModelFacts.from_json(manifest.extra["facts"])
+        prepared = prepare_store(str(folder))
+        manifest, facts = prepared.manifest, prepared.facts
         placement, sweep = plan.placement, plan.sweep
         rows = {piece: row for row, piece in enumerate(sorted(placement.residents))}
         self._table = SlotTable(
