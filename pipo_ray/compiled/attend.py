@@ -20,7 +20,7 @@ _BYTES_ON_THREADS = 1 << 20  # of keys and values: with fewer the other threads 
 
 
 @dataclass(frozen=True)
-class DeferredCall:
+class Call:
     """The address of a function and its context; bytes of keys and values it reads, and what has to live with it."""
 
     function: int
@@ -68,36 +68,17 @@ class CompiledAttention:
         output = query.new_empty(heads, 1, dim)
         one, _ = self._functions(dim, heads // kv_heads)
         self._context[:] = _words(query, new, memory, output.data_ptr(), 0, first, length, scale)
-        self._run(one, self._context, 4 * kv_heads * dim * (length - first))
+        self.run(Call(one, self._context, 4 * kv_heads * dim * (length - first)))
         return output
 
-    def attend_each(
+    def each(
         self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
         spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> Call:  # fmt: skip
         """The same for tokens of different sequences, number i of `query` [heads, n, dim] and of `new`, with
-        `memories[i]` and (first, length) `spans[i]`, into `output` [n, heads, dim], contiguous.
+        `memories[i]` and (first, length) `spans[i]`, into `output` [n, heads, dim], contiguous: for `run`, or
+        `deferred`. The tensors have to stay until it is over.
         """
-        call = self._each(query, new, memories, spans, scale, output)
-        self._run(call.function, call.context, call.nbytes)
-
-    def defer_each(
-        self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
-        spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
-    ) -> DeferredCall:  # fmt: skip
-        """What does so when it is called, by whichever thread: one at a time, and none of the others meanwhile. The
-        tensors have to stay until it is over.
-        """
-        call = self._each(query, new, memories, spans, scale, output)
-        threads = None
-        if call.nbytes >= _BYTES_ON_THREADS:
-            threads = deferred_on_threads(call.function, ctypes.addressof(call.context), self._folder)
-        return call if threads is None else DeferredCall(*threads, call.nbytes, call)
-
-    def _each(
-        self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
-        spans: Sequence[tuple[int, int]], scale: float, output: Tensor,
-    ) -> DeferredCall:  # fmt: skip
         heads, kv_heads, dim = query.shape[0], new[0].shape[0], query.shape[2]
         _, each = self._functions(dim, heads // kv_heads)
         words: list[int] = []
@@ -107,14 +88,22 @@ class CompiledAttention:
         contexts = context_of(words)
         tokens = sum(length - first for first, length in spans)
         context = context_of([ctypes.addressof(contexts), len(spans)])
-        return DeferredCall(each, context, 4 * kv_heads * dim * tokens, contexts)
+        return Call(each, context, 4 * kv_heads * dim * tokens, contexts)
 
-    def _run(self, function: int, context: Any, nbytes: int) -> None:
-        address = ctypes.addressof(context)
-        if nbytes < _BYTES_ON_THREADS:
-            run_here(function, address)
+    def run(self, call: Call) -> None:
+        """Do it here, with other threads where it is worth it."""
+        address = ctypes.addressof(call.context)
+        if call.nbytes < _BYTES_ON_THREADS:
+            run_here(call.function, address)
         else:
-            run_on_threads(function, address, None, self._folder)
+            run_on_threads(call.function, address, None, self._folder)
+
+    def deferred(self, call: Call) -> Call:
+        """What does the same when it is called, by whichever thread: one at a time, and none of `run` meanwhile."""
+        threads = None
+        if call.nbytes >= _BYTES_ON_THREADS:
+            threads = deferred_on_threads(call.function, ctypes.addressof(call.context), self._folder)
+        return call if threads is None else Call(*threads, call.nbytes, call)
 
     def _functions(self, dim: int, group: int) -> tuple[int, int]:
         """For one sequence, and for several."""

@@ -21,7 +21,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> 
     if window is not None and length - new - window + 1 > 0:
         first = length - new - window + 1
         keys, values, length = keys[:, first:], values[:, first:], length - first
-    fused = rule.softcap is None and rule.sinks is None
+    fused = rule.is_plain
     at_once = max(1, MAX_SCORES // length)
     if new > at_once and not (fused and new == length and window is None):  # that one needs no mask
         parts = []

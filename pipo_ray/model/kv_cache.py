@@ -103,8 +103,7 @@ class SequenceCache:
         """Append `keys`, `values` [kv_heads, n, head_dim] and let `query` [heads, n, head_dim], the same n tokens,
         attend to all there are; see `dense_attention.attend`.
         """
-        plain = not self.prefix and rule.softcap is None and rule.sinks is None
-        if plain and self.compiled is not None and self.compiled.takes(query, keys, values):
+        if not self.prefix and rule.is_plain and self.compiled is not None and self.compiled.takes(query, keys, values):
             memory, stop = self.memory_for(layer, keys, values), self.length + 1
             return self.compiled.attend(query, (keys, values), memory, rule.first_visible(stop), stop, rule.scale)
         own = self.append(layer, keys, values)
@@ -120,10 +119,6 @@ class SequenceCache:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self.layers:
             self.layers[layer] = _memory(keys, self.capacity), _memory(values, self.capacity)
-        return self.layers[layer]
-
-    def memory_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All memory of a layer that something was appended to."""
         return self.layers[layer]
 
     def span(self, layer: int, num_tokens: int) -> DenseSpan:

@@ -12,12 +12,12 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.attend import Call, CompiledAttention
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.host_functions import as_device_sees
@@ -42,7 +42,7 @@ class HostKV:
         compiled: CompiledAttention | None = None,
         in_stream_order: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.compiled = compiled
+        self._compiled = compiled
         self._device, self._in_stream_order = device, in_stream_order
         self._deferred: dict[int, object] = {}  # by layer
         self._seen: tuple[Tensor, Tensor] | None = None  # the buffer "output", in RAM and on the device
@@ -78,8 +78,7 @@ class HostKV:
         output: Tensor,
     ) -> None:  # fmt: skip
         """Fill the rows of `output` that belong to tokens which come alone, as many at a time as the buffers hold."""
-        row_bytes = query.itemsize * sum(x.shape[0] * x.shape[2] for x in (query, keys, values))
-        at_once = max(1, _BUFFER_BYTES // row_bytes)
+        at_once = _tokens_at_once(query, keys, values)
         for first in range(0, len(alone), at_once):
             part = alone[first : first + at_once]
             columns = [segment.start for segment in part]
@@ -88,8 +87,8 @@ class HostKV:
             q, k, v = self._to_host([x.transpose(0, 1)[chosen] for x in (query, keys, values)])
             attended = self._buffer("output", (len(part), *output.shape[1:]), output.dtype)
             if self._all_compile(part, q, k, v, rule):
-                assert self.compiled is not None
-                self.compiled.attend_each(**self._arguments(part, layer, q, k, v, rule), output=attended)
+                assert self._compiled is not None
+                self._compiled.run(self._call(part, layer, q, k, v, rule, attended))
             else:
                 for number, segment in enumerate(part):
                     one = slice(number, number + 1)
@@ -105,11 +104,11 @@ class HostKV:
         """The same for a row of tokens that all come alone, in the stream's order from copy to copy. The buffers are
         used again, by the next layer, in that order as well.
         """
-        assert self.compiled is not None
+        assert self._compiled is not None
         assert self._in_stream_order is not None
         q, k, v = self._copy_to_host([x.transpose(0, 1) for x in (query, keys, values)])
         attended = self._buffer("output", tuple(output.shape), output.dtype)
-        call = self.compiled.defer_each(**self._arguments(alone, layer, q, k, v, rule), output=attended)
+        call = self._compiled.deferred(self._call(alone, layer, q, k, v, rule, attended))
         self._deferred[layer] = call, q, k, v, attended
         self._in_stream_order(call.function, ctypes.addressof(call.context))
         torch.mul(self._on_device(attended), 1, out=output)  # a kernel: `copy_` would be the copy engine's
@@ -118,28 +117,26 @@ class HostKV:
         self, alone: Sequence[Segment], query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
     ) -> bool:
         """Whether the kernel takes all of these tokens, given where they are or were."""
-        if self.compiled is None or rule.softcap is not None or rule.sinks is not None:
+        if self._compiled is None or not rule.is_plain or any(_cache(segment).prefix for segment in alone):
             return False
-        if any(_cache(segment).prefix for segment in alone):
-            return False
-        return self.compiled.takes_heads(query, keys, values)
+        return self._compiled.takes_heads(query, keys, values)
 
-    def _arguments(
-        self, alone: Sequence[Segment], layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
-    ) -> dict[str, Any]:
-        """What `CompiledAttention.attend_each` wants, but for its output; of query, keys and values in RAM."""
+    def _call(
+        self, alone: Sequence[Segment], layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule,
+        attended: Tensor,
+    ) -> Call:  # fmt: skip
+        """The kernel's call for these tokens, whose query, keys and values are in RAM."""
+        assert self._compiled is not None
         caches = [_cache(segment) for segment in alone]
         memories = [cache.memory_for(layer, keys[:, :1], values[:, :1]) for cache in caches]
         spans = [(rule.first_visible(cache.length + 1), cache.length + 1) for cache in caches]
-        return {
-            "query": query, "new": (keys, values), "memories": memories, "spans": spans, "scale": rule.scale
-        }  # fmt: skip
+        return self._compiled.each(query, (keys, values), memories, spans, rule.scale, attended)
 
     def _append(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keys and values on the device behind those of a cache in RAM."""
         tokens = keys.shape[1]
         memory = cache.memory_for(layer, *(torch.empty((), dtype=x.dtype).expand(x.shape) for x in (keys, values)))
-        at_once = max(1, _BUFFER_BYTES // (keys.itemsize * sum(x.shape[0] * x.shape[2] for x in (keys, values))))
+        at_once = _tokens_at_once(keys, values)
         for first in range(0, tokens, at_once):
             part = slice(first, min(first + at_once, tokens))
             on_host = self._to_host([x.transpose(0, 1)[part] for x in (keys, values)])
@@ -149,22 +146,26 @@ class HostKV:
 
     def _with_earlier(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The cache's keys and values, those of its prefix before them, and the new ones behind, on the device."""
-        sources = [(part.memory_of(layer), count) for part, count in cache.prefix]
+        earlier = [part.span(layer, count) for part, count in cache.prefix]
         if cache.length:
-            sources.append((cache.memory_of(layer), cache.length))
-        if not sources:
+            earlier.append(cache.span(layer, cache.length))
+        if not earlier:
             return keys, values
-        results = []
-        for which, new in enumerate((keys, values)):
-            earlier = sum(count for _, count in sources)
-            whole = new.new_empty(new.shape[0], earlier + new.shape[1], new.shape[2])
-            at = 0
-            for memory, count in sources:
-                self._to_device(memory[which][:, :count], whole[:, at : at + count])
-                at += count
-            whole[:, at:] = new
-            results.append(whole)
-        return results[0], results[1]
+        return (
+            self._put_before(keys, [span.keys for span in earlier]),
+            self._put_before(values, [span.values for span in earlier]),
+        )
+
+    def _put_before(self, new: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+        """`earlier`, in RAM, and `new` behind them, all [heads, n, dim], on the device."""
+        tokens = sum(part.shape[1] for part in earlier)
+        whole = new.new_empty(new.shape[0], tokens + new.shape[1], new.shape[2])
+        at = 0
+        for part in earlier:
+            self._to_device(part, whole[:, at : at + part.shape[1]])
+            at += part.shape[1]
+        whole[:, at:] = new
+        return whole
 
     def _to_host(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Tensors [n, heads, dim] of the device as [heads, n, dim] in RAM, in a buffer until this is called again."""
@@ -187,7 +188,7 @@ class HostKV:
 
     def _to_device(self, source: Tensor, target: Tensor) -> None:
         """Copy [heads, n, dim] in RAM to the device, through the pinned buffer."""
-        at_once = max(1, _BUFFER_BYTES // (source.itemsize * source.shape[0] * source.shape[2]))
+        at_once = _tokens_at_once(source)
         for first in range(0, source.shape[1], at_once):
             part = source[:, first : first + at_once]
             buffer = self._buffer("row", tuple(part.shape), part.dtype)
@@ -215,6 +216,11 @@ class HostKV:
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             self._buffers[name] = buffer
         return buffer[:nbytes].view(dtype).view(shape)
+
+
+def _tokens_at_once(*tensors: Tensor) -> int:
+    """So many tokens of all these [heads, _, dim] together does a buffer hold."""
+    return max(1, _BUFFER_BYTES // sum(x.itemsize * x.shape[0] * x.shape[2] for x in tensors))
 
 
 def _cache(segment: Segment) -> SequenceCache:

@@ -39,6 +39,11 @@ class AttentionRule:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a score is the scaled product and nothing else."""
+        return self.softcap is None and self.sinks is None
+
     def first_visible(self, length: int) -> int:
         """The first of `length` tokens that the last one sees."""
         return 0 if self.sliding_window is None else max(0, length - self.sliding_window)

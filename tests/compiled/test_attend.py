@@ -144,12 +144,13 @@ def test_tokens_of_several_sequences_are_as_each_alone(
     for deferred in (False, True):
         copies = [(memory[0].clone(), memory[1].clone()) for memory in memories]
         output = torch.zeros(4, 8, 128, dtype=torch.bfloat16)
+        call = attention.each(queries, new, copies, spans, 0.1, output)
         if deferred:
-            call = attention.defer_each(queries, new, copies, spans, 0.1, output)
+            call = attention.deferred(call)
             assert not output.any()
             run_here(call.function, ctypes.addressof(call.context))
         else:
-            attention.attend_each(queries, new, copies, spans, 0.1, output)
+            attention.run(call)
         for i, (copy, length, expected) in enumerate(zip(copies, lengths, alone, strict=True)):
             assert torch.equal(output[i], expected[:, 0])
             assert torch.equal(copy[0][:, length - 1], new[0][:, i])

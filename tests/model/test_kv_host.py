@@ -57,8 +57,8 @@ def test_logits_of_a_row_in_which_some_decode_and_some_begin(slug: str, tmp_path
 
 def exactly(cache: SequenceCache, query: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
     """In float64, to what the cache holds with the query's own tokens appended."""
-    parts = [(part.memory_of(0), count) for part, count in cache.prefix]
-    parts.append((cache.memory_of(0), cache.length + query.shape[1]))
+    parts = [(part.layers[0], count) for part, count in cache.prefix]
+    parts.append((cache.layers[0], cache.length + query.shape[1]))
     keys, values = (torch.cat([pair[which][:, :count] for pair, count in parts], 1).double() for which in (0, 1))
     return attend(query.double(), keys, values, rule)
 
@@ -86,9 +86,9 @@ def test_tokens_that_come_alone_are_the_kernels(window: int | None) -> None:
         cache.attend(0, query[:, a:b], keys[:, a:b], values[:, a:b], rule).transpose(0, 1) for cache, a, b in row
     ])  # fmt: skip
     exact = [exactly(cache, query[:, a:b], rule).transpose(0, 1) for cache, a, b in row]
-    memories = [[tensor.clone() for tensor in cache.memory_of(0)] for cache, _, _ in row]
+    memories = [[tensor.clone() for tensor in cache.layers[0]] for cache, _, _ in row]
     for cache, _, _ in row:
-        for tensor in cache.memory_of(0):
+        for tensor in cache.layers[0]:
             tensor[:, cache.length :] = float("nan")
     host = HostKV(CPU, CompiledAttention())
     got = host.attend_row([Segment(*one) for one in row], 0, query, keys, values, rule)
@@ -96,7 +96,7 @@ def test_tokens_that_come_alone_are_the_kernels(window: int | None) -> None:
         mine, torchs = ((one[a:b] - wanted).abs().max() for one in (got, expected))
         assert mine <= 1.5 * torchs + 2**-8
     for (cache, a, b), memory in zip(row, memories, strict=True):
-        for tensor, before in zip(cache.memory_of(0), memory, strict=True):
+        for tensor, before in zip(cache.layers[0], memory, strict=True):
             assert torch.equal(tensor[:, : cache.length + b - a], before[:, : cache.length + b - a])
 
 
@@ -116,6 +116,6 @@ def test_a_row_of_single_tokens_is_left_to_the_stream() -> None:
         run_here(function, context)
     for cache, number in ((caches[0], 0), (caches[1], 1)):
         for layer in (0, 1):  # a single token sees its own value
-            assert torch.equal(cache.memory_of(layer)[1][:, :1], rows[2][:, number : number + 1])
+            assert torch.equal(cache.layers[layer][1][:, :1], rows[2][:, number : number + 1])
     got = host.attend_row(segments, 0, *rows, AttentionRule(0.1, softcap=9.0))  # which the kernel does not take
     assert torch.equal(got[:, ::4], rows[2].transpose(0, 1))
