@@ -2,15 +2,13 @@
 
 With one tier of memory (the CPU computes, or transformers' probe asks) a sequence has one range of addresses per layer,
 heads outermost, and the operating system is the page pool: an untouched page takes no memory, and attention reads
-neighbours; `kv_host.py` lets a GPU's sequences be there, too. A GPU's pool is in `kv_pool.py`, its two tiers in
-`kv_tiers.py`; pages on the drive are in `kv_disk.py`, fewer bits in `kv_low_bit.py`. What a sequence has in common with
-others it reads in their caches.
+neighbours (`kv_memory.py`); `kv_host.py` lets a GPU's sequences be there, too. A GPU's pool is in `kv_pool.py`, its two
+tiers in `kv_tiers.py`; pages on the drive are in `kv_disk.py`, fewer bits in `kv_low_bit.py`. What a sequence has in
+common with others it reads in their caches.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +22,7 @@ from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.model.kv_host import HostKV
+from pipo_ray.model.kv_memory import SequenceMemory
 from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
@@ -63,10 +62,6 @@ class KVStore(Protocol):
         ...
 
 
-_LEAST_MAPPING = 1 << 16
-"""Bytes below which memory comes from the allocator: a mapping is whole pages."""
-
-
 @dataclass
 class SequenceCache:
     """Keys and values of one sequence: per layer a pair of tensors [num_key_value_heads, capacity, head_dim], of which
@@ -79,6 +74,7 @@ class SequenceCache:
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     prefix: tuple[tuple[SequenceCache, int], ...] = ()
     compiled: CompiledAttention | None = None
+    _memory: SequenceMemory = field(default_factory=SequenceMemory, repr=False, compare=False)
 
     @property
     def start(self) -> int:
@@ -118,7 +114,7 @@ class SequenceCache:
         if stop > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self.layers:
-            self.layers[layer] = _memory(keys, self.capacity), _memory(values, self.capacity)
+            self.layers[layer] = self._memory.pair(layer, keys, values, self.capacity)
         return self.layers[layer]
 
     def span(self, layer: int, num_tokens: int) -> DenseSpan:
@@ -129,8 +125,12 @@ class SequenceCache:
     def resize(self, capacity: int, length: int) -> None:
         """Keep its own first `length` tokens alone, in memory for `capacity`. Moves them, a layer at a time."""
         if capacity != self.capacity:
+            old, self._memory = self._memory, SequenceMemory()
             for layer, pair in self.layers.items():
-                self.layers[layer] = (_moved(pair[0], capacity, length), _moved(pair[1], capacity, length))
+                self.layers[layer] = self._memory.pair(layer, *pair, capacity)
+                for target, source in zip(self.layers[layer], pair, strict=True):
+                    target[:, :length] = source[:, :length]
+                old.give_back(layer)
         self.capacity, self.length = capacity, length
 
     def copy_from(self, parts: Sequence[tuple[SequenceCache, int]]) -> None:
@@ -147,31 +147,12 @@ class SequenceCache:
     def drop(self) -> None:
         """Give the memory back."""
         self.layers.clear()
+        self._memory = SequenceMemory()
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
         return sum(k.nbytes + v.nbytes for k, v in self.layers.values())
-
-
-def _memory(like: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Memory [heads, capacity, head_dim] for keys or values that are `like` those [heads, _, head_dim].
-
-    On the CPU a mapping of its own: what is not touched takes no memory, and what is given back is the system's at
-    once. A heap in which caches that stay lie among activations that come and go promises neither.
-    """
-    shape = like.shape[0], capacity, like.shape[2]
-    nbytes = math.prod(shape) * like.dtype.itemsize
-    if like.device.type != "cpu" or nbytes < _LEAST_MAPPING:
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
-
-
-def _moved(tensor: torch.Tensor, capacity: int, length: int) -> torch.Tensor:
-    result = _memory(tensor, capacity)
-    result[:, :length] = tensor[:, :length]
-    return result
 
 
 @dataclass(frozen=True)
