@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from pipo_ray.json_file import write_json
@@ -49,16 +50,18 @@ GPU_SCRATCH_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Cost:
     """A kernel's measured time: `fixed_s` seconds per call, and for each of `rows` inputs `per_element_s` seconds per
-    element of the weight.
+    element of the weight; and `launch_s`, what the host of a device takes to launch it once, while the device computes
+    what was launched before.
     """
 
     fixed_s: float
     rows: tuple[int, ...]
     per_element_s: tuple[float, ...]
+    launch_s: float = 0.0
 
     def seconds(self, rows: int, elements: int) -> float:
-        """Predicted seconds of a product of `rows` inputs with a weight of `elements`; linear between what was measured
-        and in proportion to `rows` beyond it.
+        """Predicted seconds of a product of `rows` inputs with a weight of `elements` where it is computed; linear
+        between what was measured and in proportion to `rows` beyond it.
         """
         return self.fixed_s + elements * self._rate(rows)
 
@@ -90,11 +93,22 @@ class KernelProfile:
     num_threads: int
     costs: Mapping[Layout, Mapping[Kernel, Cost]]
 
-    def choose(self, layout: Layout, rows: int, elements: int, without: Collection[Kernel] = ()) -> Kernel:
-        """The kernel not in `without` that takes the least time; the first of KERNELS if there is a tie."""
-        costs = self.costs[layout]
-        seconds = {kernel: cost.seconds(rows, elements) for kernel, cost in costs.items() if kernel not in without}
-        return min(seconds, key=lambda kernel: (seconds[kernel], KERNELS[layout].index(kernel)))
+    def choose(
+        self, layout: Layout, rows: int, elements: int, without: Collection[Kernel] = (),
+        launches: Mapping[Kernel, int] = MappingProxyType({}),
+    ) -> Kernel:  # fmt: skip
+        """The kernel not in `without` that takes the least time, of the host or of the device, whichever is longer.
+        `launches` says how often one is launched for this weight, if not once. If there is a tie the one that computes
+        for less time; then the first of KERNELS.
+        """
+
+        def order(kernel: Kernel) -> tuple[float, float, int]:
+            cost = self.costs[layout][kernel]
+            computing = cost.seconds(rows, elements)
+            launching = cost.launch_s * launches.get(kernel, 1)
+            return max(computing, launching), computing, KERNELS[layout].index(kernel)
+
+        return min((kernel for kernel in self.costs[layout] if kernel not in without), key=order)
 
     def save(self, file: Path) -> None:
         """Write as JSON; the file is there whole or not at all."""
@@ -105,14 +119,16 @@ class KernelProfile:
 
     @classmethod
     def load(cls, file: Path) -> KernelProfile | None:
-        """What `save` wrote; None if nothing was."""
+        """What `save` wrote, in versions without `launch_s` too; None if nothing was."""
         try:
             raw = json.loads(file.read_text())
         except FileNotFoundError:
             return None
         costs: dict[Layout, dict[Kernel, Cost]] = {
             layout: {
-                kernel: Cost(cost["fixed_s"], tuple(cost["rows"]), tuple(cost["per_element_s"]))
+                kernel: Cost(
+                    cost["fixed_s"], tuple(cost["rows"]), tuple(cost["per_element_s"]), cost.get("launch_s", 0.0)
+                )
                 for kernel, cost in kernels.items()
             }
             for layout, kernels in raw["costs"].items()

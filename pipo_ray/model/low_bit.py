@@ -66,7 +66,7 @@ class LowBitProducts:
         self.obstacle = obstacle
         self._device = device or torch.device("cpu")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
-        self._chosen: dict[tuple[int, Panels], Kernel] = {}
+        self._chosen: dict[tuple[int, Panels, int], Kernel] = {}
 
     @classmethod
     def for_run(cls, layouts: Collection[Layout], file: Path | None, code_folder: Path | None = None) -> LowBitProducts:
@@ -130,7 +130,7 @@ class LowBitProducts:
 
     def _rows_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         """The product for inputs bf16 [num_inputs, columns], contiguous."""
-        kernel = self._kernel(num_inputs, panels)
+        kernel = self._kernel(num_inputs, panels, num_rows)
         if self._triton is not None:
             return self._triton.product(memory, panels, num_rows, num_inputs, kernel)
         if kernel == "compiled":
@@ -164,25 +164,25 @@ class LowBitProducts:
         product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, views.codes, group, views.scales)
         return product
 
-    def _kernel(self, num_rows: int, panels: Panels) -> Kernel:
-        kernel = self._chosen.get((num_rows, panels))
+    def _kernel(self, num_inputs: int, panels: Panels, num_rows: int) -> Kernel:
+        kernel = self._chosen.get((num_inputs, panels, num_rows))
         if kernel is None:
-            kernel = self._choose(num_rows, panels)
+            kernel = self._choose(num_inputs, panels, num_rows)
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
-            self._chosen[num_rows, panels] = kernel
+            self._chosen[num_inputs, panels, num_rows] = kernel
         return kernel
 
-    def _choose(self, num_rows: int, panels: Panels) -> Kernel:
+    def _choose(self, num_inputs: int, panels: Panels, num_rows: int) -> Kernel:
         if self._triton is not None:
-            return self._triton.choose(self._profile, num_rows, panels)
-        if not num_rows or self._device.type != "cpu":
+            return self._triton.choose(self._profile, num_inputs, panels, num_rows)
+        if not num_inputs or self._device.type != "cpu":
             return "native"
         without: set[Kernel] = set() if panels.layout in (self._machine, INT8_LAYOUT) else {"packed"}
         if self._compiled is None or panels.layout != LAYOUT:
             without.add("compiled")
         layout = layout_of(panels.low_bit)
-        return self._profile.choose(layout, num_rows, panels.panel_rows * panels.columns, without)
+        return self._profile.choose(layout, num_inputs, panels.panel_rows * panels.columns, without)
 
     def _unpacked_int4(
         self, rows: torch.Tensor, views: PanelViews, panels: Panels, kernel: Kernel, output: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 import torch
@@ -13,9 +14,20 @@ from pipo_ray.quant.rounding import values_of
 from pipo_ray.triton_kernels.products import VECTOR_INPUTS, RowsProduct, TritonProducts, layout_of
 
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
-_MEASURED_SHAPE = (4096, 4096)
+_MEASURED_SHAPE = (8192, 4096)
+"""About what a slot of the usual size holds. Of a weight with fewer rows the kernel `tiles` makes more parts, each of
+which has less to do: at 16 rows [4096, 4096] took twice as long for an element as [8192, 7168].
+"""
 _ROTATING_BYTES = 48 << 20
+"""Weights in turn are more, so that none is in a cache: 57 MB of int4, 67 of int8. When this is measured the 96 MiB and
+more that every plan has for activations are free.
+"""
 _TIMES = 3
+_LAUNCHES = 32
+_SLOWER_IN_A_RUN = 3.0
+"""A launch takes longer where other threads want Python's lock and the processor's cache: in sweeps of OPT-30B in int4
+80 us instead of 27 for `tiles`, 350 instead of 80 - 95 for `native` in two chunks (H200, 16 cores, 2026-11-26).
+"""
 _SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than launching what is timed
 _TOLERANCE = 0.02
 
@@ -54,9 +66,14 @@ def _costs(products: TritonProducts, kind: Panels, device: torch.device) -> dict
     layout: Layout = layout_of(kind)
     panels = divide(*_MEASURED_SHAPE, kind.low_bit, kind.layout)
     nbytes = panels.num_panels * panels.panel_bytes
-    weights = torch.zeros(max(2, _ROTATING_BYTES // nbytes), *panels.shape, dtype=torch.uint8, device=device)
+    weights = torch.zeros(max(2, -(-_ROTATING_BYTES // nbytes)), *panels.shape, dtype=torch.uint8, device=device)
     small = divide(BLOCK_ROWS, max(64, kind.low_bit.group), kind.low_bit, kind.layout)
     nothing = torch.zeros(2, *small.shape, dtype=torch.uint8, device=device)
+    launching = {
+        kernel: _SLOWER_IN_A_RUN * _host_seconds(products, nothing[0], small, kernel) for kernel in KERNELS[layout]
+    }
+    # One launch each: what they take the host differs by chance, which must not decide.
+    launching["vector"] = launching["tiles"] = min(launching["vector"], launching["tiles"])
     result: dict[Kernel, Cost] = {}
     for kernel in KERNELS[layout]:
         fixed = _seconds(products, nothing, small, 1, kernel)
@@ -64,7 +81,7 @@ def _costs(products: TritonProducts, kind: Panels, device: torch.device) -> dict
         taken = [_seconds(products, weights, panels, rows, kernel) for rows in counts]
         elements = panels.rows * panels.columns
         rates = cleaned([max(0.0, seconds - fixed) / elements for seconds in taken])
-        result[kernel] = Cost(fixed, tuple(counts), rates)
+        result[kernel] = Cost(fixed, tuple(counts), rates, launching[kernel])
     return result
 
 
@@ -74,6 +91,21 @@ def _seconds(products: TritonProducts, weights: torch.Tensor, panels: Panels, ro
     calls = [products.product(memory, panels, panels.rows, rows, kernel) for memory in weights]
     device_seconds(calls, inputs)  # compiles
     return min(device_seconds(calls, inputs) for _ in range(_TIMES))
+
+
+def _host_seconds(products: TritonProducts, memory: torch.Tensor, panels: Panels, kernel: Kernel) -> float:
+    """Of the host, for a product with a small weight: one launch, or one that unpacks and torch's product."""
+    inputs = torch.ones(1, panels.columns, dtype=torch.bfloat16, device=memory.device)
+    call = products.product(memory, panels, panels.rows, 1, kernel)
+    call(inputs)  # compiles
+    times = []
+    for _ in range(_TIMES):
+        torch.cuda.synchronize()  # so few calls never wait for room in the device's queue
+        begin = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            call(inputs)
+        times.append((time.perf_counter() - begin) / _LAUNCHES)
+    return min(times)
 
 
 def device_seconds(calls: Collection[RowsProduct], inputs: torch.Tensor) -> float:

@@ -98,12 +98,15 @@ class TritonProducts:
             make = self._int4_unpacked if is_int4 else self._int8_unpacked
         return make(memory, panels, num_rows, num_inputs)
 
-    def choose(self, profile: KernelProfile, num_inputs: int, panels: Panels) -> Kernel:
-        """The kernel that takes the least time with so many inputs, by what was measured."""
+    def choose(self, profile: KernelProfile, num_inputs: int, panels: Panels, num_rows: int) -> Kernel:
+        """The kernel that takes the least time for the product of so many inputs with `num_rows` rows in such panels,
+        by what was measured.
+        """
         if not num_inputs:
             return "native"
         without: tuple[Kernel, ...] = () if num_inputs <= VECTOR_INPUTS else ("vector",)
-        return profile.choose(layout_of(panels), num_inputs, panels.rows * panels.columns, without)
+        chunks = -(-num_rows // self._rows_at_once(panels.columns))
+        return profile.choose(layout_of(panels), num_inputs, num_rows * panels.columns, without, {"native": chunks})
 
     def _int4_vector(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         compiled_for = triton.next_power_of_2(num_inputs)

@@ -5,6 +5,8 @@ tests/gpu/test_low_bit_products.py has them compiled.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +15,11 @@ from low_bit_weights import RandomWeight
 from triton_interpreter import STEP
 
 from pipo_ray.model.kernel_profile import KERNELS, Cost, Kernel, KernelProfile
-from pipo_ray.quant.panels import INT4_LAYOUTS
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import INT4_LAYOUTS, divide
+from pipo_ray.triton_kernels import measure
 from pipo_ray.triton_kernels.measure import check
-from pipo_ray.triton_kernels.products import VECTOR_INPUTS, TritonProducts
+from pipo_ray.triton_kernels.products import VECTOR_INPUTS, RowsProduct, TritonProducts
 
 NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
 CPU = torch.device("cpu")
@@ -84,6 +88,42 @@ def test_the_profile_chooses_and_the_vector_kernel_only_for_few() -> None:
     fast, slow = Cost(0.0, (1, 2), (0.0, 0.0)), Cost(0.0, (1, 2), (1.0, 1.0))
     profile = KernelProfile("bfloat16", 1, {"cuda-int4": {"vector": fast, "tiles": slow, "native": slow}})
     products = TritonProducts(CPU, scratch_bytes=1 << 20)
-    assert products.choose(profile, VECTOR_INPUTS, panels) == "vector"
-    assert products.choose(profile, VECTOR_INPUTS + 1, panels) == "tiles"
+    assert products.choose(profile, VECTOR_INPUTS, panels, 64) == "vector"
+    assert products.choose(profile, VECTOR_INPUTS + 1, panels, 64) == "tiles"
     assert products.product(torch.empty(0), panels, 64, 0, "native")(torch.empty(0, 128).bfloat16()).shape == (0, 64)
+
+
+def test_each_chunk_that_is_unpacked_is_launched() -> None:
+    """512 rows of 1024 columns at a time."""
+    panels = divide(4096, 1024, LowBitFormat.parse("int4"), "avx512")
+    tiles, native = Cost(0.0, (1, 64), (0.0, 0.0), 30e-6), Cost(0.0, (1, 64), (0.0, 0.0), 9e-6)
+    profile = KernelProfile("bfloat16", 1, {"cuda-int4": {"tiles": tiles, "native": native}})
+    products = TritonProducts(CPU, scratch_bytes=1 << 20)
+    chosen = [products.choose(profile, 16, panels, rows) for rows in (512, 3 * 512 - 64, 4 * 512)]
+    assert chosen == ["native", "native", "tiles"]
+
+
+def test_what_is_measured_is_the_devices_time_and_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device_seconds(calls: Collection[RowsProduct], inputs: torch.Tensor) -> float:
+        assert len(calls) >= 2, "one weight stays in the cache"
+        if len(inputs) <= VECTOR_INPUTS:  # interpreted, more take seconds
+            for call in calls:
+                call(inputs)
+        return 1e-6 * len(inputs)
+
+    kinds = [RandomWeight.make(name, "avx2", 64, 128, 1 << 20, torch.Generator()).panels for name in ("int4", "int8")]
+    monkeypatch.setattr(measure, "device_seconds", device_seconds)
+    monkeypatch.setattr(measure, "_MEASURED_SHAPE", (64, 128))
+    monkeypatch.setattr(measure, "_ROTATING_BYTES", 1)
+    monkeypatch.setattr(measure, "_TIMES", 1)
+    monkeypatch.setattr(measure, "_LAUNCHES", 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    profile = measure.measure(TritonProducts(CPU, scratch_bytes=1 << 20), kinds, CPU)
+    for layout in ("cuda-int4", "cuda-int8"):
+        costs = profile.costs[layout]  # type: ignore[index]
+        assert list(costs) == list(KERNELS[layout])  # type: ignore[index]
+        assert costs["tiles"].fixed_s == 1e-6
+        assert costs["native"].rows == (1, 4, 16, 64, 256)
+        assert costs["vector"].rows == (1, 4)
+        assert costs["vector"].launch_s == costs["tiles"].launch_s > 0.0
+        assert costs["native"].launch_s > 0.0
