@@ -113,7 +113,7 @@ def _step(sequence: Sequence, num_tokens: int, prefix: tuple[PrefixPart, ...] = 
         sequence=sequence.name,
         token_ids=sequence.tokens(start, stop),
         start=start,
-        capacity=sequence.capacity,
+        capacity=sequence.most_cached,
         sample=last and not sequence.score,
         logits="all" if sequence.score else "last" if last else "none",
         spec=sequence.spec() if sequence.cached == 0 else None,

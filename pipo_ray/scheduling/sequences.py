@@ -45,6 +45,11 @@ class Sequence:
         return len(self.prompt) + self.max_tokens
 
     @property
+    def most_cached(self) -> int:
+        """The most tokens whose KV it can have: the last one of an answer is chosen, and not computed."""
+        return len(self.prompt) + max(0, self.max_tokens - 1)
+
+    @property
     def decoding(self) -> bool:
         """Whether all but the newest token are cached: the next step is one token."""
         return self.cached > 0 and self.length - self.cached == 1

@@ -124,7 +124,7 @@ class Stage:
             if logits is None or not one.sample:
                 results.append(StepResult(one.sequence))
                 continue
-            ends = one.start + one.num_tokens + 1 == one.capacity
+            ends = one.start + one.num_tokens == one.capacity
             results.append(StepResult(one.sequence, int(logits[-1].argmax()), finish_reason="length" if ends else None))
         return SweepResult(request.number, tuple(results), 0.0, 0.0, 0)
 
