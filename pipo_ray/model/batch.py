@@ -24,9 +24,9 @@ class PrefixPart:
 class SweepEntry:
     """One sequence's share of a sweep: `token_ids` are its tokens at positions `start`, `start + 1`, ...
 
-    `capacity` is the most tokens whose KV the sequence can ever have. A sequence begins with an empty cache behind its `prefix`,
-    whose tokens come before `start`: shared parts first. `logits` says whether none, only the last token's, or every
-    token's logits are wanted.
+    `capacity` is the most tokens whose KV the sequence can ever have. A sequence begins with an empty cache behind its
+    `prefix`, whose tokens come before `start`: shared parts first. `logits` says whether none, only the last token's,
+    or every token's logits are wanted.
     """
 
     sequence: str
