@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pipo_ray.compiled import attention
-from pipo_ray.compiled.crew import deferred_on_threads, run_on_threads
+from pipo_ray.compiled.crew import CALLED_AT, add_on_threads, deferred_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
+from pipo_ray.compiled.steps import Steps
 
 _BYTES_ON_THREADS = 1 << 20  # of keys and values: with fewer the other threads are better off bringing weights near
 
@@ -90,6 +91,29 @@ class CompiledAttention:
         context = context_of([ctypes.addressof(contexts), len(spans)])
         return Call(each, context, 4 * kv_heads * dim * tokens, contexts)
 
+    def add(
+        self, steps: Steps, query: Tensor, new: tuple[Tensor, Tensor], output: Tensor, scale: float
+    ) -> Callable[[tuple[Tensor, Tensor], int, int], None]:
+        """A step that does what `attend` does, for `query` [heads, 1, dim] and the `new` keys and values [kv_heads, 1,
+        dim] that are in these tensors then, into `output` [heads, 1, dim]. What is returned is told `memory`, `first`
+        and `length` before.
+        """
+        heads, kv_heads, dim = query.shape[0], new[0].shape[0], query.shape[2]
+        one, _ = self._functions(dim, heads // kv_heads)
+        context = context_of(_words(query, new, new, output.data_ptr(), 0, 0, 0, scale))
+        words, others = add_on_threads(steps, one, context, _NEXT, self._folder, query, *new, output)
+
+        def point(memory: tuple[Tensor, Tensor], first: int, length: int) -> None:
+            keys, values = memory
+            offset, bytes_each = 2 * dim * first, 2 * keys.stride(0)
+            context[_KEYS] = keys.data_ptr() + offset
+            context[_VALUES] = values.data_ptr() + offset
+            context[_LENGTH] = length - first
+            context[_KEYS_STRIDE] = context[_VALUES_STRIDE] = bytes_each
+            words[CALLED_AT] = others if 4 * kv_heads * dim * (length - first) >= _BYTES_ON_THREADS else 0
+
+        return point
+
     def run(self, call: Call) -> None:
         """Do it here, with other threads where it is worth it."""
         address = ctypes.addressof(call.context)
@@ -113,6 +137,11 @@ class CompiledAttention:
             found = code, code.address(attention.NAME), code.address(attention.EACH)
             self._codes[dim, group] = found
         return found[1:]
+
+
+_NEXT, _KEYS, _VALUES, _LENGTH, _KEYS_STRIDE, _VALUES_STRIDE = map(
+    attention.FIELDS.index, ("next", "keys", "values", "length", "keys_stride", "values_stride")
+)
 
 
 def _words(

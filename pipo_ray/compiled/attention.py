@@ -9,7 +9,8 @@ Needs AVX512F, BW and BF16. The one instruction by name: VDPBF16PS.
 
 from __future__ import annotations
 
-from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, Function, float_bits, vector
+from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, Function, vector
+from pipo_ray.compiled.row_steps import exponential
 
 FIELDS = (
     "query", "new_keys", "new_values", "keys", "values", "output", "next", "kv_heads", "group", "length", "scale",
@@ -35,11 +36,6 @@ _COLUMNS = 64  # of the values that are summed at once
 _EVEN = vector("i32", range(0, 32, 2))
 _ODD = vector("i32", range(1, 32, 2))
 _NUMBERS = vector("i64", range(_TOKENS))
-_LOG2_E = float_bits(1.4426950408889634)
-_LEAST = float_bits(-126.0)
-_EXP2 = (0.0013333558, 0.0096181291, 0.0555041087, 0.2402265070, 0.6931471806, 1.0)
-"""2^x between -0.5 and 0.5, highest power first: Taylor's series, off by 2e-6 at most."""
-
 _MORE = f"""
 declare {FLOATS} @llvm.roundeven.v16f32({FLOATS})
 declare {INTS} @llvm.fptosi.sat.v16i32.v16f32({FLOATS})
@@ -99,8 +95,8 @@ def _attend(dim: int, at_once: int) -> str:
                     now = f.value(f"select i1 {more}, float {here}, float {before}")
                     f.store("float", now, most)
                     base = f.splat("float", now)
-                    exponentials = _exp(f, f.value(f"fsub {FLOATS} {scores}, {base}"))
-                    change = _exp(f, f.value(f"fsub {FLOATS} {f.splat('float', before)}, {base}"))
+                    exponentials = exponential(f, f.value(f"fsub {FLOATS} {scores}, {base}"))
+                    change = exponential(f, f.value(f"fsub {FLOATS} {f.splat('float', before)}, {base}"))
                     f.store(FLOATS, exponentials, weight)
                     f.store(FLOATS, f.multiply_add(f.load(FLOATS, total), change, exponentials), total)
                     changes.append(change)
@@ -137,21 +133,6 @@ def _neighbours(f: Function, one: str, other: str) -> str:
         f.value(f"shufflevector {FLOATS} {one}, {FLOATS} {other}, <16 x i32> {mask}") for mask in (_EVEN, _ODD)
     )
     return f.value(f"fadd {FLOATS} {even}, {odd}")
-
-
-def _exp(f: Function, x: str) -> str:
-    """e^x of numbers of at most 0; 1e-38 where it would be less."""
-    y = f.value(f"fmul {FLOATS} {x}, splat (float {_LOG2_E})")
-    low = f.value(f"fcmp olt {FLOATS} {y}, splat (float {_LEAST})")  # false for what is no number, which stays so
-    y = f.value(f"select <16 x i1> {low}, {FLOATS} splat (float {_LEAST}), {FLOATS} {y}")
-    whole = f.value(f"call {FLOATS} @llvm.roundeven.v16f32({FLOATS} {y})")
-    rest = f.value(f"fsub {FLOATS} {y}, {whole}")
-    result = f"splat (float {float_bits(_EXP2[0])})"
-    for factor in _EXP2[1:]:
-        result = f.multiply_add(result, rest, f"splat (float {float_bits(factor)})")
-    power = f.value(f"call {INTS} @llvm.fptosi.sat.v16i32.v16f32({FLOATS} {whole})")
-    power = f.value(f"shl {INTS} {f.value(f'add {INTS} {power}, splat (i32 127)')}, splat (i32 23)")
-    return f.value(f"fmul {FLOATS} {result}, {f.cast(INTS, power, FLOATS)}")
 
 
 def _add_values(

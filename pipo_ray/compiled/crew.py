@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from pipo_ray.compiled.machine import MachineCode, context_of, function_at
+from pipo_ray.compiled.steps import Steps
 
 AHEAD_RANGES = 2
 """So many pieces of memory are brought near after a call."""
@@ -105,17 +106,28 @@ class Crew:
             words = self._words
             words[0], words[1], words[2] = function, context, min(num_threads, self.num_threads)
             if ahead is not None:
-                ranges = [number for memory, nbytes in ahead for number in (memory.data_ptr(), nbytes)]
-                ranges += [0] * (2 * AHEAD_RANGES - len(ranges))
-                half = 1 - words[_HALF_AT]
-                first = _WORDS + _HALF_WORDS * half
-                words[first : first + len(_AHEAD)] = [_PAUSES if ahead else 0, *ranges]
-                words[_HALF_AT] = half
+                self._come_near(ahead, _PAUSES if ahead else 0)
             self._lead(self._address)
             if ahead is not None:
                 self._ahead.append(ahead)
         finally:
             self._busy.release()
+
+    def run_steps(self, function: int, context: int) -> None:
+        """Run here what calls the threads itself (`deferred`), again and again: in between they stay awake."""
+        with self._busy:
+            self._come_near((), _PAUSES)
+            function_at(function)(context)
+
+    def _come_near(self, ahead: Sequence[tuple[torch.Tensor, int]], pauses: int) -> None:
+        """What the threads do behind the next call."""
+        words = self._words
+        ranges = [number for memory, nbytes in ahead for number in (memory.data_ptr(), nbytes)]
+        ranges += [0] * (2 * AHEAD_RANGES - len(ranges))
+        half = 1 - words[_HALF_AT]
+        first = _WORDS + _HALF_WORDS * half
+        words[first : first + len(_AHEAD)] = [pauses, *ranges]
+        words[_HALF_AT] = half
 
     def deferred(self, function: int, context: int, num_threads: int) -> tuple[int, Any]:
         """See `deferred_on_threads`."""
@@ -149,6 +161,28 @@ def deferred_on_threads(function: int, context: int, folder: Path | None = None)
         return None
     _enlist(others, folder)
     return _crews[0].deferred(function, context, others)
+
+
+def add_on_threads(
+    steps: Steps, function: int, context: Any, counter: int, folder: Path | None, *owned: object
+) -> tuple[Any, int]:
+    """A step that runs `function` with `context`, whose word number `counter` is set to 0 before, on as many threads as
+    torch computes with. Returns the step's words, of which number CALLED_AT is how many threads it calls, and how many
+    there are to call. For `run_steps`.
+    """
+    others = torch.get_num_threads() - 1
+    _enlist(others, folder)
+    lead, words = _crews[0].deferred(function, ctypes.addressof(context), others)
+    steps.add(lead, words, ctypes.addressof(context) + 8 * counter, _crews[0], context, *owned)
+    return words, others
+
+
+def run_steps(function: int, context: int) -> None:
+    """Run a list of steps (`steps.py`), some of which call the threads."""
+    _crews[0].run_steps(function, context)
+
+
+CALLED_AT = 3
 
 
 def run_on_threads(

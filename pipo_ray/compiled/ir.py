@@ -151,6 +151,12 @@ class Function:
         words = self.value(f"zext <16 x i16> {self.load('<16 x i16>', place, align=2)} to {INTS}")
         return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
 
+    def rounded(self, floats: str) -> str:
+        """16 floats rounded to bf16, as floats."""
+        halves = self.cast("<16 x bfloat>", self.value(f"fptrunc {FLOATS} {floats} to <16 x bfloat>"), "<16 x i16>")
+        words = self.value(f"zext <16 x i16> {halves} to {INTS}")
+        return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
+
     def dot(self, sums: str, left: str, right: str) -> str:
         """`sums` plus the products of each two neighbours of two vectors in bf16; the sums are float32."""
         arguments = f"{FLOATS} {sums}, {HALVES} {left}, {HALVES} {right}"

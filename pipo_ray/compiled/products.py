@@ -6,12 +6,14 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipo_ray.compiled import int4
-from pipo_ray.compiled.crew import AHEAD_RANGES, run_on_threads
+from pipo_ray.compiled.crew import AHEAD_RANGES, add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
+from pipo_ray.compiled.steps import Steps
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
 
 _ROWS_ON_THREADS = 32  # whose sums take longer than starting the threads
@@ -42,12 +44,7 @@ class CompiledInt4:
         groups = panels.columns // panels.low_bit.group
         if self._sums.numel() < num_inputs * groups:
             self._sums = torch.empty(num_inputs * groups)
-        words = {
-            "scales": memory.data_ptr() + panels.code_bytes, "num_inputs": num_inputs, "groups": groups,
-            "rows": num_rows, "panel_bytes": memory.stride(0), "panel_blocks": panels.panel_rows // BLOCK_ROWS,
-            "scales_bytes": 4 * panels.panel_rows,
-        }  # fmt: skip
-        context = context_of([words.get(field, 0) for field in int4.FIELDS])
+        context = _context(memory, panels, num_rows, num_inputs)
         address = ctypes.addressof(context)
         weight = _Weight(memory)
         few = num_inputs <= int4.MOST_INPUTS  # more are not bound by memory
@@ -56,7 +53,6 @@ class CompiledInt4:
             output = rows.new_empty(num_inputs, num_rows)
             context[_INPUTS], context[_OUTPUT] = rows.data_ptr(), output.data_ptr()
             context[_SUMS] = self._sums.data_ptr()  # may have grown since
-            context[_CODES] = memory.data_ptr()
             context[_NEXT] = 0
             run_sums(sums, address)
             context[_NEXT] = 0
@@ -64,6 +60,28 @@ class CompiledInt4:
             return output
 
         return multiply
+
+    def add_sums(self, steps: Steps, row: torch.Tensor, group: int) -> torch.Tensor:
+        """A step that fills what is returned with the sums of a row of inputs, bf16 [columns], by groups."""
+        groups = row.numel() // group
+        sums = torch.empty(groups)
+        words = {"inputs": row.data_ptr(), "sums": sums.data_ptr(), "num_inputs": 1, "groups": groups}
+        context = context_of([words.get(field, 0) for field in int4.FIELDS])
+        counter = ctypes.addressof(context) + 8 * _NEXT
+        steps.add(self._code(group).address(int4.SUMS_NAME), context, counter, row, sums)
+        return sums
+
+    def add_product(
+        self, steps: Steps, memory: torch.Tensor, panels: Panels, num_rows: int, row: torch.Tensor, sums: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """A step, on all threads, that fills `output`, bf16 [num_rows] and contiguous, with the product of a row of
+        inputs, bf16 [columns], whose sums are `sums`. See `product`.
+        """
+        context = _context(memory, panels, num_rows, 1)
+        context[_INPUTS], context[_SUMS], context[_OUTPUT] = row.data_ptr(), sums.data_ptr(), output.data_ptr()
+        product = self._code(panels.low_bit.group).address(int4.product_name(1))
+        add_on_threads(steps, product, context, _NEXT, self._folder, memory, row, sums, output)
 
     def look_ahead(self, on: bool) -> None:
         """Whether, after a product with few inputs, threads bring near the weights that came next the last time. For
@@ -91,6 +109,16 @@ class CompiledInt4:
         return code
 
 
+def _context(memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> Any:
+    """The kernel's context without inputs, sums and output."""
+    words = {
+        "codes": memory.data_ptr(), "scales": memory.data_ptr() + panels.code_bytes, "num_inputs": num_inputs,
+        "groups": panels.columns // panels.low_bit.group, "rows": num_rows, "panel_bytes": memory.stride(0),
+        "panel_blocks": panels.panel_rows // BLOCK_ROWS, "scales_bytes": 4 * panels.panel_rows,
+    }  # fmt: skip
+    return context_of([words.get(field, 0) for field in int4.FIELDS])
+
+
 class _Weight:
     """A weight's panels, and what was multiplied after it."""
 
@@ -110,4 +138,4 @@ def near_bytes() -> int:
 
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_INPUTS, _SUMS, _CODES, _OUTPUT, _NEXT = map(int4.FIELDS.index, ("inputs", "sums", "codes", "output", "next"))
+_INPUTS, _SUMS, _OUTPUT, _NEXT = map(int4.FIELDS.index, ("inputs", "sums", "output", "next"))

@@ -58,6 +58,7 @@ def ragged_attention(
     rule = AttentionRule(scale, sliding_window, softcap, s_aux)
     if cache is None:
         return attend(query[0], key[0], value[0], rule).transpose(0, 1)[None], None
+    cache.rule = rule
     if cache.host is not None:
         return cache.host.attend_row(cache.segments, cache.layer, query[0], key[0], value[0], rule)[None], None
     if (row := cache.fused_row) is not None and can_attend(query, value, softcap, s_aux):

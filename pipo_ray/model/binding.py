@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.lanes import Lanes
 from pipo_ray.model.layout import TORCH_DTYPES
@@ -77,7 +78,7 @@ class Binder:
 
     `model` is a graph with parameters on meta (`build_graph`); `trace` and `plan` belong to it. Between `begin` and
     `end` one forward pass runs, or several in `Lanes`. With `products`, those make the products with 16-bit weights;
-    `low_bit` those with low-bit weights, if there are any.
+    `low_bit` those with low-bit weights, if there are any. `layers` are told when everything is bound for good.
 
     Where nothing streams, everything stays bound after the first sweep, and the hooks are taken off: memory that is
     never given back need not be watched, and a hook on every module costs a fifth of what surrounds small products.
@@ -93,8 +94,9 @@ class Binder:
         read_rows: TableReader,
         products: CpuProducts | None = None,
         low_bit: LowBitProducts | None = None,
+        layers: CompiledLayers | None = None,
     ) -> None:
-        self._low_bit = low_bit
+        self._low_bit, self._layers = low_bit, layers
         self._bound = (lambda weight: weight) if products is None else products.bind
         self._model, self._trace, self._plan, self._stream = model, trace, plan, stream
         self._lanes: Lanes | None = None
@@ -192,6 +194,8 @@ class Binder:
                 module.__dict__["forward"] = partial(_times, weight.product, module._parameters["bias"])
         if self._low_bit is not None:
             self._low_bit.look_ahead(True)
+        if self._layers is not None:
+            self._layers.settle()
         self._settled = True
 
     def _unsettle(self) -> None:
@@ -201,6 +205,8 @@ class Binder:
             module.__dict__.pop("forward", None)
         if self._low_bit is not None:
             self._low_bit.look_ahead(False)
+        if self._layers is not None:
+            self._layers.unsettle()
         self._settled = False
         self._watch()
 

@@ -26,6 +26,7 @@ from pipo_ray.messages import (
 )
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import (
     check_device,
@@ -141,14 +142,18 @@ class ComputeEngine:
         if low_bit is not None and low_bit.obstacle is not None:
             notes.append(_unpacked_note(low_bit.obstacle))
         self.notes = tuple(notes)
+        attention = layers = None
+        if low_bit is not None and low_bit.compiles:  # where int4 weights have brought a compiler along
+            attention = CompiledAttention(code_folder)
+            layers = CompiledLayers(graph, low_bit, attention, code_folder)
         binder = Binder(
-            graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products, low_bit
-        )
-        # Where int4 weights have brought a compiler along.
-        attention = CompiledAttention(code_folder) if low_bit is not None and low_bit.compiles else None
+            graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,
+            low_bit, layers,
+        )  # fmt: skip
         self._runner = ModelRunner(
-            graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store, attention=attention
-        )
+            graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store, attention=attention,
+            layers=layers,
+        )  # fmt: skip
         self._sequences: dict[str, _Running] = {}
         self._losses: Counter[str] = Counter()
         self._computing_s = self._waited_s = self._copying_s = 0.0

@@ -179,6 +179,7 @@ class RaggedCache(Cache):
         self._tiers = store if isinstance(store, KVTiers) else None
         self._disk = store if isinstance(store, KVDisk) else None
         self.layer = -1
+        self.rule: AttentionRule | None = None  # that a layer has attended by last
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

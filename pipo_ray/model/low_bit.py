@@ -82,6 +82,10 @@ class LowBitProducts:
         """Whether kernels are compiled here."""
         return self._compiled is not None
 
+    def compiled_for(self, panels: Panels, num_inputs: int) -> CompiledInt4 | None:
+        """What multiplies so many rows of inputs with such panels, if that is our own kernel."""
+        return self._compiled if self._kernel(num_inputs, panels) == "compiled" else None
+
     def look_ahead(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledInt4.look_ahead`."""
         if self._compiled is not None:
@@ -93,7 +97,9 @@ class LowBitProducts:
         """
         start, stop = panels.rows_of(first, first + len(memory))
         shape = (stop - start, panels.columns)
-        return LowBitMatrix.make(shape, ACTIVATIONS, self._device, self.product(memory, panels, stop - start))
+        matrix = LowBitMatrix.make(shape, ACTIVATIONS, self._device, self.product(memory, panels, stop - start))
+        matrix.packed = memory, panels
+        return matrix
 
     def product(self, memory: torch.Tensor, panels: Panels, num_rows: int) -> LinearProduct:
         """`F.linear` with the first `num_rows` rows in the panels `memory`: takes inputs [..., columns] and a bias or

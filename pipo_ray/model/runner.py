@@ -14,6 +14,7 @@ from pipo_ray.errors import DriveError
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV
@@ -29,7 +30,8 @@ class OutOfStepError(Exception):
 class ModelRunner:
     """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
     alone, in lockstep. `kv_store` holds the ragged rows' caches; without it each is by itself in the device's memory,
-    and has `attention` for tokens that come alone; with a `HostKV` it is by itself in RAM.
+    and has `attention` for tokens that come alone; with a `HostKV` it is by itself in RAM. `layers` compute a single
+    token of a single sequence.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class ModelRunner:
         ragged: bool,
         kv_store: KVStore | HostKV | None = None,
         attention: CompiledAttention | None = None,
+        layers: CompiledLayers | None = None,
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
-        self._kv_store, self._attention = kv_store, attention
+        self._kv_store, self._attention, self._layers = kv_store, attention, layers
         self._caches: dict[str, SequenceKV] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
         accepted = inspect.signature(model.forward).parameters
@@ -159,6 +162,8 @@ class ModelRunner:
         cache = RaggedCache(tuple(segments), self._kv_store)
         self._binder.begin()
         cache.begin_sweep()
+        if self._layers is not None:
+            self._layers.begin(segments[0].cache if len(segments) == 1 else None, len(ids))
         with ragged_row(cache):
             logits = self._forward(ids, keep, cache, positions)
         self._binder.finish_pass()

@@ -102,6 +102,10 @@ class SplitMatrix(_StandIn):
 
     what = "a matrix that is split by rows"
 
+    def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Its answer."""
+        yield from self._answer()
+
     @classmethod
     def _intercept(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
@@ -120,6 +124,8 @@ class LowBitMatrix(_StandIn):
     """
 
     what = "a matrix with low-bit weights"
+    packed: Any = None
+    """Its panels in memory, and what they are: (uint8 [panels, panel_bytes], Panels)."""
 
     @property
     def product(self) -> LinearProduct:
