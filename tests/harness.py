@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.batch import SweepEntry, WantedLogits
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
@@ -148,6 +149,7 @@ class Pipeline:
         kv_store: Callable[[torch.dtype, DeviceOps], KVStore] | None = None,
         kv_bits: tuple[int, ...] | None = None,
         attention: CompiledAttention | None = None,
+        compile_layers: bool = False,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -191,8 +193,12 @@ class Pipeline:
             if products is None and device.type == "cpu" and packed.dtype in HALF_DTYPES:
                 products = CpuProducts(always("wide", packed.dtype))
             low_bit = low_bit or LowBitProducts(always_low_bit("packed"), machine_layout(), device)
+            layers = None
+            if compile_layers:
+                assert attention is not None
+                layers = CompiledLayers(self.model, low_bit, attention)
             self.binder = Binder(
-                self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products, low_bit
+                self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products, low_bit, layers
             )
             self.kv_tiers = None if kv_pages is None else self._open_kv(*kv_pages)
             store: KVStore | None = self.kv_tiers
@@ -203,7 +209,13 @@ class Pipeline:
             if kv_store is not None:
                 store = kv_store(packed.dtype, self._device_ops())
             self.runner = ModelRunner(
-                self.model, self.binder, device, ragged=facts.ragged, kv_store=store, attention=attention
+                self.model,
+                self.binder,
+                device,
+                ragged=facts.ragged,
+                kv_store=store,
+                attention=attention,
+                layers=layers,
             )
         except BaseException:
             self.close()

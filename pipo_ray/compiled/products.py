@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipo_ray.compiled import int4
-from pipo_ray.compiled.crew import AHEAD_RANGES, add_on_threads, run_on_threads
+from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
@@ -29,8 +28,7 @@ class CompiledInt4:
         self._folder = folder
         self._codes: dict[int, MachineCode] = {}
         self._sums = torch.empty(0)
-        self._looks_ahead = False
-        self._last: _Weight | None = None
+        self._awake = False
 
     def product(
         self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int
@@ -46,7 +44,6 @@ class CompiledInt4:
             self._sums = torch.empty(num_inputs * groups)
         context = _context(memory, panels, num_rows, num_inputs)
         address = ctypes.addressof(context)
-        weight = _Weight(memory)
         few = num_inputs <= int4.MOST_INPUTS  # more are not bound by memory
 
         def multiply(rows: torch.Tensor) -> torch.Tensor:
@@ -56,7 +53,7 @@ class CompiledInt4:
             context[_NEXT] = 0
             run_sums(sums, address)
             context[_NEXT] = 0
-            run_on_threads(product, address, self._ahead(weight) if few and self._looks_ahead else (), self._folder)
+            run_on_threads(product, address, few and self._awake, self._folder)
             return output
 
         return multiply
@@ -83,24 +80,11 @@ class CompiledInt4:
         product = self._code(panels.low_bit.group).address(int4.product_name(1))
         add_on_threads(steps, product, context, _NEXT, self._folder, memory, row, sums, output)
 
-    def look_ahead(self, on: bool) -> None:
-        """Whether, after a product with few inputs, threads bring near the weights that came next the last time. For
-        weights that stay where they are.
+    def stay_awake(self, on: bool) -> None:
+        """Whether threads wait awake for a little after a product with few inputs. For weights that stay where they
+        are: the next product comes soon.
         """
-        self._looks_ahead, self._last = on, None
-
-    def _ahead(self, weight: _Weight) -> list[tuple[torch.Tensor, int]]:
-        """What comes behind `weight`, whose turn it is; see `Crew.call`."""
-        if self._last is not None:
-            self._last.following = weight
-        self._last = weight
-        ahead: list[tuple[torch.Tensor, int]] = []
-        left, one = near_bytes(), weight.following
-        while one is not None and one is not weight and left and len(ahead) < AHEAD_RANGES:
-            ahead.append((one.memory, min(one.nbytes, left)))
-            left -= ahead[-1][1]
-            one = one.following
-        return ahead
+        self._awake = on
 
     def _code(self, group: int) -> MachineCode:
         code = self._codes.get(group)
@@ -119,23 +103,4 @@ def _context(memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: in
     return context_of([words.get(field, 0) for field in int4.FIELDS])
 
 
-class _Weight:
-    """A weight's panels, and what was multiplied after it."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory, self.nbytes = memory, memory.nbytes
-        self.following: _Weight | None = None
-
-
-@cache
-def near_bytes() -> int:
-    """So much is brought near: half of the last cache that all cores share, 0 where the system does not tell."""
-    try:
-        size = _CACHE.read_text().strip()
-    except OSError:
-        return 0
-    return int(size.removesuffix("K")) * 1024 // 2 if size.endswith("K") else 0
-
-
-_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _INPUTS, _SUMS, _OUTPUT, _NEXT = map(int4.FIELDS.index, ("inputs", "sums", "output", "next"))

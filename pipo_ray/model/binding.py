@@ -193,10 +193,10 @@ class Binder:
             if isinstance(weight, LowBitMatrix):
                 module.__dict__["forward"] = partial(_times, weight.product, module._parameters["bias"])
         if self._low_bit is not None:
-            self._low_bit.look_ahead(True)
+            self._low_bit.stay_awake(True)
+        self._settled = True
         if self._layers is not None:
             self._layers.settle()
-        self._settled = True
 
     def _unsettle(self) -> None:
         for piece in self._bindings:
@@ -204,7 +204,7 @@ class Binder:
         for module in self._linears():
             module.__dict__.pop("forward", None)
         if self._low_bit is not None:
-            self._low_bit.look_ahead(False)
+            self._low_bit.stay_awake(False)
         if self._layers is not None:
             self._layers.unsettle()
         self._settled = False

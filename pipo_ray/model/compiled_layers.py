@@ -233,9 +233,7 @@ class _Layer:
                 group = panels.low_bit.group
                 if group not in sums:
                     sums[group] = products.add_sums(self._steps, row, group)
-                products.add_product(
-                    self._steps, memory, panels, stop - start, row, sums[group], output[start:stop]
-                )
+                products.add_product(self._steps, memory, panels, stop - start, row, sums[group], output[start:stop])
             bias = getattr(holder, name).bias
             if bias is not None:
                 self._add(

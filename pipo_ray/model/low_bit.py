@@ -86,10 +86,10 @@ class LowBitProducts:
         """What multiplies so many rows of inputs with such panels, if that is our own kernel."""
         return self._compiled if self._kernel(num_inputs, panels) == "compiled" else None
 
-    def look_ahead(self, on: bool) -> None:
-        """Whether all weights stay where they are; see `CompiledInt4.look_ahead`."""
+    def stay_awake(self, on: bool) -> None:
+        """Whether all weights stay where they are; see `CompiledInt4.stay_awake`."""
         if self._compiled is not None:
-            self._compiled.look_ahead(on)
+            self._compiled.stay_awake(on)
 
     def bind(self, memory: torch.Tensor, panels: Panels, first: int) -> torch.Tensor:
         """A stand-in for the rows of a weight whose panels from the `first` on are `memory`, uint8 [panels,

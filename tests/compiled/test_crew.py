@@ -1,9 +1,8 @@
-"""Threads that compute with the caller, and bring memory near afterwards."""
+"""Threads that compute with the caller, and how long they wait for the next call."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import pipo_ray.compiled.crew as module
-from pipo_ray.compiled.crew import Crew, run_on_threads
+import pipo_ray.compiled.crew_code as module
+from pipo_ray.compiled import steps
+from pipo_ray.compiled.crew import CALLED_AT, Crew, add_on_threads, run_on_threads, run_steps
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.support import obstacle
@@ -106,26 +106,9 @@ def test_a_forked_process_and_one_without_threads_compute_alone(code: MachineCod
     assert job.check() == 1
 
 
-def test_the_memory_ahead_is_read_and_no_other(code: MachineCode, crew: Crew) -> None:
-    """Of a file in memory with nothing in it: reading a page gives it one."""
-    file = os.memfd_create("ahead")
-    os.ftruncate(file, 1 << 20)
-    memory = torch.frombuffer(mmap.mmap(file, 1 << 20), dtype=torch.uint8)
-    ahead = [(memory[: 3 << 17], 3 << 17), (memory[1 << 19 :], 1 << 17)]  # with four runs in turns, and what is left
-    job = Job(code, spin=100)
-    crew.call(job.function, job.context, 2, ahead)
-    deadline = time.monotonic() + 10
-    while os.fstat(file).st_blocks * 512 < 4 << 17 and time.monotonic() < deadline:
-        job = Job(code, spin=100)  # a thread that did not come the last time does so now
-        crew.call(job.function, job.context, 2, None)
-        time.sleep(0.01)
-    assert os.fstat(file).st_blocks * 512 == 4 << 17
-    os.close(file)
-
-
 def test_threads_sleep_when_nobody_calls(code: MachineCode, crew: Crew) -> None:
     job = Job(code)
-    crew.call(job.function, job.context, 2, [(job.output, 1)])
+    crew.call(job.function, job.context, 2, True)
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.2)
@@ -134,16 +117,51 @@ def test_threads_sleep_when_nobody_calls(code: MachineCode, crew: Crew) -> None:
 
 def test_a_crowd_that_comes_again_at_once_is_given_way_for_longer_each_time(crew: Crew, code: MachineCode) -> None:
     words = crew._words
-    number, until, disturbance = map(module._HEADER.index, ("number", "crowded_until", "disturbance"))
+    number, until, disturbance = map(module.HEADER.index, ("number", "crowded_until", "disturbance"))
 
     def crowded_calls(calls_between: int) -> int:
         """For how many calls a crowd is given way that comes so many calls behind the last one."""
         words[number] = words[until] + calls_between
-        words[disturbance] = module._CROWDED + 8  # more than a call that nobody disturbs takes away
+        words[disturbance] = module.CROWDED + (1 << 10)  # more than a call that nobody disturbs takes away
         crew.call((job := Job(code)).function, job.context, 2)
         job.check()
         return words[until] - words[number]
 
     assert crowded_calls(1000) == 64
     assert [crowded_calls(1) for _ in range(5)] == [128, 256, 512, 512, 512]
-    assert crowded_calls(40) == 64
+    assert crowded_calls(100) == 64
+
+
+def test_what_disturbs_now_and_then_is_forgotten(crew: Crew, code: MachineCode) -> None:
+    disturbance, until = map(module.HEADER.index, ("disturbance", "crowded_until"))
+    crew._words[disturbance] = module.CROWDED // 2
+    for _ in range(1000):
+        crew.call((job := Job(code)).function, job.context, 0)
+    assert crew._words[disturbance] < module.CROWDED // 64
+    assert not crew._words[until]
+
+
+def test_a_list_of_steps_runs_in_order_on_all_threads(code: MachineCode) -> None:
+    before = torch.get_num_threads()
+    runner = MachineCode(steps.module())
+    counter = FIELDS.index("next")
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            jobs = [Job(code, spin=200) for _ in range(5)]
+            many = steps.Steps()
+            called = []
+            for job in jobs:
+                called.append(add_on_threads(many, job.function, job._words, counter, None, job.output))
+            context = many.context()
+            for repeat in range(1, 4):
+                run_steps(runner.address(steps.RUN), ctypes.addressof(context))
+                assert all(job.output.eq(repeat).all() for job in jobs)
+            assert [others for _, others in called] == [num_threads - 1] * 5
+            starts = [job._words[FIELDS.index("starts")] for job in jobs]
+            for words, _ in called:
+                words[CALLED_AT] = 0
+            run_steps(runner.address(steps.RUN), ctypes.addressof(context))
+            assert [job._words[FIELDS.index("starts")] for job in jobs] == [number + 1 for number in starts]
+    finally:
+        torch.set_num_threads(before)

@@ -60,33 +60,22 @@ def test_values_that_are_no_numbers_stay_so() -> None:
     assert output[1].eq(-7 * 64).all()
 
 
-def test_what_came_next_is_brought_near_where_few_inputs_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_stay_awake_where_few_inputs_are_multiplied_with_weights_that_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     panels = divide(64, 64, LowBitFormat.parse("int4"), LAYOUT)
-    weights = [torch.full(panels.shape, 17 * number, dtype=torch.uint8) for number in range(4)]
-    numbers = {memory.data_ptr(): number for number, memory in enumerate(weights)}
-    products = CompiledInt4()
-    seen: list[list[tuple[int, int]]] = []
-    monkeypatch.setattr(module, "near_bytes", lambda: panels.panel_bytes * 3 // 2)
+    memory = torch.full(panels.shape, 17, dtype=torch.uint8)
+    seen: list[bool] = []
 
-    def run(function: int, context: int, ahead: Any, folder: Any) -> None:
-        seen.append([(numbers[memory.data_ptr()], nbytes) for memory, nbytes in ahead])
-        run_on_threads(function, context, ahead, folder)
+    def run(function: int, context: int, awake: bool, folder: Any) -> None:
+        seen.append(awake)
+        run_on_threads(function, context, awake, folder)
 
     monkeypatch.setattr(module, "run_on_threads", run)
-    for num_inputs, ahead in ((1, True), (module.int4.MOST_INPUTS + 1, False)):
-        calls = [products.product(memory, panels, 64, num_inputs) for memory in weights]
-        inputs = torch.ones(num_inputs, 64, dtype=torch.bfloat16)
-        expected = [call(inputs) for call in calls]
-        assert seen == [[]] * 4  # nobody said that weights stay
-        products.look_ahead(True)
-        for _ in range(2):
-            for call, product in zip(calls, expected, strict=True):
-                assert torch.equal(call(inputs), product)
-        whole, half = panels.panel_bytes, panels.panel_bytes // 2
-        turns = [[((n + 1) % 4, whole), ((n + 2) % 4, half)] for n in range(4)]
-        assert seen[4:] == [[]] * 4 + (turns if ahead else [[]] * 4)  # the first time nobody knows
-        products.look_ahead(False)
-        seen.clear()
-        calls[0](inputs)
-        assert seen == [[]]
-        seen.clear()
+    products = CompiledInt4()
+    for num_inputs in (1, module.int4.MOST_INPUTS + 1):
+        call = products.product(memory, panels, 64, num_inputs)
+        for awake in (False, True, False):
+            products.stay_awake(awake)
+            call(torch.ones(num_inputs, 64, dtype=torch.bfloat16))
+    assert seen == [False, True, False, False, False, False]

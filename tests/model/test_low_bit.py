@@ -235,7 +235,7 @@ def test_a_model_that_stays_in_memory_computes_what_one_that_streams_does(
     for resident in (2, None):
         products = LowBitProducts(always_low_bit("packed"), machine_layout())
         told: list[bool] = []
-        monkeypatch.setattr(products, "look_ahead", told.append)
+        monkeypatch.setattr(products, "stay_awake", told.append)
         with Pipeline(store, resident_pieces=resident, low_bit=products) as pipeline:
             results.append([one.logits for one in pipeline.follow(sequences, [12, 3])])
             linears = [module for module in pipeline.model.modules() if type(module) is torch.nn.Linear]

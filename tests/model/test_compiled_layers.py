@@ -1,0 +1,156 @@
+"""Decoder layers as lists of machine code: which are taken, and that they compute what the modules do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BASE, VOCAB_SIZE, Architecture
+from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
+
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import LAYOUT, obstacle
+from pipo_ray.model.batch import SweepEntry
+from pipo_ray.model.compiled_layers import CompiledLayers
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_int4
+from pipo_ray.quant.policy import Precision, Rule
+
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+
+WIDE: dict[str, Any] = {
+    **BASE, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "num_hidden_layers": 3,
+}  # fmt: skip
+TAKEN = (
+    Architecture("llama", "", "llama", {**WIDE, "attention_bias": True, "mlp_bias": True}),
+    Architecture("mistral", "", "mistral", {**WIDE, "sliding_window": 8}),
+    Architecture("qwen2", "", "qwen2", WIDE),
+    Architecture("qwen3", "", "qwen3", WIDE),
+)
+OTHERS = (
+    Architecture("granite", "", "granite", {**WIDE, "residual_multiplier": 0.5}),  # the comparison finds out
+    Architecture("gemma", "", "gemma", WIDE),  # GELU
+    Architecture("olmo2", "", "olmo2", WIDE),  # norms elsewhere
+)
+
+
+INT4 = Precision.parse("int4-g32")
+
+
+def pack(architecture: Architecture, folder: Path, precision: Precision = INT4) -> PackedModel:
+    checkpoint = architecture.save(folder / "checkpoint", dtype="bfloat16")
+    return pack_checkpoint(checkpoint, folder / "store", torch.bfloat16, precision, panel_bytes=4096, layout=LAYOUT)
+
+
+def pipeline(packed: PackedModel, **options: Any) -> Pipeline:
+    compiled = compiled_int4()
+    low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled)
+    return Pipeline(
+        packed, resident_pieces=None, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True, chunk=None,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def layers_of(opened: Pipeline) -> CompiledLayers:
+    layers = opened.runner._layers
+    assert layers is not None
+    return layers
+
+
+def in_use(opened: Pipeline) -> int:
+    """How many layers compute by machine code."""
+    return sum(layer.rule is not None for layer in layers_of(opened)._layers)
+
+
+def logits(opened: Pipeline, tokens: list[int], prompt: int, modules: bool = False) -> torch.Tensor:
+    """Of every token behind the prompt, one sweep each."""
+    rows = []
+    for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, len(tokens)))]:
+        if modules:
+            layers_of(opened).begin = lambda *_: None  # type: ignore[method-assign]
+            layers_of(opened)._cache = None
+        (output,) = opened.runner.run([SweepEntry("a", tuple(tokens[start:stop]), start, len(tokens), "last")])
+        assert output is not None
+        rows.append(output[-1].float())
+    opened.runner.drop(["a"])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("architecture", TAKEN, ids=lambda one: one.slug)
+def test_a_layer_is_one_call_and_computes_the_same(architecture: Architecture, threads: int, tmp_path: Path) -> None:
+    packed = pack(architecture, tmp_path)
+    (tokens,) = random_prompts(VOCAB_SIZE, (60,))
+    with pipeline(packed) as opened:
+        got = logits(opened, tokens, 20)
+        assert in_use(opened) == 3
+        calls = []
+        for layer in layers_of(opened)._layers:
+            compute = layer.compute
+            layer.compute = lambda *given, compute=compute: calls.append(1) or compute(*given)  # type: ignore[method-assign]
+        assert torch.equal(logits(opened, tokens, 20), got)  # the first time, layers were compared
+        assert len(calls) == 3 * 40
+        expected = logits(opened, tokens, 20, modules=True)
+    assert float((got - expected).norm() / expected.norm()) < 0.01
+
+
+def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(tmp_path: Path) -> None:
+    packed = pack(TAKEN[0], tmp_path)
+    one, other = random_prompts(VOCAB_SIZE, (30, 20))
+    with pipeline(packed) as opened:
+        alone = opened.greedy([one], 5)
+        assert in_use(opened) == 3
+        for layer in layers_of(opened)._layers:
+            layer.compute = lambda *_: pytest.fail("not for these")  # type: ignore[method-assign]
+        both = opened.greedy([one, other], 5)
+        assert both[0] == alone[0]
+
+
+@pytest.mark.parametrize("architecture", OTHERS, ids=lambda one: one.slug)
+def test_a_layer_that_computes_something_else_stays_as_it_is(architecture: Architecture, tmp_path: Path) -> None:
+    packed = pack(architecture, tmp_path)
+    (tokens,) = random_prompts(VOCAB_SIZE, (12,))
+    with pipeline(packed) as opened:
+        got = logits(opened, tokens, 8)
+        assert in_use(opened) == 0
+        assert torch.equal(got, logits(opened, tokens, 8, modules=True))
+
+
+def test_a_matrix_in_other_bits_leaves_its_layer_to_the_modules(tmp_path: Path) -> None:
+    policy = Precision((Rule("*.layers.1.mlp.up_proj.*", "int8"), Rule("*", "int4-g32")))
+    packed = pack(TAKEN[1], tmp_path, policy)
+    (tokens,) = random_prompts(VOCAB_SIZE, (12,))
+    with pipeline(packed) as opened:
+        logits(opened, tokens, 8)
+        assert in_use(opened) == 2
+
+
+def test_weights_that_go_and_come_again_are_looked_for_anew(tmp_path: Path) -> None:
+    packed = pack(TAKEN[0], tmp_path)
+    (tokens,) = random_prompts(VOCAB_SIZE, (12,))
+    with pipeline(packed) as opened:
+        before = logits(opened, tokens, 8)
+        opened.binder.abandon()
+        assert in_use(opened) == 0
+        assert torch.equal(logits(opened, tokens, 8), before)
+        assert in_use(opened) == 3
+
+
+def test_where_weights_stream_nothing_is_compiled(tmp_path: Path) -> None:
+    packed = pack(replace(TAKEN[0]), tmp_path)
+    (tokens,) = random_prompts(VOCAB_SIZE, (12,))
+    low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled_int4())
+    with Pipeline(packed, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True) as opened:
+        logits(opened, tokens, 8)
+        assert not layers_of(opened)._layers
