@@ -289,9 +289,9 @@ def _matrices(module: Any, products: LowBitProducts) -> _Matrices | None:
             whole = [(0, weight.shape[0], weight)]
             found[name] = []
             for start, stop, part in weight.parts() if isinstance(weight, SplitMatrix) else whole:
-                compiled = None
-                if isinstance(part, LowBitMatrix) and part.packed is not None:
-                    compiled = products.compiled_for(part.packed[1], 1)
+                if not isinstance(part, LowBitMatrix) or part.packed is None:
+                    return None
+                compiled = products.compiled_for(part.packed[1], stop - start)
                 if compiled is None:
                     return None
                 found[name].append((compiled, start, stop, part))

@@ -82,9 +82,9 @@ class LowBitProducts:
         """Whether kernels are compiled here."""
         return self._compiled is not None
 
-    def compiled_for(self, panels: Panels, num_inputs: int) -> CompiledInt4 | None:
-        """What multiplies so many rows of inputs with such panels, if that is our own kernel."""
-        return self._compiled if self._kernel(num_inputs, panels) == "compiled" else None
+    def compiled_for(self, panels: Panels, num_rows: int) -> CompiledInt4 | None:
+        """What multiplies one row of inputs with `num_rows` rows in such panels, if that is our own kernel."""
+        return self._compiled if self._kernel(1, panels, num_rows) == "compiled" else None
 
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledInt4.stay_awake`."""
@@ -97,9 +97,10 @@ class LowBitProducts:
         """
         start, stop = panels.rows_of(first, first + len(memory))
         shape = (stop - start, panels.columns)
-        matrix = LowBitMatrix.make(shape, ACTIVATIONS, self._device, self.product(memory, panels, stop - start))
+        matrix: Any = LowBitMatrix.make(shape, ACTIVATIONS, self._device, self.product(memory, panels, stop - start))
         matrix.packed = memory, panels
-        return matrix
+        bound: torch.Tensor = matrix
+        return bound
 
     def product(self, memory: torch.Tensor, panels: Panels, num_rows: int) -> LinearProduct:
         """`F.linear` with the first `num_rows` rows in the panels `memory`: takes inputs [..., columns] and a bias or
