@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
 from pipo_ray.model.kernel_profile import SCRATCH_BYTES
+from pipo_ray.model.sampling_memory import sampling_bytes
 from pipo_ray.session.memory import MIB
 
 _WANTED_BATCH_TOKENS = 512
 _LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256
 _LEAST_LOGITS_BYTES = 32 * MIB
 _LOGITS_COPIES = 3
-_SAMPLING_COPIES = 12  # of one row, in units of float32: probabilities, whole-numbered weights and their sums
 _SCORED_BYTES = 8 * MIB
 
 
 def activation_bytes(
-    facts: ModelFacts, max_batch_tokens: int, logits_rows: int, itemsize: int, context_length: int
+    facts: ModelFacts,
+    max_batch_tokens: int,
+    logits_rows: int,
+    itemsize: int,
+    context_length: int,
+    rows_at_once: int = 1,
 ) -> int:
     """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
-    rows of logits (three copies in float32), one of which is sampled from at a time, and with the chunk of 16-bit
-    weights that is multiplied in float32.
+    rows of logits (three copies in float32), of which `rows_at_once` may be sampled from at once, and with the chunk of
+    16-bit weights that is multiplied in float32.
     """
     per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
-    logits = (logits_rows * _LOGITS_COPIES + _SAMPLING_COPIES) * facts.vocab_size * 4
+    logits = logits_rows * _LOGITS_COPIES * 4 * facts.vocab_size + sampling_bytes(facts.vocab_size, rows_at_once)
     scratch = SCRATCH_BYTES if itemsize < 4 else 0
     masks = _mask_bytes(facts, max_batch_tokens, context_length)
     return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks

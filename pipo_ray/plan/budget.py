@@ -252,7 +252,7 @@ def _plan_gpu_run(
     rows = logits_rows(facts, gpu_memory_bytes)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
-    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
+    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context, rows_at_once=rows)
     if any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors):
         activations += GPU_SCRATCH_BYTES
     if kv_on_cpu:

@@ -8,6 +8,7 @@ import pickle
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,15 +21,17 @@ from transformers.generation.logits_process import (
 )
 
 from pipo_ray.errors import PipoError
-from pipo_ray.model.sampling import (
-    ONE,
-    SequenceSampling,
-    fresh_seed,
-    keep_top_p,
-    process_logits,
-    sample_tokens,
-    uniform,
+from pipo_ray.model import cpu_draws, draws, sampling
+from pipo_ray.model.sampling import SequenceSampling, fresh_seed, sample_tokens, uniform
+from pipo_ray.model.sampling_memory import (
+    DRAWING_BYTES,
+    GREEDY_BYTES,
+    SORTING_BYTES,
+    rows_at_once,
+    sampling_bytes,
 )
+from pipo_ray.model.scores import process_logits
+from pipo_ray.model.weight_unit import unit
 from pipo_ray.params import SamplingParams
 
 VOCAB = 37  # odd, so that rows of a batch are aligned differently
@@ -138,31 +141,42 @@ def test_random_tokens_of_generate(model: LlamaForCausalLM) -> None:
 # The machine with the GPU has no hypothesis, so the cases of this file are drawn with a seed each.
 
 
+def weights_of(scores: torch.Tensor) -> torch.Tensor:
+    return draws.whole(draws.scaled(scores, scores.amax(-1, keepdim=True)))
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 def test_top_p_keeps_what_transformers_keeps(scale: float) -> None:
     for seed in range(60):
-        top_p = random.Random(seed).uniform(0.001, 0.999)
-        logits = random_logits(1, seed, scale=scale).double()
-        theirs = TopPLogitsWarper(top_p)(torch.LongTensor(), logits)[0] > -math.inf
-        weights = (logits[0].softmax(-1) * ONE).long()
-        kept = keep_top_p(weights, top_p)
-        assert torch.equal(kept > 0, theirs & (weights > 0)), (seed, top_p)
+        top_p = [random.Random(seed + row).uniform(0.001, 0.999) for row in range(3)]
+        logits = random_logits(3, seed, scale=scale)
+        weights = weights_of(logits)
+        kept = draws.keep_top_p(draws.scaled(logits, logits.amax(-1, keepdim=True)), top_p)
+        for row in range(3):
+            theirs = TopPLogitsWarper(top_p[row])(torch.LongTensor(), logits[row : row + 1].double())[0] > -math.inf
+            assert torch.equal(kept[row] > 0, theirs & (weights[row] > 0)), (seed, top_p)
+            places = cpu_draws.top_p_places(weights[row].numpy(), top_p[row])
+            assert places.tolist() == kept[row].nonzero().flatten().tolist()
         assert torch.equal(kept[kept > 0], weights[kept > 0])
 
 
-def test_top_p_with_equal_weights() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_top_p_with_equal_weights(device: str) -> None:
     """The definition itself: largest first, the lower id among equals, until top_p is reached."""
     for seed in range(200):
         draw = random.Random(seed)
         values = [draw.randint(0, 3) for _ in range(draw.randint(1, 20))] + [1]
         top_p = draw.choice([0.25, 0.5, 0.75, draw.uniform(0.001, 0.999)])
-        weights = [value * (ONE // sum(values)) for value in values]
+        weights = [value << 50 for value in values]
         expected, reached = [0] * len(values), 0
         for token in sorted(range(len(values)), key=lambda token: (-weights[token], token)):
             if reached < math.ceil(float(sum(weights)) * top_p):
                 expected[token] = weights[token]
             reached += weights[token]
-        assert keep_top_p(torch.tensor(weights), top_p).tolist() == expected, (values, top_p)
+        kept = draws.keep_top_p(torch.tensor([weights], dtype=torch.float32, device=device), [top_p])
+        assert kept.tolist() == [expected], (values, top_p)
+        places = cpu_draws.top_p_places(np.array(weights), top_p)
+        assert places.tolist() == [token for token, weight in enumerate(expected) if weight]
 
 
 def test_top_k_and_min_p_are_transformers() -> None:
@@ -171,16 +185,48 @@ def test_top_k_and_min_p_are_transformers() -> None:
         draw = random.Random(seed)
         top_k, min_p, temperature = draw.randint(1, VOCAB + 3), draw.random(), draw.uniform(0.1, 3.0)
         logits = random_logits(1, seed)
-        expected = MinPLogitsWarper(min_p)(unused, TemperatureLogitsWarper(temperature)(unused, logits))
-        expected = TopKLogitsWarper(top_k)(unused, expected)
-        ours = process_logits(logits[0], sequence(temperature=temperature, min_p=min_p, top_k=top_k))
-        assert torch.equal(ours, expected[0]), seed
+        divided = TemperatureLogitsWarper(temperature)(unused, logits)
+        expected = TopKLogitsWarper(top_k)(unused, MinPLogitsWarper(min_p)(unused, divided)) > -math.inf
+        state = sequence(temperature=temperature, min_p=min_p, top_k=top_k)
+        scores = process_logits(logits, [state])
+        assert torch.equal(scores, divided)
+        scaled = draws.scaled(scores, scores.amax(-1, keepdim=True))
+        weights = draws.whole(scaled)
+        left = draws.cut(scaled.clone(), scores, [state.params])
+        assert torch.equal(left, torch.where(expected, weights, 0)), seed
+        ids, rest = cpu_draws.cut(weights[0].numpy(), scores[0].numpy(), scaled[0].numpy(), state.params)
+        ids = np.arange(VOCAB) if ids is None else ids
+        assert ids.tolist() == expected[0].nonzero().flatten().tolist()
+        assert rest.tolist() == left[0, ids].tolist()
+
+
+def test_the_weights_of_a_vocabulary_fit_in_64_bits() -> None:
+    for vocab_size in (1, 2, 3, 37, 32_000, 128_256, 262_144, 262_145):
+        for weights in (
+            draws.whole(draws.scaled(torch.zeros(1, vocab_size), torch.zeros(1, 1))).numpy()[0],
+            cpu_draws.whole(cpu_draws.scaled(np.zeros(vocab_size, np.float32), np.float32(0))),
+        ):
+            assert set(weights.tolist()) == {unit(vocab_size)}
+            assert 2**61 < int(weights.sum()) <= 2**62
+
+
+def test_of_equal_logits_the_lower_ids_are_the_most_probable() -> None:
+    for seed in range(60):
+        draw = random.Random(seed)
+        rows = random_logits(3, seed, vocab=draw.choice([20, VOCAB, 9000])).round()
+        rows *= draw.choice([1.0, -0.0, 1e-38, 1e38])
+        rows[1, ::2] *= -1
+        found = draws.most_probable(rows, 20).tolist()
+        for row, ids in zip(rows, found, strict=True):
+            values = row.tolist()
+            assert ids == sorted(range(len(values)), key=lambda token: (-values[token], token))[:20]
+            assert cpu_draws.most_probable(row.numpy(), 20).tolist() == ids
 
 
 def test_presence_and_frequency_penalties_are_openai_s() -> None:
-    logits = random_logits(1)[0]
+    logits = random_logits(1)
     state = sequence([1, 2], [4, 4, 4, 9], temperature=0, presence_penalty=0.5, frequency_penalty=-0.25)
-    change = process_logits(logits, state) - logits
+    change = (process_logits(logits, [state]) - logits)[0]
     expected = torch.zeros(VOCAB)
     expected[4], expected[9] = 3 * 0.25 - 0.5, 0.25 - 0.5
     torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
@@ -273,6 +319,57 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         assert together == [sample_tokens(logits[row : row + 1], [state])[0] for row, state in enumerate(states)]
         assert together[::-1] == sample_tokens(logits.flip(0), states[::-1])
         assert together == sample_tokens(logits[:1], states[:1]) + sample_tokens(logits[1:], states[1:])
+
+
+def mixed_states(rows: int) -> list[SequenceSampling]:
+    draw = random.Random(3)
+    states = []
+    for row in range(rows):
+        params = {name: draw.choice(values) for name, values in CHOICES.items()}
+        if draw.random() < 0.3:
+            params |= {"logit_bias": {draw.randrange(VOCAB): draw.uniform(-5, 5)}, "min_tokens": draw.randrange(8)}
+        states.append(sequence([1, 99], draw.choices(range(VOCAB), k=draw.randint(0, 5)), row, eos=[2, 99], **params))
+    return states
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_rows_at_once_are_the_rows_one_by_one(device: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's way of sampling, on the CPU as well: whatever it takes at once, a row gives what the CPU's way gives."""
+    monkeypatch.setattr(sampling, "rows_at_once", lambda vocab_size, bytes_per_logit: most)
+    states = mixed_states(120)
+    logits = random_logits(len(states), 1).bfloat16()
+    sizes = [len(rows) for rows in sampling._groups(states, VOCAB)]
+    assert max(sizes) == min(most, 20)
+    together = sampling._sample_groups(logits.to(device), states)
+    for row, state in enumerate(states):
+        (alone,) = sampling._sample_groups(logits[row : row + 1].to(device), [state])
+        assert together[row] == alone
+        assert sampling._sample_row(logits[row], state) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB, 32_000, 262_144, 10_000_000])
+@pytest.mark.parametrize("bytes_per_logit", [GREEDY_BYTES, DRAWING_BYTES, SORTING_BYTES])
+def test_rows_at_once_take_what_is_planned_for(vocab_size: int, bytes_per_logit: int) -> None:
+    rows = rows_at_once(vocab_size, bytes_per_logit)
+    assert rows >= 1
+    for num_rows in (1, 3, rows, 2 * rows):
+        used = min(rows, num_rows) * vocab_size * bytes_per_logit
+        assert used <= sampling_bytes(vocab_size, num_rows) <= max(64 * vocab_size, 32 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 9}, {"logprobs": 5}]
+)
+def test_cuda_takes_no_more_memory_than_is_planned_for(params: dict[str, Any]) -> None:
+    logits = random_logits(16, vocab=128_256).bfloat16().cuda()
+    states = [sequence(generated=[1, 2], seed=row, presence_penalty=0.1, **params) for row in range(16)]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sample_tokens(logits, states)
+    assert torch.cuda.max_memory_allocated() - before <= sampling_bytes(128_256, 16)
 
 
 def test_a_row_of_a_real_vocabulary_does_not_depend_on_the_others() -> None:
