@@ -161,23 +161,24 @@ class IncrementalDetokenizer:
         if self._tokenizer is None or token_id in self._skipped:
             return ""
         self._window.append(token_id)
-        text = self._unread_text()
+        whole = self._text(self._window)
+        text = self._unread(whole)
         pending = len(self._window) - self._num_read
         if (not text or text.endswith(REPLACEMENT)) and pending < MAX_PENDING:
             return ""
         fresh = self._window[self._num_read :]
+        fresh_text = self._text(fresh)
         # A window that begins inside a character would spoil what comes next: keep it a bit longer then.
-        if len(self._window) > 2 * MAX_PENDING or not self._text(fresh).startswith(REPLACEMENT):
-            self._window = fresh
-        self._num_read = len(self._window)
-        self._read_text = self._text(self._window)
+        if len(self._window) > 2 * MAX_PENDING or not fresh_text.startswith(REPLACEMENT):
+            self._window, whole = fresh, fresh_text
+        self._num_read, self._read_text = len(self._window), whole
         return text
 
     def flush(self) -> str:
         """The text still held back, without the bytes of an unfinished character. Nothing may be pushed after it."""
-        text = self._unread_text().rstrip(REPLACEMENT) if self._tokenizer else ""
-        self._num_read = len(self._window)
-        self._read_text = self._text(self._window)
+        whole = self._text(self._window)
+        text = self._unread(whole).rstrip(REPLACEMENT)
+        self._num_read, self._read_text = len(self._window), whole
         return text
 
     def resume(self, token_ids: Sequence[int]) -> None:
@@ -188,10 +189,10 @@ class IncrementalDetokenizer:
     def _text(self, token_ids: list[int]) -> str:
         return _decode(self._tokenizer, token_ids, self._skip_special_tokens) if self._tokenizer and token_ids else ""
 
-    def _unread_text(self) -> str:
-        text = self._text(self._window)
-        if text.startswith(self._read_text):
-            return text[len(self._read_text) :]
+    def _unread(self, whole: str) -> str:
+        """What of the window's text, `whole`, is not out yet."""
+        if whole.startswith(self._read_text):
+            return whole[len(self._read_text) :]
         # Byte tokens of sentencepiece: an invalid one turns the valid ones before it into replacement characters too.
         return self._text(self._window[self._num_read :])
 
@@ -255,6 +256,8 @@ class StopChecker:
 
     def push_text(self, text: str) -> tuple[str, str | None]:
         """Take the text that the last token made certain; returns the text to show and the stop string it ended at."""
+        if not self._matches:
+            return text, None
         text = self._held + text
         for end in range(len(self._held) + 1, len(text) + 1):
             complete = [match for match in self._matches if match.push(text[end - 1])]
