@@ -181,7 +181,7 @@ def test_abort_keeps_what_was_generated(llm: LLM, alone: list[list[int]]) -> Non
     assert tokens[:NUM_TOKENS] == alone[2][: len(tokens)]
     (after,) = llm.generate([PROMPTS[0]], GREEDY)
     assert after.outputs[0].token_ids == alone[0]
-    assert after.metrics.sweeps <= NUM_TOKENS + 1
+    assert after.metrics.sweeps <= NUM_TOKENS + 2  # of the other request one may be running, and one be sent ahead
 
 
 def test_a_stream_that_is_left_ends_its_request(llm: LLM, alone: list[list[int]]) -> None:
