@@ -5,6 +5,7 @@ first time, when the peers are installed and llama.cpp is compiled):
 
     python benchmarks/small_pc.py [--peers-folder FOLDER] [--peers accelerate,llama.cpp,airllm] [--json FILE]
     python benchmarks/small_pc.py --precision int4 [--memory 2GiB]     # four bits, beside llama.cpp's Q4_0
+    python benchmarks/small_pc.py --precision int4 --in-turns --rounds 12 --tokens 12      # in memory
     python benchmarks/small_pc.py --quick        # a small model, to see whether everything works
 
 The PC is a memory control group of --memory (4 GiB) and two cores; page cache and shared memory count in it. The model
@@ -12,7 +13,9 @@ has 16 layers of Llama-3-8B's dimensions, a vocabulary of 32,000 and random weig
 7.5 GB. It is made in --peers-folder, as are the block store, the GGUF and AirLLM's shards (deleted at the end), all
 outside of what is measured. Every contestant gets a fresh process in a fresh group and a cold page cache, its own
 libraries included, and then does the same: --rounds times a prompt of 32 tokens and --tokens more, greedy, batch 1; a
-prompt of 512; pipo also 16 prompts of 32 together.
+prompt of 512; pipo also 16 prompts of 32 together. With --in-turns all are there at the same time, each in its group,
+and each round is asked of one after the other: for models that fit, where the speed of the machine's memory, which
+changes within minutes, decides; `/ pipo` is the median of the rounds' ratios then.
 
     first token     seconds from the request to the first token: for 32 tokens the median of the rounds, 512 once
     s/token         median over the tokens behind each first one
@@ -28,6 +31,7 @@ a weight, as our int4 has.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -38,7 +42,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,16 +182,14 @@ def prompt(seed: int, length: int, vocabulary: int) -> list[int]:
 
 def measure(setting: Setting, contestant: str, disk: fio.Reading) -> dict[str, Any]:
     """Everything about one contestant. `failed` is the reason if it did not come to the end."""
-    result: dict[str, Any] = {"contestant": contestant, "load_average": os.getloadavg()[0], "rounds": []}
+    result = _begun(contestant)
     try:
-        command, options, files = prepare(setting, contestant)
-        drop_from_page_cache(*files)
-        log = setting.folder / f"{contestant}.log"
-        with PeerProcess(command, options, limit=setting.memory, cores=CORES, log=log, answer_s=ANSWER_S) as process:
+        with _opened(setting, contestant) as process:
             try:
-                result |= process.start()
-                print(f"{contestant}: ready in {result['ready_s']:.1f} s; {'; '.join(result['notes'])}", flush=True)
-                _ask(setting, contestant, disk, process, result)
+                _start(process, result)
+                for number in range(setting.rounds):
+                    _ask(setting, process, result, number, _disk_now(setting, disk))
+                _ask_more(setting, process, result)
             finally:
                 result |= process.usage()
     except (PeerError, RuntimeError) as error:
@@ -196,14 +198,58 @@ def measure(setting: Setting, contestant: str, disk: fio.Reading) -> dict[str, A
     return result | _figures(setting, result)
 
 
-def _ask(setting: Setting, contestant: str, disk: fio.Reading, process: PeerProcess, result: dict[str, Any]) -> None:
-    vocabulary = setting.shape.vocabulary
-    for number in range(setting.rounds):
-        bytes_per_s = fio.read(_store_files(setting), disk.block_mib, disk.depth, setting.fio_s).bytes_per_s
-        answer = process.ask([prompt(number, SHORT, vocabulary)], 1 + setting.tokens)
-        result["rounds"].append({"fio_bytes_per_s": bytes_per_s, **answer})
-        times = answer["seconds"][0]
-        print(f"{contestant}: prompt {SHORT} {times[0]:.2f} s, then {_listed(_gaps(times))}", flush=True)
+def measure_in_turns(setting: Setting, contestants: Sequence[str], disk: fio.Reading) -> list[dict[str, Any]]:
+    """The same for all, who are there at the same time. Raises what the first to fail raises."""
+    results = {contestant: _begun(contestant) for contestant in contestants}
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(_opened(setting, name)) for name in contestants}
+        for name, process in processes.items():
+            _start(process, results[name])
+        for number in range(setting.rounds):
+            bytes_per_s = _disk_now(setting, disk)
+            for name, process in processes.items():
+                _ask(setting, process, results[name], number, bytes_per_s)
+        for name, process in processes.items():
+            _ask_more(setting, process, results[name])
+            results[name] |= process.usage()
+    listed = [result | _figures(setting, result) for result in results.values()]
+    for one in listed:
+        if "round_s" in one and "round_s" in listed[0]:
+            ratios = [theirs / ours for theirs, ours in zip(one["round_s"], listed[0]["round_s"], strict=True)]
+            one["decode_ratio"], one["decode_ratio_spread"] = statistics.median(ratios), _spread(ratios)
+    return listed
+
+
+def _begun(contestant: str) -> dict[str, Any]:
+    return {"contestant": contestant, "load_average": os.getloadavg()[0], "rounds": []}
+
+
+def _opened(setting: Setting, contestant: str) -> PeerProcess:
+    command, options, files = prepare(setting, contestant)
+    drop_from_page_cache(*files)
+    log = setting.folder / f"{contestant}.log"
+    return PeerProcess(command, options, limit=setting.memory, cores=CORES, log=log, answer_s=ANSWER_S)
+
+
+def _start(process: PeerProcess, result: dict[str, Any]) -> None:
+    result |= process.start()
+    notes = "; ".join(result["notes"])
+    print(f"{result['contestant']}: ready in {result['ready_s']:.1f} s; {notes}", flush=True)
+
+
+def _disk_now(setting: Setting, disk: fio.Reading) -> float:
+    return fio.read(_store_files(setting), disk.block_mib, disk.depth, setting.fio_s).bytes_per_s
+
+
+def _ask(setting: Setting, process: PeerProcess, result: dict[str, Any], number: int, bytes_per_s: float) -> None:
+    answer = process.ask([prompt(number, SHORT, setting.shape.vocabulary)], 1 + setting.tokens)
+    result["rounds"].append({"fio_bytes_per_s": bytes_per_s, **answer})
+    times = answer["seconds"][0]
+    print(f"{result['contestant']}: prompt {SHORT} {times[0]:.2f} s, then {_listed(_gaps(times))}", flush=True)
+
+
+def _ask_more(setting: Setting, process: PeerProcess, result: dict[str, Any]) -> None:
+    contestant, vocabulary = result["contestant"], setting.shape.vocabulary
     result["long"] = process.ask([prompt(100, setting.long, vocabulary)], 1)
     print(f"{contestant}: prompt {setting.long} {result['long']['seconds'][0][0]:.2f} s", flush=True)
     if contestant == "pipo":
@@ -226,7 +272,11 @@ def _together(answer: dict[str, Any]) -> list[float]:
 
 
 def _listed(seconds: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in seconds) + " s/token"
+    return " ".join(_digits(value) for value in seconds) + " s/token"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if value < 0.2 else f"{value:.2f}"
 
 
 def _figures(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +286,7 @@ def _figures(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
     if rounds:
         decoded = [statistics.median(_gaps(times)) for _, times in rounds]
         limits = [setting.limit_s(bytes_per_s) for bytes_per_s, _ in rounds]
+        figures["round_s"] = decoded
         figures["first_token_s"] = statistics.median(times[0] for _, times in rounds)
         figures["first_token_cold_s"] = rounds[0][1][0]
         figures["decode_s"] = statistics.median(gap for _, times in rounds for gap in _gaps(times))
@@ -280,9 +331,10 @@ def show(report: dict[str, Any]) -> None:
         row = f"{one['contestant']:<12}"
         row += _cell(one, "first_token_s", 11) + _cell(one, "long_first_token_s", 12) + _cell(one, "decode_s", 9)
         spread = one.get("decode_spread_s")
-        row += f"{spread[0]:>8.2f} -{spread[1]:>4.2f}" if spread else f"{'-':>14}"
+        row += f"{_digits(spread[0]):>7} -{_digits(spread[1]):>5}" if spread else f"{'-':>14}"
         row += _cell(one, "times_limit", 9)
-        row += _by_ours(one, ours, "decode_s", 8) + _by_ours(one, ours, "long_first_token_s", 12)
+        row += f"{one['decode_ratio']:>8.2f}" if "decode_ratio" in one else _by_ours(one, ours, "decode_s", 8)
+        row += _by_ours(one, ours, "long_first_token_s", 12)
         row += f"{one['max_usage_in_bytes'] / 2**30:>10.2f}{one['oom_kill']:>10}" if "oom_kill" in one else f"{'-':>20}"
         row += f"{_same_tokens(one, ours) if ours else '-':>14}"
         print(row)
@@ -301,7 +353,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _cell(one: dict[str, Any], name: str, width: int) -> str:
-    return f"{one[name]:>{width}.2f}" if name in one else f"{'failed' if 'failed' in one else '-':>{width}}"
+    return f"{_digits(one[name]):>{width}}" if name in one else f"{'failed' if 'failed' in one else '-':>{width}}"
 
 
 def _by_ours(one: dict[str, Any], ours: dict[str, Any] | None, name: str, width: int) -> str:
@@ -329,6 +381,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("16bit", "int4"), default="16bit", help="int4: beside llama.cpp alone")
     parser.add_argument("--tokens", type=int, default=3, help="tokens behind the first one in each round")
     parser.add_argument("--rounds", type=int, default=5, help="prompts of 32 tokens")
+    parser.add_argument("--in-turns", action="store_true", help="all at the same time, round by round in turns")
     parser.add_argument("--accelerate-memory", help="Accelerate's max_memory for the CPU (default: what was fastest)")
     parser.add_argument("--accelerate-variant", choices=("mapped", "copied", "dat"), default="copied")
     parser.add_argument("--keep", action="store_true", help="keep AirLLM's shards and Accelerate's files")
@@ -343,7 +396,10 @@ def main() -> int:
         parser.error(f"{','.join(unknown)}: choose from {','.join(CONTESTANTS)}")
     require_controller()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the contestant and its group go with us
-    report = run(arguments, wanted)
+    try:
+        report = run(arguments, wanted)
+    except PeerError as error:
+        parser.exit(1, f"{error}\n")
     show(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))
@@ -369,7 +425,10 @@ def run(arguments: argparse.Namespace, wanted: list[str]) -> dict[str, Any]:
     disk = fio.sweep(_store_files(setting), setting.fio_s)[0]
     print(f"disk: {disk}", flush=True)
     try:
-        results = [measure(setting, contestant, disk) for contestant in wanted]
+        if arguments.in_turns:
+            results = measure_in_turns(setting, wanted, disk)
+        else:
+            results = [measure(setting, contestant, disk) for contestant in wanted]
     finally:
         if not arguments.keep:
             shutil.rmtree(setting.shards, ignore_errors=True)
