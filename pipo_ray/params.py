@@ -94,6 +94,11 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def penalizes(self) -> bool:
+        """Whether a token's logit depends on the tokens in front of it."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, empty where there is none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

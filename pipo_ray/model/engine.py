@@ -48,6 +48,7 @@ from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit_choice import products_for
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
+from pipo_ray.model.seen_tokens import SeenTokens
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
 from pipo_ray.pipeline.device_ops import CudaOps
@@ -70,6 +71,7 @@ class _Running:
         self.spec = spec
         self.generated = list(spec.generated_token_ids)
         self.text = text
+        self.seen = SeenTokens(spec.prompt_token_ids) if spec.params.penalizes else None
         self.ended = False
         text.resume(self.generated)
 
@@ -323,7 +325,7 @@ class ComputeEngine:
                 result = StepResult(step.sequence, logits=rows.float().cpu().numpy())
             results.append(result)
         if sampled:
-            choices = sample_tokens(torch.stack(sampled_rows), [self._sampling(running) for _, running in sampled])
+            choices = sample_tokens(sampled_rows, [self._sampling(running) for _, running in sampled])
             for (index, running), choice in zip(sampled, choices, strict=True):
                 results[index] = self._write(steps[index].sequence, running, choice)
         return results
@@ -337,6 +339,7 @@ class ComputeEngine:
             running.generated,
             spec.sample_index,
             self._facts.eos_token_ids,
+            running.seen,
         )
 
     def _write(self, sequence: str, running: _Running, choice: SampledToken) -> StepResult:

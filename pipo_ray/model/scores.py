@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipo_ray.model.host_values import to_device
+from pipo_ray.model.seen_tokens import SeenTokens
 
 if TYPE_CHECKING:
     from pipo_ray.model.sampling import SequenceSampling
 
+# Token ids of a row, none of them twice, and a number for each.
+Entries = tuple[npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]
+
+_NONE: Entries = np.empty(0, np.int64), np.empty(0, np.float64)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -25,9 +30,7 @@ def changes_scores(sequence: SequenceSampling) -> bool:
         (not params.greedy and params.temperature != 1.0)
         or params.logit_bias
         or sequence.t < params.min_tokens
-        or params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
+        or params.penalizes
     )
 
 
@@ -39,7 +42,7 @@ def process_logits(raw: torch.Tensor, sequences: Sequence[SequenceSampling]) -> 
     """
     scores = raw.clone()
     _add(scores, [_additions(sequence) for sequence in sequences])
-    _repeat_less(scores, sequences)
+    _repeat_less(scores, [_repetition(sequence) for sequence in sequences])
     _add(scores, [_penalties(sequence) for sequence in sequences])
     temperatures = [1.0 if s.params.greedy else min(s.params.temperature, _LARGEST) for s in sequences]
     if any(temperature != 1.0 for temperature in temperatures):
@@ -52,53 +55,62 @@ def column(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
     return to_device(torch.tensor(values, dtype=dtype)[:, None], device)
 
 
-def _additions(sequence: SequenceSampling) -> Mapping[int, float]:
+def _additions(sequence: SequenceSampling) -> Entries:
     params = sequence.params
-    additions = params.logit_bias or {}
+    additions = dict(params.logit_bias or {})
     if sequence.t < params.min_tokens:
-        ends = (*sequence.eos_token_ids, *(params.stop_token_ids or ()))
-        additions = {**additions, **dict.fromkeys(ends, -math.inf)}
-    return additions
+        additions |= dict.fromkeys((*sequence.eos_token_ids, *(params.stop_token_ids or ())), -math.inf)
+    return np.fromiter(additions, np.int64, len(additions)), np.fromiter(additions.values(), np.float64, len(additions))
 
 
-def _penalties(sequence: SequenceSampling) -> Mapping[int, float]:
+def _penalties(sequence: SequenceSampling) -> Entries:
     """OpenAI's formula."""
     params = sequence.params
     if not (params.presence_penalty or params.frequency_penalty):
-        return {}
-    counts = Counter(sequence.generated_token_ids)
-    return {i: -params.presence_penalty - params.frequency_penalty * n for i, n in counts.items()}
+        return _NONE
+    ids, counts = _seen(sequence).generated()
+    return ids, -params.presence_penalty - params.frequency_penalty * counts
 
 
-def _repeat_less(scores: torch.Tensor, sequences: Sequence[SequenceSampling]) -> None:
+def _repetition(sequence: SequenceSampling) -> Entries:
+    penalty = sequence.params.repetition_penalty
+    if penalty == 1.0:
+        return _NONE
+    ids = _seen(sequence).distinct()
+    return ids, np.full(len(ids), penalty)
+
+
+def _seen(sequence: SequenceSampling) -> SeenTokens:
+    seen = sequence.seen or SeenTokens(sequence.prompt_token_ids)
+    seen.follow(sequence.generated_token_ids)
+    return seen
+
+
+def _add(scores: torch.Tensor, rows: Sequence[Entries]) -> None:
+    """Add to single scores, in place."""
+    if (places := _places(scores, rows)) is not None:
+        scores.view(-1).index_add_(0, *places)  # no position occurs twice, so the order of the additions is no matter
+
+
+def _repeat_less(scores: torch.Tensor, rows: Sequence[Entries]) -> None:
     """The repetition penalty, in place: transformers' RepetitionPenaltyLogitsProcessor."""
-    factors: list[Mapping[int, float]] = []
-    for sequence in sequences:
-        penalty = sequence.params.repetition_penalty
-        seen = {*sequence.prompt_token_ids, *sequence.generated_token_ids} if penalty != 1.0 else ()
-        factors.append(dict.fromkeys(seen, penalty))
-    if (places := _places(scores, factors)) is not None:
+    if (places := _places(scores, rows)) is not None:
         flat, (positions, penalties) = scores.view(-1), places
         found = flat[positions]
         flat[positions] = torch.where(found < 0, found * penalties, found / penalties)
 
 
-def _add(scores: torch.Tensor, additions: Sequence[Mapping[int, float]]) -> None:
-    """Add to single scores, in place."""
-    if (places := _places(scores, additions)) is not None:
-        scores.view(-1).index_add_(0, *places)  # no position occurs twice, so the order of the additions is no matter
+def _places(scores: torch.Tensor, rows: Sequence[Entries]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Positions int64 [n] in the flat scores, and numbers float32 [n], of every row's entries; None if there are none.
 
-
-def _places(scores: torch.Tensor, rows: Sequence[Mapping[int, float]]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Positions int64 [n] in the flat scores, and numbers float32 [n], of every row's token ids; None if there are
-    none. Ids beyond the head's rows (a tokenizer may have more) are left out.
+    Ids beyond the head's rows (a tokenizer may have more) are left out.
     """
-    if not any(rows):
+    lengths = [len(ids) for ids, _ in rows]
+    if not any(lengths):
         return None
     vocab_size = scores.shape[-1]
-    lengths = [len(row) for row in rows]
-    ids = np.concatenate([np.fromiter(row, np.int64, len(row)) for row in rows])
-    numbers = np.concatenate([np.fromiter(row.values(), np.float32, len(row)) for row in rows])
+    ids = np.concatenate([ids for ids, _ in rows])
+    numbers = np.concatenate([numbers for _, numbers in rows]).astype(np.float32)
     positions = ids + np.repeat(np.arange(len(rows)) * vocab_size, lengths)
     inside = ids < vocab_size
     return (

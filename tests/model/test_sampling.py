@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from pipo_ray.model.sampling_memory import (
     sampling_bytes,
 )
 from pipo_ray.model.scores import process_logits
+from pipo_ray.model.seen_tokens import SeenTokens
 from pipo_ray.model.weight_unit import unit
 from pipo_ray.params import SamplingParams
 
@@ -250,6 +252,29 @@ def test_min_tokens_suppress_the_end(temperature: float) -> None:
         assert (token in (5, 6)) is ends
 
 
+def test_seen_tokens_are_all_tokens() -> None:
+    for seed in range(60):
+        draw = random.Random(seed)
+        prompt, generated = ([draw.randrange(9) for _ in range(draw.randint(1, 12))] for _ in range(2))
+        seen = SeenTokens(prompt)
+        for end in sorted(draw.choices(range(len(generated) + 1), k=3)):
+            seen.follow(generated[:end])
+            assert sorted(seen.distinct()) == sorted({*prompt, *generated[:end]})
+            ids, counts = seen.generated()
+            assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == Counter(generated[:end])
+
+
+@pytest.mark.parametrize("params", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.2}])
+def test_seen_tokens_that_are_kept_change_nothing(params: dict[str, Any]) -> None:
+    prompt, generated = [1, 2, 99], [4, 4, 1, 7, 4, 98]
+    kept = SeenTokens(prompt)
+    for end in range(len(generated) + 1):
+        logits = random_logits(1, end)
+        state = sequence(prompt, generated[:end], **params)
+        expected = process_logits(logits, [state])
+        assert torch.equal(process_logits(logits, [dataclasses.replace(state, seen=kept)]), expected)
+
+
 def test_penalties_apply_to_greedy() -> None:
     logits = torch.tensor([[1.0, 1.5, 1.4]])
     assert sample_tokens(logits, [sequence([0], [1], temperature=0, presence_penalty=0.5)])[0].token_id == 2
@@ -341,9 +366,9 @@ def test_rows_at_once_are_the_rows_one_by_one(device: str, most: int, monkeypatc
     logits = random_logits(len(states), 1).bfloat16()
     sizes = [len(rows) for rows in sampling._groups(states, VOCAB)]
     assert max(sizes) == min(most, 20)
-    together = sampling._sample_groups(logits.to(device), states)
+    together = sampling._sample_groups(list(logits.to(device)), states)
     for row, state in enumerate(states):
-        (alone,) = sampling._sample_groups(logits[row : row + 1].to(device), [state])
+        (alone,) = sampling._sample_groups([logits[row].to(device)], [state])
         assert together[row] == alone
         assert sampling._sample_row(logits[row], state) == pytest.approx(alone, rel=1e-6)
 
