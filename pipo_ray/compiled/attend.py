@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,14 @@ class Call:
     context: Any
     nbytes: int
     owns: Any = None
+
+    def repeat(self, lengths: Sequence[int]) -> None:
+        """Of a call that `each` made, for spans from the first token on, and that is over: have it do the same with
+        spans up to these lengths.
+        """
+        contexts = np.frombuffer(self.owns, np.int64).reshape(-1, len(attention.FIELDS))
+        contexts[:, _NEXT] = 0
+        contexts[:, _LENGTH] = lengths
 
 
 class CompiledAttention:

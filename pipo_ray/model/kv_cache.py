@@ -81,6 +81,11 @@ class SequenceCache:
         """Tokens of the prefix."""
         return sum(count for _, count in self.prefix)
 
+    @property
+    def memory(self) -> SequenceMemory:
+        """What all layers lie in: another one when they have moved."""
+        return self._memory
+
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `keys`, `values` [heads, tokens, head_dim] behind the `length` tokens there are; views over all of
         its own.

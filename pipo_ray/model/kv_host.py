@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from pipo_ray.compiled.attend import Call, CompiledAttention
 from pipo_ray.model.dense_attention import attend
+from pipo_ray.model.kv_memory import SequenceMemory
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.host_functions import as_device_sees
 
@@ -26,6 +28,28 @@ if TYPE_CHECKING:
     from pipo_ray.model.kv_cache import Segment, SequenceCache
 
 _BUFFER_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """A layer's call for a row of tokens that come alone, and what does it in the stream's order. It is told anew only
+    where the tokens lie in other memory: telling 32 sequences' places takes 0.4 ms for each layer, and three times that
+    beside other threads.
+    """
+
+    call: Call
+    run: Call
+    memories: tuple[weakref.ref[SequenceMemory], ...]
+    buffers: tuple[int, int, AttentionRule]
+
+    def is_for(self, memories: Sequence[SequenceMemory], buffers: tuple[int, int, AttentionRule]) -> bool:
+        """Whether these sequences' tokens come in the same order, from the same buffers, by the same rule."""
+        return (
+            self.buffers == buffers
+            and buffers[2].sliding_window is None
+            and len(memories) == len(self.memories)
+            and all(one() is other for one, other in zip(self.memories, memories, strict=True))
+        )
 
 
 class HostKV:
@@ -44,7 +68,7 @@ class HostKV:
     ) -> None:
         self._compiled = compiled
         self._device, self._in_stream_order = device, in_stream_order
-        self._deferred: dict[int, object] = {}  # by layer
+        self._deferred: dict[int, _Deferred] = {}  # by layer
         self._seen: tuple[Tensor, Tensor] | None = None  # the buffer "output", in RAM and on the device
         self._buffers: dict[str, Tensor] = {}
 
@@ -108,10 +132,21 @@ class HostKV:
         assert self._in_stream_order is not None
         q, k, v = self._copy_to_host([x.transpose(0, 1) for x in (query, keys, values)])
         attended = self._buffer("output", tuple(output.shape), output.dtype)
-        call = self._compiled.deferred(self._call(alone, layer, q, k, v, rule, attended))
-        self._deferred[layer] = call, q, k, v, attended
-        self._in_stream_order(call.function, ctypes.addressof(call.context))
+        memories = [_cache(segment).memory for segment in alone]
+        buffers = q.data_ptr(), attended.data_ptr(), rule
+        last = self._deferred.get(layer)
+        if last is not None and last.is_for(memories, buffers) and self._have_room(alone):
+            last.call.repeat([_cache(segment).length + 1 for segment in alone])
+        else:
+            call = self._call(alone, layer, q, k, v, rule, attended)
+            memories = [_cache(segment).memory for segment in alone]
+            last = _Deferred(call, self._compiled.deferred(call), tuple(map(weakref.ref, memories)), buffers)
+            self._deferred[layer] = last
+        self._in_stream_order(last.run.function, ctypes.addressof(last.run.context))
         torch.mul(self._on_device(attended), 1, out=output)  # a kernel: `copy_` would be the copy engine's
+
+    def _have_room(self, alone: Sequence[Segment]) -> bool:
+        return all(_cache(segment).length < _cache(segment).capacity for segment in alone)
 
     def _all_compile(
         self, alone: Sequence[Segment], query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule

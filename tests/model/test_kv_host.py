@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,53 @@ def test_a_row_of_single_tokens_is_left_to_the_stream() -> None:
             assert torch.equal(cache.layers[layer][1][:, :1], rows[2][:, number : number + 1])
     got = host.attend_row(segments, 0, *rows, AttentionRule(0.1, softcap=9.0))  # which the kernel does not take
     assert torch.equal(got[:, ::4], rows[2].transpose(0, 1))
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_call_is_told_again_only_where_tokens_lie_elsewhere(window: int | None) -> None:
+    """Token by token, in another order, with one sequence less, with one that has moved: as without a stream."""
+    generator = torch.Generator().manual_seed(0)
+    pending: list[tuple[int, int]] = []
+    rule = AttentionRule(0.1, sliding_window=window)
+    streamed, direct = HostKV(CPU, CompiledAttention(), lambda *call: pending.append(call)), HostKV(CPU, None)
+    pairs = [(SequenceCache(30), SequenceCache(30)) for _ in range(3)]
+    told = []
+
+    def step(order: list[int]) -> None:
+        rows = [torch.randn(heads, len(order), 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+        results = []
+        for which, host in enumerate((streamed, direct)):
+            segments = [Segment(pairs[number][which], at, at + 1) for at, number in enumerate(order)]
+            outputs = [host.attend_row(segments, layer, *rows, rule) for layer in (0, 1)]
+            if which == 0:
+                told.append(streamed._deferred[0])
+                for function, context in pending:
+                    run_here(function, context)
+                pending.clear()
+                outputs = [streamed._buffers["output"][: outputs[1].nbytes].view(torch.bfloat16).view(outputs[1].shape)]
+            results.append(outputs[-1].clone())
+            for number in order:
+                pairs[number][which].advance(1)
+        torch.testing.assert_close(results[0], results[1], rtol=2**-6, atol=2**-7)
+        for number in order:
+            mine, theirs = (pairs[number][which] for which in (0, 1))
+            for layer in (0, 1):
+                for one, other in zip(mine.layers[layer], theirs.layers[layer], strict=True):
+                    assert torch.equal(one[:, : mine.length], other[:, : theirs.length])
+
+    for order in ([0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 0, 1], [2, 0], [2, 0]):
+        step(order)
+    pairs[2][0].resize(20, 4)
+    pairs[2][1].resize(20, 4)
+    step([2, 0])
+    step([2, 0])
+    same = [one is other for one, other in itertools.pairwise(told)]
+    assert same == ([True, True, False, False, True, False, True] if window is None else [False] * 7)
+    full = [(SequenceCache(1), 0, 1), (SequenceCache(1), 1, 2)]
+    rows = [torch.randn(heads, 2, 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    streamed.attend_row([Segment(*one) for one in full], 0, *rows, rule)
+    for cache, _, _ in full:
+        cache.advance(1)
+    with pytest.raises(ValueError, match="KV cache of 1 tokens cannot hold 2"):
+        streamed.attend_row([Segment(*one) for one in full], 0, *rows, rule)
