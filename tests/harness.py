@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -116,6 +117,14 @@ def pack_checkpoint(
 def aligned(num_bytes: int) -> U8:
     """Zeroed page-aligned memory."""
     return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """Operations of a device that have a thread of their own."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class Pipeline:
@@ -325,6 +334,10 @@ class Pipeline:
         self.table.stop()
         for loader in self.loaders:
             loader.stop()
+        if isinstance(getattr(self, "stream", None), DeviceStream):  # opening it may have failed
+            self.stream.close()
+        if isinstance(self._ops, Closing):
+            self._ops.close()
         for reader in self._readers.values():
             reader.close()
         if self._cuda is not None:

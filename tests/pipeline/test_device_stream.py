@@ -36,7 +36,9 @@ class LateCopies:
         self._queue: list[Callable[[], None]] = []
         self._condition = threading.Condition()
         self._pending = 0
-        threading.Thread(target=self._run, daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
@@ -77,11 +79,20 @@ class LateCopies:
             while self._pending:
                 self._condition.wait(30)
 
+    def close(self) -> None:
+        """End the thread: one that is left behind may be in the way when the interpreter ends."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        self._thread.join()
+
     def _run(self) -> None:
         while True:
             with self._condition:
-                while not self._queue:
+                while not self._queue and not self._closed:
                     self._condition.wait()
+                if not self._queue:
+                    return
                 work = self._queue.pop(0)
             work()
             with self._condition:
