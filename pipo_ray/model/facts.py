@@ -33,8 +33,9 @@ class ModelFacts:
     implementation that runs, RAGGED_ATTENTION or transformers' "sdpa" or "eager";
     `rebuild_length` is the sequence length at which the KV cache must be rebuilt (RoPE that changes with the length),
     or None; `kv_shapes` are the different (heads, elements of a key, elements of a value) that attention layers cache
-    per token; `hidden_size`, `vocab_size` size the activations. `transformers_version` is the one that the facts were
-    found with: with another they are found again.
+    per token; `token_bytes` is what a sweep takes per token besides weights and KV cache (see `model/token_bytes.py`),
+    None where it cannot be measured: then the sizes give an estimate. `transformers_version` is the one that the facts
+    were found with: with another they are found again.
     """
 
     transformers_version: str
@@ -56,6 +57,7 @@ class ModelFacts:
     state_bytes: int
     eos_token_ids: tuple[int, ...]
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
+    token_bytes: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -63,12 +65,16 @@ class ModelFacts:
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> ModelFacts:
-        """From the manifest. Raises KeyError or TypeError for something else."""
+        """From the manifest. Raises KeyError or TypeError for something else, facts of earlier versions of pipo_ray
+        too.
+        """
         fields = dict(raw)
         fields["units"] = tuple(UnitFacts(u["module"], tuple(u["tensors"]), u["kind"]) for u in raw["units"])
         fields["events"] = tuple((int(u), bool(enters)) for u, enters in raw["events"])
         fields["eos_token_ids"] = tuple(raw["eos_token_ids"])
         fields["kv_shapes"] = tuple((int(h), int(k), int(v)) for h, k, v in raw["kv_shapes"])
+        if (measured := raw["token_bytes"]) is not None:
+            fields["token_bytes"] = int(measured[0]), int(measured[1])
         return ModelFacts(**fields)
 
 

@@ -12,6 +12,7 @@ from pipo_ray.model.facts import ModelFacts, UnitFacts, installed_transformers
 from pipo_ray.model.graph import context_length, load_config, resolve_dtype
 from pipo_ray.model.layout import block_layout
 from pipo_ray.model.probe import probe, rebuild_length
+from pipo_ray.model.token_bytes import token_bytes
 from pipo_ray.model.trace import Trace, Unit, recorded_kv_shapes, state_bytes, trace_config
 from pipo_ray.store.manifest import Manifest
 
@@ -53,6 +54,8 @@ def find_facts(
         state_bytes=0 if answers.ragged else state_bytes(model),
         eos_token_ids=_eos_token_ids(config, folder),
         kv_shapes=tuple(sorted(set(kv_shapes))),
+        # Where each request walks alone, transformers' own cache and attention take memory, too.
+        token_bytes=token_bytes(model) if answers.ragged else None,
     )
     return model, trace, facts
 

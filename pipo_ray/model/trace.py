@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,11 @@ from pipo_ray.model.lean_transformers import without_compiler
 TRACE_IMPLEMENTATION = "pipo_trace"
 _TRACE_TOKENS = 3
 
+Scratch = Literal["none", "lean", "most"]
+"""What attention takes beside its result; see `attention_scratch`."""
+
 _kv_shapes: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("kv_shapes", default=None)
+_scratch: ContextVar[Scratch] = ContextVar("scratch", default="none")
 
 
 @contextmanager
@@ -38,6 +42,19 @@ def recorded_kv_shapes() -> Iterator[list[tuple[int, int, int]]]:
         yield shapes
     finally:
         _kv_shapes.reset(token)
+
+
+@contextmanager
+def attention_scratch(kind: Scratch) -> Iterator[None]:
+    """In this context the trace's attention allocates what our own does for a row of one sequence: "lean" two copies of
+    the result and one of keys and values (`dense_attention.py` in parts, pages that are no neighbours), "most" what it
+    takes to merge parts in float32 (`kv_spans.py`).
+    """
+    token = _scratch.set(kind)
+    try:
+        yield
+    finally:
+        _scratch.reset(token)
 
 
 @dataclass(frozen=True)
@@ -68,13 +85,27 @@ class Trace:
         return tuple(unit for unit, enters in self.events if enters)
 
 
+_QUESTIONS = {
+    torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.__float__,
+    torch.Tensor.tolist, torch.Tensor.nonzero, torch.nonzero, torch.Tensor.unique, torch.unique,
+}  # fmt: skip
+
+
 class _DecideOnMeta(TorchFunctionMode):
-    """Answers questions about values that meta tensors do not have: no branch is taken, nothing is found."""
+    """Answers questions about values that meta tensors do not have: no branch is taken, nothing is found.
+
+    `asked` says whether there were any but for yes or no.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             tensor = args[0]
+            self.asked = self.asked or func in _QUESTIONS
             if func is torch.Tensor.__bool__:
                 return False
             if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__):
@@ -100,7 +131,16 @@ def _trace_attention(
     if shapes is not None:
         shapes.append((key.shape[1], key.shape[3], value.shape[3]))
     batch, heads, tokens = query.shape[:3]
-    return torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype, device="meta"), None
+    output = torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype, device="meta")
+    scratch = _scratch.get()
+    if scratch == "lean":
+        held = [torch.empty_like(tensor) for tensor in (output, output, key, value)]
+    elif (
+        scratch == "most"
+    ):  # the mean so far and the part that is added; and the query and the part's mean, as they come
+        held = [torch.empty_like(output, dtype=torch.float32) for _ in range(2)]
+        held += [torch.empty_like(tensor) for tensor in (query, output, output)]
+    return output, None
 
 
 def _trace_experts(module: nn.Module, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -133,7 +173,7 @@ def trace(model: PreTrainedModel) -> Trace:
     """
     called: list[tuple[str, bool]] = []
     with _recording(model, called):
-        _run_on_meta(model, _TRACE_TOKENS, "its forward pass cannot be traced", use_cache=False)
+        run_on_meta(model, _TRACE_TOKENS, "its forward pass cannot be traced", use_cache=False)
     return _units_of(model, called)
 
 
@@ -149,7 +189,7 @@ def _cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     cache = DynamicCache(config=model.config)
     set_experts_implementation(model, TRACE_IMPLEMENTATION)
     try:
-        _run_on_meta(model, num_tokens, "the size of its cache cannot be found", use_cache=True, past_key_values=cache)
+        run_on_meta(model, num_tokens, "the size of its cache cannot be found", use_cache=True, past_key_values=cache)
     finally:
         set_experts_implementation(model, "eager")
     tensors: dict[int, torch.Tensor] = {}
@@ -157,16 +197,22 @@ def _cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _run_on_meta(model: PreTrainedModel, num_tokens: int, failure: str, **options: Any) -> None:
-    """A forward pass of `num_tokens` tokens without data. Raises UnsupportedModelError, which begins with `failure`."""
+def run_on_meta(model: PreTrainedModel, num_tokens: int, failure: str, **options: Any) -> bool:
+    """A forward pass of `num_tokens` tokens without data. Returns whether numbers were asked for, of which there are
+    none.
+
+    Raises UnsupportedModelError, which begins with `failure`.
+    """
+    decisions = _DecideOnMeta()
     try:
-        with torch.no_grad(), without_compiler(), _DecideOnMeta(), torch.device("meta"):
+        with torch.no_grad(), without_compiler(), decisions, torch.device("meta"):
             model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), **options)
     except Exception as error:
         raise UnsupportedModelError(
             f"architecture {model.config.model_type!r}: {failure}: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
+    return decisions.asked
 
 
 def _collect_tensors(value: Any, found: dict[int, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from pipo_ray.session.memory import MIB
 _WANTED_BATCH_TOKENS = 512
 _LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256
 _LEAST_LOGITS_BYTES = 32 * MIB
+_TOKEN_MARGIN = 1.25
 _LOGITS_COPIES = 3
 _SCORED_BYTES = 8 * MIB
 
@@ -21,16 +22,27 @@ def activation_bytes(
     itemsize: int,
     context_length: int,
     rows_at_once: int = 1,
+    *,
+    lean: bool = False,
 ) -> int:
     """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
     rows of logits (three copies in float32), of which `rows_at_once` may be sampled from at once, and with the chunk of
-    16-bit weights that is multiplied in float32.
+    16-bit weights that is multiplied in float32. `lean`: the first of `ModelFacts.token_bytes` holds.
     """
-    per_token = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
+    per_token = _token_bytes(facts, itemsize, lean=lean)
     logits = logits_rows * _LOGITS_COPIES * 4 * facts.vocab_size + sampling_bytes(facts.vocab_size, rows_at_once)
     scratch = SCRATCH_BYTES if itemsize < 4 else 0
     masks = _mask_bytes(facts, max_batch_tokens, context_length)
     return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks
+
+
+def _token_bytes(facts: ModelFacts, itemsize: int, *, lean: bool) -> float:
+    """What was measured, with a margin for what kernels take within themselves; where nothing could be, what dense
+    models without unusual activation functions take at most, as soaks and tests have shown.
+    """
+    if facts.token_bytes is None:
+        return (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
+    return _TOKEN_MARGIN * facts.token_bytes[0 if lean else 1]
 
 
 def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:

@@ -11,7 +11,16 @@ from pipo_ray.model.kernel_profile import GPU_SCRATCH_BYTES
 from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
 from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
-from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, most_pages_per_layer, page_bytes, pages_of, ram_pages_for
+from pipo_ray.plan.kv_pages import (
+    PAGE_TOKENS,
+    KVPlacement,
+    in_flight_pages,
+    most_pages_per_layer,
+    page_bytes,
+    pages_of,
+    ram_pages_for,
+    sweep_pages,
+)
 from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.plan.placement import (
@@ -252,8 +261,10 @@ def _plan_gpu_run(
     rows = logits_rows(facts, gpu_memory_bytes)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
-    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context, rows_at_once=rows)
-    if any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors):
+    low_bit_weights = any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors)
+    lean = not low_bit_weights and low_bit_kv is None and kv_on_disk is None
+    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context, rows, lean=lean)
+    if low_bit_weights:
         activations += GPU_SCRATCH_BYTES
     if kv_on_cpu:
         activations += _earlier_bytes(facts, context, max_kv_tokens)
@@ -262,15 +273,16 @@ def _plan_gpu_run(
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
     least_gpu = (least_sweep.max_held + 1) * least_slot + always
     least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
+    pages_of_sweep, sweep_kv = sweep_pages(max_batch_tokens, context), 0
     if kv_in_ram and facts.ragged and facts.kv_bytes_per_token:
-        least_kv = (
-            pages_of(_LEAST_KV_TOKENS) * facts.num_layers * page_bytes(facts.kv_bytes_per_token, facts.num_layers)
-        )
+        nbytes = page_bytes(facts.kv_bytes_per_token, facts.num_layers)
+        least_kv = pages_of(_LEAST_KV_TOKENS) * facts.num_layers * nbytes
+        sweep_kv = in_flight_pages(pages_of_sweep) * nbytes
     if kv_on_disk is not None:
         least_kv = gpu_bytes_for(facts, 1)
     least_host_kv = 0
     if kv_on_cpu:
-        least_kv, least_host_kv = 0, least_kv
+        least_kv, least_host_kv, sweep_kv = 0, least_kv, 0
     fixed = gpu_context_bytes + activations
     if gpu_memory_bytes < fixed + least_kv + least_gpu:
         raise BudgetError(
@@ -289,6 +301,8 @@ def _plan_gpu_run(
         wanted_kv, wanted_host_kv = 0, wanted_kv
     # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
     kv_bytes = max(least_kv, min(_kv_room(spare, None if kv_on_disk is not None else max_kv_tokens), wanted_kv))
+    # Prompts that take two sweeps for want of pages load all weights twice: more than what these pages take from them.
+    kv_bytes = max(kv_bytes, min(spare // 2, sweep_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
     least_host = 2 * least_slot
     if weight_memory_bytes is not None and weight_memory_bytes < least_host:
@@ -308,7 +322,7 @@ def _plan_gpu_run(
     spare_ram = max(0, memory_bytes - processes - wanted_host)
     kv = None
     if kv_in_ram:
-        kv = _kv_tiers(manifest, facts, kv_bytes, spare_ram, context)
+        kv = _kv_tiers(manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
     if kv_on_cpu:
         kv_ram_bytes = max(least_host_kv, min(_kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
@@ -399,10 +413,11 @@ def _earlier_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -
 
 
 def _kv_tiers(
-    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int
+    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int, pages_of_sweep: int
 ) -> KVPlacement | None:
-    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them: of `spare_ram_bytes` a
-    share, or what the whole model leaves. None where transformers keeps the cache (requests in lanes).
+    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them, a full sweep's pages at
+    least: of `spare_ram_bytes` a share, or what the whole model leaves. None where transformers keeps the cache
+    (requests in lanes).
     """
     if not facts.ragged or not facts.kv_bytes_per_token:
         return None
@@ -410,7 +425,8 @@ def _kv_tiers(
     gpu_pages = gpu_bytes // nbytes
     beside_model = spare_ram_bytes - manifest.total_bytes
     contexts = 4 if beside_model > 0 else 1
-    wanted = min(pages_of(max(_WANTED_KV_TOKENS, contexts * context)), max(gpu_pages // 2, gpu_pages // layers))
+    wanted = max(pages_of_sweep, pages_of(max(_WANTED_KV_TOKENS, contexts * context)))
+    wanted = min(wanted, max(gpu_pages // 2, gpu_pages // layers))
     most_ram_pages = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
     ram_pages = min(most_ram_pages, ram_pages_for(layers, wanted, gpu_pages))
     if most_pages_per_layer(layers, gpu_pages, ram_pages) == gpu_pages // layers:

@@ -46,6 +46,18 @@ def page_bytes(kv_bytes_per_token: int, num_layers: int) -> int:
     return PAGE_TOKENS * (-(-row // 16) * 16)
 
 
+def sweep_pages(num_tokens: int, context_length: int) -> int:
+    """Pages of one layer that sequences take which add up to `num_tokens` tokens and are as long as they can be: of
+    each, part of a page is wasted.
+    """
+    return pages_of(num_tokens) + -(-num_tokens // context_length)
+
+
+def in_flight_pages(pages_per_layer: int) -> int:
+    """The least pages on the GPU with which sequences of `pages_per_layer` pages in all can run."""
+    return _LAYERS_IN_FLIGHT * pages_per_layer
+
+
 def num_resident_layers(num_layers: int, pages_per_layer: int, gpu_pages: int) -> int:
     """How many layers' pages stay on the GPU: all, or as many as leave room for those in flight."""
     if num_layers * pages_per_layer <= gpu_pages:
@@ -67,7 +79,7 @@ def fits(num_layers: int, pages_per_layer: int, gpu_pages: int, ram_pages: int) 
     resident = num_resident_layers(num_layers, pages_per_layer, gpu_pages)
     if resident == num_layers:
         return True
-    return pages_per_layer * _LAYERS_IN_FLIGHT <= gpu_pages and (num_layers - resident) * pages_per_layer <= ram_pages
+    return in_flight_pages(pages_per_layer) <= gpu_pages and (num_layers - resident) * pages_per_layer <= ram_pages
 
 
 def most_pages_per_layer(num_layers: int, gpu_pages: int, ram_pages: int) -> int:

@@ -116,6 +116,10 @@ def test_facts_survive_the_manifest(tmp_path: object) -> None:
     assert facts.kv_shapes == ((2, 16, 16),)
     assert (facts.vocab_size, facts.hidden_size, facts.intermediate_size, facts.num_layers) == (128, 64, 128, 3)
     assert (facts.context_length, facts.eos_token_ids, facts.rebuild_length) == (256, (2,), None)
+    assert facts.token_bytes is not None
+    earlier = {name: value for name, value in facts.to_json().items() if name != "token_bytes"}
+    with pytest.raises(KeyError):  # then they are found anew
+        ModelFacts.from_json(earlier)
 
 
 def test_a_forward_pass_that_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

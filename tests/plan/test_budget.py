@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,8 @@ from plan.budget_models import GIB, model, plan
 from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, whole_bytes
+from pipo_ray.plan.kv_disk import KVOnDisk
+from pipo_ray.plan.kv_pages import pages_of
 from pipo_ray.plan.transfer import Transfer
 from pipo_ray.session.memory import MIB, parse_size
 from pipo_ray.store.manifest import Manifest
@@ -181,6 +184,43 @@ def test_kv_pages_on_a_gpu_and_in_ram_stay_within_both_budgets(
     on_gpu += placement.num_gpu_slots * placement.slot_bytes + kv.gpu_pages * kv.page_bytes + found.activation_bytes
     assert on_gpu <= gpu_spare
     assert found.kv_bytes >= (kv.gpu_pages + kv.ram_pages) * kv.page_bytes
+
+
+def test_a_full_sweep_has_its_pages_in_one_piece() -> None:
+    """A share of what is spare would hold half of them, and the prompts would take two sweeps."""
+    manifest, facts = model(8, 1000, 1000)
+    facts = replace(facts, kv_bytes_per_token=8 * 32768, num_layers=8)
+    gpu = {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20, "memory_bytes": 16 * GIB, "kv_in_ram": True}
+    for tokens in (512, 5000):  # ten prompts as long as the context
+        found = plan((manifest, facts), **gpu, max_batch_tokens=tokens, max_kv_tokens=600)
+        assert found.kv is not None
+        assert found.kv_tokens >= tokens + tokens // 512
+        assert found.kv.gpu_pages >= 2 * pages_of(tokens)
+    # Half of what is spare is the most: more would leave too little to the weights.
+    found = plan((manifest, facts), **gpu, max_batch_tokens=9000)
+    assert found.kv is not None
+    assert 4000 < found.kv_tokens < 9000
+    spare = 2 * GIB - (500 << 20) - found.activation_bytes
+    assert 0.45 * spare < found.kv.gpu_pages * found.kv.page_bytes <= 0.5 * spare
+
+
+def test_what_a_token_takes_is_what_was_measured() -> None:
+    manifest, facts = model(2, 1000, 1000)
+    measured = replace(facts, token_bytes=(1000, 3000))
+
+    def activations(one: ModelFacts, tokens: int, **options: Any) -> int:
+        return plan((manifest, one), memory_bytes=16 * GIB, max_batch_tokens=tokens, **options).activation_bytes
+
+    def each(one: ModelFacts, **options: Any) -> float:
+        return (activations(one, 1100, **options) - activations(one, 100, **options)) / 1000
+
+    assert each(facts) == (8 * 1000 + 4 * 4000) * 4  # by sizes
+    assert each(measured) == 1.25 * 3000
+    gpu = {"gpu_memory_bytes": 4 * GIB, "gpu_context_bytes": 500 << 20}
+    assert each(measured, **gpu) == 1.25 * 1000
+    # Attention to pages that are few at a time is merged in float32.
+    on_disk = KVOnDisk(GIB, "")
+    assert each(measured, **gpu, kv_on_disk=on_disk) == 1.25 * 3000
 
 
 def test_what_the_gpu_has_no_room_for_is_kept_in_ram() -> None:
