@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipo_ray.model.facts import RAGGED_ATTENTION, ModelFacts
 from pipo_ray.model.kernel_profile import SCRATCH_BYTES
 from pipo_ray.model.sampling_memory import sampling_bytes
@@ -15,6 +17,10 @@ _LOGITS_COPIES = 3
 _SCORED_BYTES = 8 * MIB
 
 
+Place = Literal["cpu", "gpu", "lean gpu"]
+"""The last one: a GPU with 16-bit weights (or float32), its KV cache in the model's dtype and not on a drive."""
+
+
 def activation_bytes(
     facts: ModelFacts,
     max_batch_tokens: int,
@@ -23,26 +29,30 @@ def activation_bytes(
     context_length: int,
     rows_at_once: int = 1,
     *,
-    lean: bool = False,
+    place: Place = "cpu",
 ) -> int:
     """An upper estimate of what a sweep of `max_batch_tokens` tokens allocates besides the KV cache, with `logits_rows`
     rows of logits (three copies in float32), of which `rows_at_once` may be sampled from at once, and with the chunk of
-    16-bit weights that is multiplied in float32. `lean`: the first of `ModelFacts.token_bytes` holds.
+    16-bit weights that is multiplied in float32. `place` is where it computes.
     """
-    per_token = _token_bytes(facts, itemsize, lean=lean)
+    per_token = _token_bytes(facts, itemsize, place)
     logits = logits_rows * _LOGITS_COPIES * 4 * facts.vocab_size + sampling_bytes(facts.vocab_size, rows_at_once)
     scratch = SCRATCH_BYTES if itemsize < 4 else 0
     masks = _mask_bytes(facts, max_batch_tokens, context_length)
     return int(max_batch_tokens * per_token + logits + 64 * MIB + scratch) + masks
 
 
-def _token_bytes(facts: ModelFacts, itemsize: int, *, lean: bool) -> float:
-    """What was measured, with a margin for what kernels take within themselves; where nothing could be, what dense
-    models without unusual activation functions take at most, as soaks and tests have shown.
+def _token_bytes(facts: ModelFacts, itemsize: int, place: Place) -> float:
+    """What was measured, with a margin for what kernels take within themselves. Where nothing could be, the estimate by
+    sizes that holds for most dense models; on the CPU no less than that, because the heap keeps some of what is freed.
     """
+    by_sizes = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
     if facts.token_bytes is None:
-        return (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
-    return _TOKEN_MARGIN * facts.token_bytes[0 if lean else 1]
+        return by_sizes
+    lean, most = facts.token_bytes
+    if place == "cpu":
+        return max(by_sizes, _TOKEN_MARGIN * most)
+    return _TOKEN_MARGIN * (lean if place == "lean gpu" else most)
 
 
 def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:

@@ -263,7 +263,9 @@ def _plan_gpu_run(
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
     low_bit_weights = any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors)
     lean = not low_bit_weights and low_bit_kv is None and kv_on_disk is None
-    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context, rows, lean=lean)
+    activations = activation_bytes(
+        facts, max_batch_tokens, rows, itemsize, context, rows, place="lean gpu" if lean else "gpu"
+    )
     if low_bit_weights:
         activations += GPU_SCRATCH_BYTES
     if kv_on_cpu:

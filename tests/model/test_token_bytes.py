@@ -19,7 +19,7 @@ from pipo_ray.model.live_bytes import LiveBytes
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
 from pipo_ray.model.token_bytes import token_bytes
 from pipo_ray.model.trace import trace_config
-from pipo_ray.plan.activations import activation_bytes
+from pipo_ray.plan.activations import Place, activation_bytes
 from pipo_ray.plan.kv_pages import pages_of
 from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import Precision
@@ -55,11 +55,11 @@ def peak_of_sweep(pipeline: Pipeline, lengths: tuple[int, ...]) -> int:
     return live.peak
 
 
-def planned_bytes(packed: PackedModel, tokens: int, *, lean: bool = False) -> int:
+def planned_bytes(packed: PackedModel, tokens: int, place: Place = "gpu") -> int:
     """What the plan has for so many tokens; what does not depend on their number is left out."""
     itemsize = 4 if packed.dtype == torch.float32 else 2
     with_tokens, without = (
-        activation_bytes(packed.facts, count, 1, itemsize, LONGEST, lean=lean) for count in (tokens, 0)
+        activation_bytes(packed.facts, count, 1, itemsize, LONGEST, place=place) for count in (tokens, 0)
     )
     return with_tokens - without
 
@@ -87,6 +87,7 @@ def test_a_sweep_takes_no_more_than_planned_and_not_much_less(
         peak = peak_of_sweep(pipeline, lengths)
     planned = planned_bytes(packed, sum(lengths))
     assert 1.1 * peak < planned < 1.75 * peak
+    assert planned_bytes(packed, sum(lengths), "cpu") >= planned
 
 
 @pytest.mark.parametrize("kernel", ["native", "wide"])
@@ -110,7 +111,7 @@ def test_a_device_with_16_bit_weights_takes_less(slug: str, lengths: tuple[int, 
         products=CpuProducts(always("native")),
     ) as pipeline, device.watching():  # fmt: skip
         peak = peak_of_sweep(pipeline, lengths)
-    planned = planned_bytes(packed, sum(lengths), lean=True)
+    planned = planned_bytes(packed, sum(lengths), "lean gpu")
     assert 1.1 * peak < planned < 1.6 * peak
     assert planned < planned_bytes(packed, sum(lengths))
 

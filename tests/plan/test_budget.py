@@ -214,8 +214,9 @@ def test_what_a_token_takes_is_what_was_measured() -> None:
     def each(one: ModelFacts, **options: Any) -> float:
         return (activations(one, 1100, **options) - activations(one, 100, **options)) / 1000
 
-    assert each(facts) == (8 * 1000 + 4 * 4000) * 4  # by sizes
-    assert each(measured) == 1.25 * 3000
+    by_sizes = (8 * 1000 + 4 * 4000) * 4
+    assert each(facts) == each(measured) == by_sizes  # on the CPU no less
+    assert each(replace(facts, token_bytes=(1000, by_sizes))) == 1.25 * by_sizes
     gpu = {"gpu_memory_bytes": 4 * GIB, "gpu_context_bytes": 500 << 20}
     assert each(measured, **gpu) == 1.25 * 1000
     # Attention to pages that are few at a time is merged in float32.
