@@ -134,7 +134,7 @@ class Pipeline:
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle (None: all), stay in memory. Prompts
     go in chunks of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the
     GPU and in RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes, with `kv_bits`
-    each layer has so many bits.
+    each layer has so many bits. `gpu_resident_pieces` None: everything stays on the device.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Pipeline:
         checksums: bool = True,
         device: torch.device = CPU,
         num_gpu_slots: int | None = None,
-        gpu_resident_pieces: int = 0,
+        gpu_resident_pieces: int | None = 0,
         ops: DeviceOps | None = None,
         products: CpuProducts | None = None,
         low_bit: LowBitProducts | None = None,
@@ -174,11 +174,15 @@ class Pipeline:
         self.resident_rows: Mapping[int, int] = {
             piece: row for row, piece in enumerate(rest + others[middle : middle + resident_pieces])
         }
+        if gpu_resident_pieces is None:
+            self.resident_rows = {}
         self.device = device
         self._ops = ops
         self._cuda: CudaOps | None = None
         free = [piece for piece in others if piece not in self.resident_rows]
         self.gpu_residents = tuple(free[-gpu_resident_pieces:]) if gpu_resident_pieces else ()
+        if gpu_resident_pieces is None:
+            self.gpu_residents = tuple(rest + others)
         self.num_slots = self.plan.max_held + spare_slots
         sizes = self.num_slots, len(self.resident_rows), self.plan.num_drives
         self.table = SlotTable(aligned(SlotTable.nbytes(*sizes)), *sizes)

@@ -155,7 +155,7 @@ class _Layer:
         got = self.compute(cache, hidden_states, kwargs["position_embeddings"])
         error = float((got.float() - wanted.float()).norm() / (wanted.float() - hidden_states.float()).norm())
         if not error < _TOLERANCE:
-            logger.info("%s: machine code is off by %.1f %%, the module is used", self.module, 100 * error)
+            logger.info("layer %d: machine code is off by %.1f %%, its module is used", self._index, 100 * error)
             self.rule = None
         return self.rule is not None
 

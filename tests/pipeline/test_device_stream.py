@@ -123,6 +123,19 @@ def test_text_is_that_of_the_host_stream(packed: object, gpu_resident_pieces: in
         assert streamed >= 4 * sum(p.read_bytes for p in pipeline.pieces if p.index not in pipeline.gpu_residents)
 
 
+@pytest.mark.parametrize("kv_bits", [None, (8, 8, 8)])
+def test_a_model_that_is_whole_on_the_device(kv_bits: tuple[int, ...] | None, tmp_path: Path) -> None:
+    packed = pack_checkpoint(BY_SLUG["llama"].save(tmp_path / "checkpoint"), tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (220, 17))
+    with Pipeline(packed, kv_bits=kv_bits) as pipeline:
+        wanted = pipeline.greedy(prompts, 4)
+    with Pipeline(packed, ops=LateCopies(0.0), gpu_resident_pieces=None, kv_bits=kv_bits) as pipeline:
+        assert pipeline.greedy(prompts, 4) == wanted
+        assert pipeline.greedy(prompts, 4) == wanted
+        assert pipeline.stream.all_stay
+        assert not pipeline.stream.times.streamed_bytes
+
+
 def test_a_sweep_given_up_in_the_middle_is_begun_anew(packed: object) -> None:
     prompts = random_prompts(packed.facts.vocab_size, (5, 9))  # type: ignore[attr-defined]
     with Pipeline(packed, ops=LateCopies(0.0005), gpu_resident_pieces=3) as pipeline:  # type: ignore[arg-type]
