@@ -148,12 +148,15 @@ class Function:
 
     def widened(self, place: str) -> str:
         """16 numbers in bf16 as floats."""
-        words = self.value(f"zext <16 x i16> {self.load('<16 x i16>', place, align=2)} to {INTS}")
-        return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
+        return self._floats_of(self.load("<16 x i16>", place, align=2))
 
     def rounded(self, floats: str) -> str:
         """16 floats rounded to bf16, as floats."""
         halves = self.cast("<16 x bfloat>", self.value(f"fptrunc {FLOATS} {floats} to <16 x bfloat>"), "<16 x i16>")
+        return self._floats_of(halves)
+
+    def _floats_of(self, halves: str) -> str:
+        """Of 16 numbers in bf16, as the bits that they are."""
         words = self.value(f"zext <16 x i16> {halves} to {INTS}")
         return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
 

@@ -261,19 +261,23 @@ def _is_built_so(module: Any) -> bool:
     mlp = {name for name, _ in module.mlp.named_children()}
     if not (_ATTENTION <= attention <= _ATTENTION | _HEAD_NORMS and mlp == _MLP):
         return False
-    norms = [module.input_layernorm, module.post_attention_layernorm]
-    norms += [part for name, part in module.self_attn.named_children() if name in _HEAD_NORMS]
     linears = [getattr(module.self_attn, name) for name in _ATTENTION]
     linears += [getattr(module.mlp, name) for name in _MLP - {"act_fn"}]
     lengths = [length for linear in linears for length in linear.weight.shape]
     return (
         all(type(linear) is nn.Linear for linear in linears)
-        and all(_epsilon(norm) is not None and norm.weight.dim() == 1 for norm in norms)
+        and all(_epsilon(norm) is not None and norm.weight.dim() == 1 for norm in _norms(module))
         and "SiLU" in type(module.mlp.act_fn).__name__
         and isinstance(getattr(module.self_attn, "layer_idx", None), int)
         and isinstance(getattr(module.self_attn, "head_dim", None), int)
         and not any(length % _MULTIPLE for length in (*lengths, module.self_attn.head_dim))
     )
+
+
+def _norms(module: Any) -> list[Any]:
+    """All of a layer, those of heads included."""
+    of_heads = [part for name, part in module.self_attn.named_children() if name in _HEAD_NORMS]
+    return [module.input_layernorm, module.post_attention_layernorm, *of_heads]
 
 
 def _epsilon(norm: nn.Module) -> Any:
@@ -295,6 +299,4 @@ def _matrices(module: Any, products: LowBitProducts) -> _Matrices | None:
                 if compiled is None:
                     return None
                 found[name].append((compiled, start, stop, part))
-    norms = [module.input_layernorm, module.post_attention_layernorm]
-    norms += [part for name, part in module.self_attn.named_children() if name in _HEAD_NORMS]
-    return found if all(norm.weight.dtype is torch.bfloat16 for norm in norms) else None
+    return found if all(norm.weight.dtype is torch.bfloat16 for norm in _norms(module)) else None

@@ -139,7 +139,6 @@ class HostKV:
             last.call.repeat([_cache(segment).length + 1 for segment in alone])
         else:
             call = self._call(alone, layer, q, k, v, rule, attended)
-            memories = [_cache(segment).memory for segment in alone]
             last = _Deferred(call, self._compiled.deferred(call), tuple(map(weakref.ref, memories)), buffers)
             self._deferred[layer] = last
         self._in_stream_order(last.run.function, ctypes.addressof(last.run.context))
