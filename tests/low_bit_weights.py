@@ -37,14 +37,42 @@ class RandomWeight:
         return cls(panels, memory, torch.cat(values)[:rows].double())
 
     def require_product(
-        self, got: torch.Tensor, inputs: torch.Tensor, *, rounded: bool, step: float, sums: float = 1e-5
+        self,
+        got: torch.Tensor,
+        inputs: torch.Tensor,
+        *,
+        rounded: bool,
+        step: float,
+        sums: float = 1e-5,
+        bias: torch.Tensor | None = None,
     ) -> None:
-        """Fail if `got` is not `inputs` times the weight. The result may be off by `step` of itself, as bf16 is, and if
-        `rounded` each weight as well; sums by `sums` of what they would be without signs.
+        """Fail if `got` is not `inputs` times the weight, and `bias`. The result may be off by `step` of itself, as
+        bf16 is, once for the product and once for the sum with a bias, and if `rounded` each weight as well; sums by
+        `sums` of what they would be without signs.
         """
         wanted = inputs.double() @ self.values.T
         terms = inputs.double().abs() @ self.values.abs().T
         allowed = step * wanted.abs() + (step * rounded + sums) * terms + 1e-30
+        if bias is not None:
+            wanted = wanted + bias.double()
+            allowed += step * wanted.abs()
         assert (got.dtype, got.shape) == (torch.bfloat16, wanted.shape)
         excess = ((got.cpu().double() - wanted).abs() / allowed).max()
         assert bool(excess <= 1), f"{self.panels}: off by {float(excess):.2f} times what rounding explains"
+
+
+def with_strides(inputs: torch.Tensor, strides: str) -> torch.Tensor:
+    """`inputs` [n, columns], as another view of memory: "plain" as they are, "transposed" with the columns outermost,
+    "strided" every second number and every second row of what has others between, "expanded" the first row n times.
+    """
+    if strides == "transposed":
+        return inputs.T.contiguous().T
+    if strides == "strided":
+        between = torch.full(
+            (2 * inputs.shape[0], 2 * inputs.shape[1]), torch.nan, dtype=inputs.dtype, device=inputs.device
+        )
+        view = between[::2, 1::2]
+        return view.copy_(inputs)
+    if strides == "expanded":
+        return inputs[:1].expand_as(inputs)
+    return inputs
