@@ -6,7 +6,9 @@ must lead to libaio):
 
     PYTHONPATH=SITE python deepspeed_zero.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk]
 
-Stage 3 without an optimizer, through transformers' own integration. Parameters are fetched on a stream of their own
+Stage 3 without an optimizer. transformers loads the model into RAM, and DeepSpeed parts it from there, because within
+the budget transformers' own integration, which makes every module on the GPU and parts it there, runs out of memory
+(`--integrated` shows it). Parameters are fetched on a stream of their own
 ahead of their use, `--prefetch-matrices` of the largest matrices at a time; those that fit stay on the GPU, up to
 `stage3_model_persistence_threshold`, in the order of use. From disk: `--nvme-folder` must have room for the weights.
 """
@@ -34,7 +36,7 @@ class DeepSpeedZero:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend=given.backend, auto_mpi_discovery=False)
-        self._options, self._nvme_folder = options, given.nvme_folder
+        self._options, self._nvme_folder, self._integrated = options, given.nvme_folder, given.integrated
         self._shape = Shape.of(options.checkpoint)
         matrix = self._shape.hidden * self._shape.intermediate
         self._prefetch = given.prefetch_matrices * matrix
@@ -55,10 +57,13 @@ class DeepSpeedZero:
         self._close()
         Init.num_persisted_parameters = Init.num_persisted_elements = 0
         config = self._config(max(0, resident_bytes) // 2)
-        self._integration = HfDeepSpeedConfig(config)  # `from_pretrained` looks for it
+        if self._integrated:
+            self._integration = HfDeepSpeedConfig(config)  # `from_pretrained` looks for it
         model = AutoModelForCausalLM.from_pretrained(self._options.checkpoint, dtype=torch.bfloat16).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        if not self._integrated:  # the engine would put the whole model onto the GPU first
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         self._engine = deepspeed.initialize(model=model, config=config)[0]
         self._engine.module.eval()
         self.model = self._engine.module
@@ -110,6 +115,7 @@ def main() -> None:
     parser.add_argument("--prefetch-matrices", type=int, default=2, help="of the MLP's size (default: %(default)s)")
     # A gather among one is a copy: nothing is ever sent, and NCCL would take its share of the budget.
     parser.add_argument("--backend", default="gloo", help="of torch.distributed (default: %(default)s)")
+    parser.add_argument("--integrated", action="store_true", help="transformers parts the model as it makes it")
     parser.add_argument("--nvme-folder", type=Path, default=Path(tempfile.gettempdir()) / "deepspeed-nvme")
     options = parse(parser)
     # One process; said before deepspeed looks for an MPI.
