@@ -114,7 +114,7 @@ def _waiting(run: Measured, share: float) -> tuple[str, str]:
         return (
             f"The link to the GPU limits this run: {waited}, and the drive was busy only {_percent(min(1.0, reading))} "
             "of it.",
-            _batch_helps(run, "what crosses the link then serves them all") + " More --gpu-memory keeps more there.",
+            _batch_helps(run, "what crosses the link then serves them all; more --gpu-memory keeps more on the GPU"),
         )
     if not run.streamed_per_sweep:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -96,10 +97,28 @@ def test_nothing_was_generated() -> None:
     assert limit.startswith("Nothing was generated")
 
 
+# One run for each sentence that `explain` can answer with.
+EVERY_KIND = (
+    DRIVE,
+    replace(DRIVE, computing_s=15.0, waiting_s=25.0),
+    replace(DRIVE, waiting_for_pages_s=25.0, page_bytes=20 * GIB),
+    replace(DRIVE, computing_s=35.0, waiting_s=4.0),
+    replace(DRIVE, computing_s=35.0, waiting_s=4.0, tokens_per_sweep=64.0),
+    replace(DRIVE, device="cuda", reading_s=4.0),
+    replace(DRIVE, computing_s=1.0, waiting_s=1.0, scheduling_s=38.0),
+    replace(DRIVE, streamed_per_sweep=0, resident_bytes=7 * GIB),
+    replace(DRIVE, elapsed_s=100.0),
+    replace(DRIVE, sweeps=0),
+)
+
+
 def test_every_kind_is_two_sentences() -> None:
-    runs = [DRIVE, replace(DRIVE, computing_s=35.0, waiting_s=4.0), replace(DRIVE, elapsed_s=100.0)]
-    for run in runs:
-        assert all(sentence.endswith(".") and ". " not in sentence for sentence in explain(run))
+    pairs = [explain(run) for run in EVERY_KIND]
+    assert len({pair[0].split(" limit")[0] for pair in pairs}) == 8
+    for pair in pairs:
+        sentences = re.split(r"(?<=[.!?])\s+", " ".join(pair))
+        assert sentences == list(pair)
+        assert all(sentence.endswith(".") for sentence in sentences)
 
 
 def test_the_figures_come_from_a_report() -> None:
