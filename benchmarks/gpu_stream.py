@@ -190,7 +190,7 @@ def run_row(
 def drive_rate(store: Path) -> float:
     """Bytes per second of plain O_DIRECT reads of the store's largest file, as many at a time as is best."""
     file = max(store.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    return max(point.bytes_per_s for point in measure_drive(file, 3.0))
+    return max(point.bytes_per_s for point in measure_drive(file, 3.0, 6.0))
 
 
 def wait_until_pinned(llm: LLM, arena_bytes: int, patience_s: float = 60.0) -> None:

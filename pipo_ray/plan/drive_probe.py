@@ -1,4 +1,4 @@
-"""Measuring a drive: how fast it reads with how much in flight. A few seconds, once per machine and drive.
+"""Measuring a drive: how fast it reads with how much in flight. At most 9.4 seconds, once per machine and drive.
 
 What was measured is kept as JSON in the cache folder, `profiles/drive-<key>.json`; the key names machine and drive.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -41,24 +42,28 @@ memory a virtual drive, whose reads are copies, gave 3.3 GB/s for 1 MiB, 8 in fl
 what was seen so of the size of a transfer was the cache (2 cores AMD EPYC).
 """
 _ROUNDS = 3
-_BUDGET_S = 8.0
+_READING_S = 8.0
+_DEADLINE_S = 9.4
+"""Of the ten seconds that a machine's first configuration may take. The compute worker has the rest for its kernels:
+those of 16-bit and of int4 and int8 weights together take 0.35 s (2 cores AMD EPYC).
+"""
 
 
 def drive_profiles(
     folders: Sequence[Path], cache: Path, on_progress: Callable[[str, int, int], None] | None = None
 ) -> list[tuple[ReadRate, ...]]:
     """The profile of each folder's drive, see `drive_profile`; all together are measured as long as one would be."""
-    return [drive_profile(folder, cache, on_progress, _BUDGET_S / len(folders)) for folder in folders]
+    return [drive_profile(folder, cache, on_progress, 1 / len(folders)) for folder in folders]
 
 
 def drive_profile(
     folder: Path,
     cache: Path,
     on_progress: Callable[[str, int, int], None] | None = None,
-    budget_s: float | None = None,
+    share: float = 1.0,
 ) -> tuple[ReadRate, ...]:
-    """The profile of the drive that the block store in `folder` is on: from the cache, else measured now, of which
-    `on_progress("measure", 0, 0)` hears.
+    """The profile of the drive that the block store in `folder` is on: from the cache, else measured now, in `share` of
+    9.4 seconds, of which `on_progress("measure", 0, 0)` hears.
 
     Empty for a store that is too small to measure with.
     """
@@ -70,31 +75,61 @@ def drive_profile(
         return tuple(ReadRate(**point) for point in json.loads(kept.read_text(encoding="utf-8"))["points"])
     if on_progress is not None:
         on_progress("measure", 0, 0)
-    points = measure_drive(file, _BUDGET_S if budget_s is None else budget_s)
+    points = measure_drive(file, share * _READING_S, share * _DEADLINE_S)
     with contextlib.suppress(OSError):  # without a cache it is measured every time
         write_json(kept, {"file": str(file), "points": [asdict(point) for point in points]})
     return points
 
 
-def measure_drive(file: Path, budget_s: float) -> tuple[ReadRate, ...]:
+def measure_drive(file: Path, reading_s: float, deadline_s: float) -> tuple[ReadRate, ...]:
     """Read `file` with every point of GRID in turns, O_DIRECT where the file system allows it; medians.
 
-    Takes about `budget_s` seconds and 64 MiB: what is read is not looked at, so reads may share memory.
+    `reading_s` is what all readings take together on a drive that answers at once. A slow one answers what it was asked
+    for long after: of what would not be answered within `deadline_s` from the call, at the rate seen last, the points
+    that say least are left out. A first page is read for a drive that sleeps. Takes 64 MiB: what is read is not looked
+    at, so reads may share memory.
     """
-    seconds = budget_s / _ROUNDS / len(GRID)
+    end = time.perf_counter() + deadline_s
+    seconds = reading_s / _ROUNDS / len(GRID)
     drive = Drive(file.parent)
     size = file.stat().st_size // PAGE * PAGE
     rates: dict[tuple[int, int], list[float]] = {point: [] for point in GRID}
-    offset = 0
+    offset, rate = 0, math.inf
     try:
         memory = scratch_memory(_MEMORY_BYTES).data
+        drive.read_into(memory[:PAGE], file.name, 0)
         for _ in range(_ROUNDS):
-            for transfer, threads in GRID:
-                offset, rate = _read_for(drive, file.name, size, offset, memory, transfer, threads, seconds)
-                rates[transfer, threads].append(rate)
+            for number, point in enumerate(GRID):
+                left_s = end - time.perf_counter()
+                if any(rates.values()) and point not in _fitting(GRID[number:], seconds, rate, left_s):
+                    continue
+                offset, rate = _read_for(drive, file.name, size, offset, memory, *point, seconds)
+                rates[point].append(rate)
     finally:
         drive.close()
-    return tuple(ReadRate(transfer, threads, statistics.median(found)) for (transfer, threads), found in rates.items())
+    found = ((point, rates[point]) for point in GRID if rates[point])
+    return tuple(ReadRate(*point, statistics.median(measured)) for point, measured in found)
+
+
+def _fitting(
+    points: Sequence[tuple[int, int]], seconds: float, bytes_per_s: float, left_s: float
+) -> set[tuple[int, int]]:
+    """Those of `points` that can be read in `left_s`, what says most first: the points that can be chosen, those with
+    little in flight before those with much, which a slow drive needs least; then the others, from the largest down.
+    """
+    fitting = set()
+    for point in sorted(points, key=_rank):
+        answered_s = seconds + point[0] * point[1] / bytes_per_s
+        if answered_s <= left_s:
+            fitting.add(point)
+            left_s -= answered_s
+    return fitting
+
+
+def _rank(point: tuple[int, int]) -> tuple[bool, int]:
+    in_flight = point[0] * point[1]
+    chosen = ReadRate(*point, 0.0).keeps_busy
+    return not chosen, in_flight if chosen else -in_flight
 
 
 def _read_for(

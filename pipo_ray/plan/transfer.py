@@ -49,6 +49,11 @@ class ReadRate:
         """What the drive is asked for at the same time."""
         return self.transfer_bytes * self.threads
 
+    @property
+    def keeps_busy(self) -> bool:
+        """Whether so much in flight keeps a drive busy beside products, which `choose_transfer` asks for."""
+        return self.threads >= _LEAST_READS and self.in_flight_bytes >= _LEAST_IN_FLIGHT_BYTES
+
 
 WITHOUT_PROFILE = Transfer()
 """For a drive that was not measured."""
@@ -100,7 +105,7 @@ def choose_transfer(
         chosen = WITHOUT_PROFILE if num_drives == 1 else _staged(WITHOUT_PROFILE_IN_PARTS, num_drives)
         return chosen if mode == "performance" else _saving(chosen, num_drives)
     rates = smoothed(profile)
-    candidates = [(point, _staged(point, num_drives)) for point in profile if _keeps_busy(point)]
+    candidates = [(point, _staged(point, num_drives)) for point in profile if point.keeps_busy]
     candidates = candidates or [(point, _staged(point, num_drives)) for point in profile]
 
     def seconds(point: ReadRate, staged: Transfer) -> float:
@@ -143,10 +148,6 @@ def smoothed(profile: Sequence[ReadRate]) -> dict[int, float]:
             members = others + members
         pools.append((level, members))
     return {in_flight: level for level, members in pools for in_flight in members}
-
-
-def _keeps_busy(point: ReadRate) -> bool:
-    return point.threads >= _LEAST_READS and point.in_flight_bytes >= _LEAST_IN_FLIGHT_BYTES
 
 
 def _staged(point: ReadRate, num_drives: int) -> Transfer:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ GRID = ((MIB, 1), (MIB, 2), (MIB // 2, 3))
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(drive_probe, "LEAST_FILE_BYTES", 2 * MIB)
     monkeypatch.setattr(drive_probe, "GRID", GRID)
-    monkeypatch.setattr(drive_probe, "_BUDGET_S", 0.01)
+    monkeypatch.setattr(drive_probe, "_READING_S", 0.01)
     folder = tmp_path / "store"
     folder.mkdir()
     (folder / "small.safetensors").write_bytes(bytes(MIB))
@@ -29,7 +33,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_point_is_measured(store: Path) -> None:
-    profile = measure_drive(store / "large.safetensors", 0.01)
+    profile = measure_drive(store / "large.safetensors", 0.01, 10.0)
     assert [(rate.transfer_bytes, rate.threads) for rate in profile] == list(GRID)
     assert all(rate.bytes_per_s > 0 for rate in profile)
     assert "when it was measured" in describe_drive(profile, choose_transfer(profile))
@@ -46,11 +50,11 @@ def test_once_per_drive(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_drive_is_measured_by_itself(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the time that one would take; the line for the user has both."""
-    budgets: list[float] = []
+    budgets: list[tuple[float, float]] = []
     speeds = iter((1e9, 3e9))
 
-    def measured(file: Path, budget_s: float) -> tuple[ReadRate, ...]:
-        budgets.append(budget_s)
+    def measured(file: Path, reading_s: float, deadline_s: float) -> tuple[ReadRate, ...]:
+        budgets.append((reading_s, deadline_s))
         return (ReadRate(2 * MIB, 8, next(speeds)),)
 
     monkeypatch.setattr(drive_probe, "measure_drive", measured)
@@ -60,7 +64,7 @@ def test_every_drive_is_measured_by_itself(store: Path, tmp_path: Path, monkeypa
     (second / "large.safetensors").write_bytes(bytes(3 * MIB))
     profiles = drive_profiles([store, second], tmp_path / "cache")
     assert [profile[0].bytes_per_s for profile in profiles] == [1e9, 3e9]
-    assert budgets == [0.005, 0.005]
+    assert budgets == [(0.005, 4.7), (0.005, 4.7)]
     assert drive_profiles([store, second], tmp_path / "cache") == profiles
     chosen = choose_transfer(slowest(profiles), num_drives=2)
     assert describe_drive(profiles[0], chosen, *profiles[1:]) == (
@@ -98,6 +102,96 @@ def test_reads_go_to_more_memory_than_a_cache_holds(store: Path, monkeypatch: py
     monkeypatch.setattr(
         Drive, "read_into", lambda _, memory, *__: places.add(np.frombuffer(memory, np.uint8).ctypes.data)
     )
-    measure_drive(store / "large.safetensors", 0.3)
+    measure_drive(store / "large.safetensors", 0.3, 10.0)
     first = min(places)
     assert {place - first for place in places} == set(range(0, 4 * MIB, MIB // 2))
+
+
+class _SlowDrive:
+    """A drive and its clock: one request after the other, at `bytes_per_s`, and at `later_bytes_per_s` when
+    `burst_bytes` were read; the first one after `asleep_s`.
+    """
+
+    def __init__(
+        self, bytes_per_s: float, *, burst_bytes: float = 1e18, later_bytes_per_s: float = 1.0, asleep_s: float = 0.0
+    ) -> None:
+        self._rates = bytes_per_s, later_bytes_per_s
+        self._burst_bytes = burst_bytes
+        self._lock = threading.Lock()
+        self._asleep_s = asleep_s
+        self.now_s = self.read_bytes = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def read_into(self, memory: memoryview, file: str, offset: int) -> None:
+        with self._lock:
+            rate = self._rates[self.read_bytes > self._burst_bytes]
+            self.now_s += self._asleep_s + len(memory) / rate
+            self._asleep_s = 0.0
+            self.read_bytes += len(memory)
+
+
+@pytest.fixture
+def measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[_SlowDrive], tuple[ReadRate, ...]]:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.truncate(512 * MIB)
+
+    monkeypatch.setattr(drive_probe, "_MEMORY_BYTES", 16 * MIB)
+
+    def measure(drive: _SlowDrive) -> tuple[ReadRate, ...]:
+        monkeypatch.setattr(drive_probe, "time", drive)
+        monkeypatch.setattr(Drive, "read_into", lambda _, *args: drive.read_into(*args))
+        return drive_profile(tmp_path, tmp_path / f"cache-{id(drive)}")
+
+    return measure
+
+
+Measure = Callable[[_SlowDrive], tuple[ReadRate, ...]]
+CONFIGURED_S = 10.0
+KERNELS_S = 0.6  # what the compute worker measures behind it
+
+
+@pytest.mark.parametrize("bytes_per_s", [20e9, 2e9, 500e6, 150e6, 60e6, 20e6, 2e6, 0.5e6])
+def test_a_drive_of_any_speed_is_measured_within_ten_seconds(measured_on: Measure, bytes_per_s: float) -> None:
+    drive = _SlowDrive(bytes_per_s)
+    profile = measured_on(drive)
+    assert drive.now_s <= CONFIGURED_S - KERNELS_S
+    assert all(point.bytes_per_s == pytest.approx(bytes_per_s, rel=1e-6) for point in profile)
+    points = {(point.transfer_bytes, point.threads) for point in profile}
+    if bytes_per_s >= 150e6:
+        assert points == set(drive_probe.GRID)
+    if bytes_per_s >= 20e6:  # the same choice as on a fast drive, whose rate is the same for all points, too
+        assert choose_transfer(profile) == choose_transfer(measured_on(_SlowDrive(20e9)))
+
+
+@pytest.mark.parametrize("burst_gb", range(1, 16, 3))
+def test_a_drive_that_becomes_slow_meanwhile_takes_little_longer(measured_on: Measure, burst_gb: int) -> None:
+    """A limiter that lets through so much and then a twentieth: what was asked for just then is still waited for."""
+    drive = _SlowDrive(2e9, burst_bytes=burst_gb * 1e9, later_bytes_per_s=100e6)
+    assert measured_on(drive)
+    assert drive.now_s <= CONFIGURED_S
+
+
+def test_a_drive_that_wakes_up_is_measured_as_it_is_awake(measured_on: Measure) -> None:
+    drive = _SlowDrive(150e6, asleep_s=6.0)
+    profile = measured_on(drive)
+    assert drive.now_s <= CONFIGURED_S - KERNELS_S
+    assert all(point.bytes_per_s == pytest.approx(150e6, rel=1e-6) for point in profile)
+    assert any(point.keeps_busy for point in profile)
+
+
+def test_a_fast_drive_is_measured_with_every_point_three_times(
+    measured_on: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[tuple[int, int]] = []
+    read = drive_probe._read_for
+
+    def counting(*args: Any) -> tuple[int, float]:
+        turns.append(args[5:7])
+        return read(*args)
+
+    monkeypatch.setattr(drive_probe, "_read_for", counting)
+    measured_on(_SlowDrive(2e9))
+    assert Counter(turns) == dict.fromkeys(drive_probe.GRID, 3)
