@@ -137,8 +137,8 @@ class Function:
         return self.value(f"bitcast {kind} {value} to {to}")
 
     def everywhere(self, place: str, kind: str) -> str:
-        """The 32 bits at `place`, 16 times, as a vector of type `kind`."""
-        return self.cast(INTS, self.splat("i32", self.load("i32", place, align=4)), kind)
+        """The 32 bits at `place`, an even address, 16 times, as a vector of type `kind`."""
+        return self.cast(INTS, self.splat("i32", self.load("i32", place, align=2)), kind)
 
     def splat(self, element: str, value: str) -> str:
         """16 times the same number."""

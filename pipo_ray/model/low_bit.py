@@ -40,6 +40,7 @@ _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 16 << 20
+_INT8_INPUTS_ALIGNED = 32  # torch's kernel (aten/src/ATen/native/cpu/int8mm_kernel.cpp, 2.13) faults on others
 _REMEMBERED = 4096
 _REMEMBERED_COUNTS = 8
 
@@ -166,6 +167,8 @@ class LowBitProducts:
     def _packed(self, rows: torch.Tensor, views: PanelViews, panels: Panels) -> torch.Tensor:
         """[len(rows), panel_rows]."""
         if panels.low_bit.bits == 8:
+            if rows.data_ptr() % _INT8_INPUTS_ALIGNED:
+                rows = rows.clone()
             return torch._weight_int8pack_mm(rows, views.codes, views.scales)
         group = panels.low_bit.group
         product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, views.codes, group, views.scales)
