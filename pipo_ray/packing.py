@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -178,6 +179,7 @@ def pack_checkpoint(
             layout=machine_layout(),
             linear_experts=policy.is_low_bit and has_experts and experts_are_linear(config),
             source_format=None if codes is None else codes.low_bit,
+            aliases=aliases,
         )
         extra = {"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)}
         if codes is not None:
@@ -360,6 +362,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     packing.add_argument("destination")
     packing.add_argument("--dtype", default="auto")
     packing.add_argument("--precision", type=lambda text: Precision.from_json(json.loads(text)))
+    packing.add_argument("--policy-file", type=Path)
     packing.add_argument("--slot-bytes", type=int, default=PACKING_SLOT_BYTES)
     packing.add_argument("--wait", action="store_true")
     packing.add_argument("--stripe", action="append", default=[])
@@ -382,7 +385,7 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
             options.source,
             options.destination,
             dtype=options.dtype,
-            quantization=options.precision,
+            quantization=options.precision and replace(options.precision, file=options.policy_file),
             slot_bytes=options.slot_bytes,
             progress=channel.progress,
             wait=options.wait,

@@ -225,6 +225,8 @@ def _pack_job(
     folder: Path, destination: Path, dtype: str, policy: Precision, text: CalibrationText | None, memory: int | None
 ) -> list[str]:
     job = ["pack", str(folder), str(destination), "--dtype", dtype, "--precision", json.dumps(policy.to_json())]
+    if policy.file is not None:
+        job.append(f"--policy-file={policy.file}")
     if text is not None:
         job += [f"--calibrate={text.file.absolute()}"] + ([] if memory is None else ["--memory", str(memory)])
     return job

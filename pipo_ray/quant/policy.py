@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,18 @@ class Rule:
 
     pattern: str
     format: str
+
+    def __str__(self) -> str:
+        return f'["{self.pattern}", "{self.format}"]'
+
+    def require_format(self) -> None:
+        """Raise InputError if there is no such format."""
+        if self.format in (SIXTEEN_BITS, AS_SOURCE):
+            return
+        try:
+            LowBitFormat.parse(self.format)
+        except InputError as error:
+            raise InputError(f"rule {self}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,16 @@ class Precision:
     As a file: {"rules": [["lm_head.*", "int8"], ["*", "int4-g64"]]}. Names are those of the module graph, as they are
     in `manifest.json`. A rule for "*" takes what can be quantized; one that is more specific is refused if a matrix
     that it names cannot be. A "model" in the file, a PolicyModel, is the one that the rules were made for, and others
-    are refused; it changes nothing else.
+    are refused; it changes nothing else. `file` is where the policy was read, for what is said about it.
     """
 
     rules: tuple[Rule, ...] = ()
     model: PolicyModel | None = field(default=None, compare=False)
+    file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for rule in self.rules:
-            if rule.format not in (SIXTEEN_BITS, AS_SOURCE):
-                LowBitFormat.parse(rule.format)
+            rule.require_format()
 
     @classmethod
     def parse(cls, text: str) -> Precision:
@@ -106,7 +118,7 @@ class Precision:
         except (ValueError, RecursionError) as error:
             raise InputError(f"precision policy {file} is not JSON ({str(error)[:100]})") from error
         try:
-            return cls.from_json(raw)
+            return replace(cls.from_json(raw), file=file)
         except InputError as error:
             raise InputError(f"precision policy {file}: {error}") from error
 
@@ -120,7 +132,9 @@ class Precision:
             )
         for rule in rules:
             if not (isinstance(rule, list) and len(rule) == 2 and all(isinstance(part, str) for part in rule)):
-                raise InputError(f"rule {str(rule)[:80]} is no pair of a name pattern and a format")
+                raise InputError(
+                    f'rule {str(rule)[:80]} is no pair of a name pattern and a format; write it as ["*", "int4"]'
+                )
         model = PolicyModel.from_json(raw["model"]) if "model" in raw else None
         return cls(tuple(Rule(pattern, format) for pattern, format in rules), model)
 
@@ -142,7 +156,7 @@ class Precision:
         """Raise InputError if the policy was made for another model than that of `checkpoint`."""
         if self.model is not None and self.model != (given := PolicyModel.of(checkpoint)):
             raise InputError(
-                f"the precision policy was made for {self.model}, and {checkpoint.folder} is {given}; make one for it "
+                f"{self} was made for {self.model}, and {checkpoint.folder} is {given}; make one for it "
                 'with --precision auto, or delete "model" from the file to use its rules all the same'
             )
 
@@ -163,6 +177,9 @@ class Precision:
             return SIXTEEN_BITS
         (first, *more) = self.rules
         return "mixed" if more or first.pattern != EVERYTHING else first.format
+
+    def __str__(self) -> str:
+        return f"precision {self.label}" if self.file is None else f"precision policy {self.file}"
 
     def rule_for(self, name: str) -> Rule | None:
         """The rule that holds for a weight and asks for few bits."""

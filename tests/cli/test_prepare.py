@@ -149,8 +149,10 @@ def test_low_bit_mistakes(prepared: PreparedStore, low_bit: PreparedStore, check
 def test_columns_that_groups_do_not_divide(checkpoint: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"rules": [["*.q_proj.weight", "int4-g128"]]}))
-    with pytest.raises(InputError, match=r"q_proj.weight cannot be int4-g128: groups of 128 need a multiple of 128"):
+    with pytest.raises(InputError) as raised:
         pack_store(checkpoint, tmp_path / "store", precision=str(policy))
+    assert f'precision policy {policy}: rule ["*.q_proj.weight", "int4-g128"]: ' in str(raised.value)
+    assert "q_proj.weight cannot be int4-g128: groups of 128 need a multiple of 128 columns" in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from pipo_ray.errors import InputError
@@ -66,8 +69,47 @@ def test_nothing_is_touched_at_16_bits() -> None:
 
 
 def test_a_rule_for_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="no rule matches"):
-        assign(block(LINEAR), of(("down.*", "int4")), looked_up=(), layout="avx512")
+    with pytest.raises(InputError, match=r'rule \["down.*", "int4"\] matches no tensor'):
+        assign(block(LINEAR), of(("down.*", "int4"), ("*", "int8")), looked_up=(), layout="avx512")
+
+
+def with_columns(name: str, columns: int) -> TensorSpec:
+    return TensorSpec(name, (100, columns), "BF16", cut="rows")
+
+
+@pytest.mark.parametrize(
+    "columns, asked, fitting",
+    [
+        (192, "int4-g128", "int4-g64 or int4-g32 or int8"),
+        (192, "int4-g128-sym", "int4-g64-sym or int4-g32-sym or int8"),
+        (96, "int4", "int4-g32 or int8"),
+        (16, "int4-g32", "int8"),
+        (24, "int8", None),
+    ],
+)
+def test_what_fits_is_named(columns: int, asked: str, fitting: str | None) -> None:
+    """The policy's file, the rule, and what to write instead; 16 bits where nothing else divides the columns."""
+    weight = with_columns("a.down.weight", columns)
+    policy = replace(of(("*.down.*", asked), ("*", "int4")), file=Path("mine.json"))
+    with pytest.raises(InputError) as raised:
+        assign(block(with_columns("up.weight", 128), weight), policy, looked_up=(), layout="avx512")
+    instead = f"write {fitting} in this rule, or " if fitting else ""
+    assert str(raised.value).startswith(
+        f'precision policy mine.json: rule ["*.down.*", "{asked}"]: a.down.weight cannot'
+    )
+    assert str(raised.value).endswith(f'; {instead}put ["a.down.weight", "16bit"] in front of it')
+    with pytest.raises(InputError) as raised:
+        assign(block(weight), Precision.parse(asked), looked_up=(), layout="avx512")
+    assert "no tensor can be quantized (a.down.weight: " in str(raised.value)
+    assert str(raised.value).endswith(f"; use --precision {fitting or '16bit'}")
+
+
+def test_what_fits_is_what_fits_most() -> None:
+    weights = [with_columns("a.weight", 32), with_columns("b.weight", 64), with_columns("c.weight", 64)]
+    with pytest.raises(InputError, match=r"; use --precision int4-g32 or int8$"):
+        assign(block(*weights), Precision.parse("int4-g128"), looked_up=(), layout="avx512")
+    with pytest.raises(InputError, match=r"; use --precision int4-g64 or int4-g32 or int8$"):
+        assign(block(*weights[1:]), Precision.parse("int4-g128"), looked_up=(), layout="avx512")
 
 
 def test_formats_by_rule() -> None:
