@@ -32,7 +32,6 @@ class NvmeLoader:
         self._memory = StageMemory.attach(setup)
         manifest = Manifest.load(setup.store)
         folder = manifest.folders(setup.store)[number]
-        drive = PoliteDrive(folder) if setup.background else Drive(folder)
         checksums = (
             BlockChecksums({b.name: b for b in manifest.blocks}, setup.plan.pieces, Drive(folder))
             if setup.verify_checksums
@@ -40,6 +39,7 @@ class NvmeLoader:
         )
         trace_file = f"{setup.trace_folder}/{self._name}-{os.getpid()}.jsonl" if setup.trace_folder else None
         trace = TraceWriter(trace_file, self._name)
+        drive = PoliteDrive(folder, trace=trace) if setup.background else Drive(folder)
         self._loader = Loader(
             drive, setup.plan.pieces, self._memory.load_order(setup), self._memory.table, self._memory.slots,
             self._memory.residents, checksums=checksums, threads=setup.read_threads,
@@ -73,7 +73,7 @@ class NvmeLoader:
         return self._loader.error
 
     def times(self) -> StageTimes:
-        """Busy: at least one read in flight. Waiting: every slot is full."""
+        """Busy: at least one read in flight. Waiting: every slot is full. Paused: it gave way to other programs."""
         now = self._loader.snapshot()
         details = {
             "bytes_read": now.bytes_read, "pieces_read": now.pieces_read, "direct": now.direct, "retries": now.retries,
@@ -83,4 +83,4 @@ class NvmeLoader:
             pages = self._pages.snapshot()
             details |= {"kv_loaded_bytes": pages.loaded_bytes, "kv_saved_bytes": pages.saved_bytes}
             details |= {"kv_moving_s": pages.busy_s, "kv_direct": pages.direct, "kv_retries": pages.retries}
-        return StageTimes(self._name, now.reading_s, now.waiting_for_slots_s, now.running_s, details)
+        return StageTimes(self._name, now.reading_s, now.waiting_for_slots_s, now.running_s, details, now.paused_s)

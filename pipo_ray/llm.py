@@ -26,6 +26,7 @@ from pipo_ray.lengths import Lengths
 from pipo_ray.messages import ComputeSetup, RequestSpec, TokenEvent
 from pipo_ray.outputs import RequestOutput
 from pipo_ray.params import SamplingParams
+from pipo_ray.pipeline.polite_drive import cannot_give_way
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.plan.drive_probe import describe_drive, drive_profiles
@@ -164,6 +165,8 @@ class LLM:
         self._lines = [budget_line, *prepared.describe(*processor), *self._plan.explanation]
         if profile:
             self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
+        if background:
+            self._lines += cannot_give_way(folders)
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
         limits = limits_of(self._plan, self._facts, chosen.kind, prefix_cache=prefix_cache)
@@ -300,21 +303,25 @@ class LLM:
 
     def report(self) -> dict[str, Any]:
         """What the run did so far; bytes and seconds. `stages` has per actor the shares of time busy, waiting (for the
-        next one in line) and starved (of work), which add up to 1; and `busy_s`, `waiting_s` in seconds.
+        next one in line), paused (giving way to other programs) and starved (of work), which add up to 1; and `busy_s`,
+        `waiting_s`, `paused_s` in seconds.
         """
         stages = []
         for times in self._stage.times():
             total = max(times.total_s, 1e-9)
             busy = min(1.0, times.busy_s / total)
             waiting = min(1.0 - busy, times.waiting_s / total)
+            paused = min(1.0 - busy - waiting, times.paused_s / total)
             stages.append(
                 {
                     "stage": times.stage,
                     "busy": busy,
                     "waiting": waiting,
-                    "starved": 1.0 - busy - waiting,
+                    "paused": paused,
+                    "starved": 1.0 - busy - waiting - paused,
                     "busy_s": times.busy_s,
                     "waiting_s": times.waiting_s,
+                    "paused_s": times.paused_s,
                     **times.details,
                 }
             )

@@ -215,10 +215,11 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """How a stage spent its time since it started, in seconds."""
+    """How a stage spent its time since it started, in seconds. `paused_s`: it gave way to other programs."""
 
     stage: str
     busy_s: float
     waiting_s: float
     total_s: float
     details: dict[str, Any] = field(default_factory=dict)
+    paused_s: float = 0.0

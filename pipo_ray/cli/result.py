@@ -43,8 +43,8 @@ keys of the --json document
   resident_bytes          those that stayed in memory and were not streamed
   streamed_bytes_per_sweep  those that did not stay: read from disk in each sweep
   kv_tokens               tokens that the KV cache holds
-  stages                  per actor {stage, busy, waiting, starved}: shares of its time, from 0 to 1; and busy_s,
-                          waiting_s in seconds
+  stages                  per actor {stage, busy, waiting, paused, starved}: shares of its time, from 0 to 1 (paused:
+                          gave way to other programs, with --background); and busy_s, waiting_s, paused_s in seconds
   explanation             with --explain: what limits this run, and what would help most
 With one prompt, the keys of its entry are at the top level, too (sweeps and bytes_streamed are the run's)."""
 

@@ -78,7 +78,10 @@ def _stage_rows(report: dict[str, Any]) -> list[Row]:
 
 
 def _shares(stage: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {100 * stage[name]:.0f} %" for name in ("busy", "waiting", "starved"))
+    shares = [f"{name} {100 * stage[name]:.0f} %" for name in ("busy", "waiting", "starved")]
+    if paused := stage.get("paused"):
+        shares.append(f"gave way {100 * paused:.0f} %")
+    return ", ".join(shares)
 
 
 def _span(values: Sequence[float], unit: str) -> str:

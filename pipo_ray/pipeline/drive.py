@@ -9,6 +9,7 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pipo_ray.errors import DriveError, StoreError
@@ -38,11 +39,18 @@ class Drive:
         self.direct = direct
         self.why_buffered = "" if direct else "asked for"
         self.retries = 0
+        self.on_pause: Callable[[bool], None] = lambda _: None
+        """Hears of it when reading begins to give way to others (True), and when it goes on (False)."""
 
     @property
     def folder(self) -> Path:
         """The folder that the files are in."""
         return self._folder
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds in which reading stood still to give way to others: a drive that does not give way has none."""
+        return 0.0
 
     def read_into(self, memory: memoryview, file: str, offset: int) -> None:
         """Fill `memory` (4096-aligned address and length) from `file` at `offset` (4096-aligned).

@@ -23,14 +23,16 @@ from pipo_ray.plan.pieces import Piece
 
 @dataclass
 class LoaderCounters:
-    """Totals since the loader started. `reading_s`: at least one read was in flight; `waiting_for_slots_s`: none was,
-    for want of a free slot. `bytes_read` are bytes read from the drive.
+    """Totals since the loader started. `reading_s`: at least one read was in flight and did not give way to others, as
+    it did for `paused_s`; `waiting_for_slots_s`: none was, for want of a free slot. `bytes_read` are bytes read from
+    the drive.
     """
 
     bytes_read: int = 0
     pieces_read: int = 0
     waiting_for_slots_s: float = 0.0
     reading_s: float = 0.0
+    paused_s: float = 0.0
     running_s: float = 0.0
     retries: int = 0
     direct: bool = True
@@ -99,6 +101,8 @@ class Loader:
         self._elsewhere = frozenset(index for at, index in enumerate(loads.order) if loads.is_elsewhere(at))
         self._filling_residents: set[int] = set()
         self._asked = 0  # transfers that the drive is asked for now
+        self._pausing = False  # it is not asked: it gives way to others
+        drive.on_pause = self._pause
         self._in_flight = 0
         self._in_flight_changed = threading.Condition()
         self._started = time.perf_counter()
@@ -278,9 +282,18 @@ class Loader:
         with self._in_flight_changed:
             self._asked += change
             if change < 0 or self._asked == 1:
-                self._table.drive_asked(time.perf_counter() if self._asked else 0, self._number)
+                self._note_asked()
             if not self._drive.direct:
                 self._table.note_buffered(self._number)
+
+    def _pause(self, pausing: bool) -> None:
+        with self._in_flight_changed:
+            self._pausing = pausing
+            self._note_asked()
+
+    def _note_asked(self) -> None:
+        asked = self._asked and not self._pausing
+        self._table.drive_asked(time.perf_counter() if asked else 0, self._number)
 
     def _read_loop(self) -> None:
         while True:
@@ -300,9 +313,11 @@ class Loader:
 
     def snapshot(self) -> LoaderCounters:
         """The counters now."""
+        paused_s = self._drive.paused_s
         return replace(
             self.counters,
-            reading_s=self._reading_s(),
+            reading_s=max(0.0, self._reading_s() - paused_s),
+            paused_s=paused_s,
             waiting_for_slots_s=self._waiting_s(),
             running_s=time.perf_counter() - self._started,
             retries=self._drive.retries,

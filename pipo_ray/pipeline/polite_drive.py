@@ -6,12 +6,14 @@ transferred (/proc/diskstats) and takes away its own part. What is left is other
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipo_ray.pipeline.disks import disk_bytes, disks_under, file_system
 from pipo_ray.pipeline.drive import Drive
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 
 _PART_BYTES = 1 << 20
 _WINDOW_S = 0.1
@@ -45,17 +47,25 @@ class Traffic:
 
 
 class PoliteDrive(Drive):
-    """Reads in parts of 1 MiB; while others use the disk, one at a time and with long pauses."""
+    """Reads in parts of 1 MiB; while others use the disk, one at a time and with long pauses. `trace` hears of them."""
 
-    def __init__(self, folder: str | Path, *, direct: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, direct: bool = True, trace: TraceWriter = NO_TRACE) -> None:
         super().__init__(folder, direct=direct)
+        self._trace = trace
         self._traffic = Traffic()
         self._counting = threading.Lock()
         self._turn = threading.Lock()
         self._issued = self._completed = 0
-        status = os.stat(folder)
-        self._device = (os.major(status.st_dev), os.minor(status.st_dev))
-        self.paused_s = 0.0
+        self._disks = disks_under(folder)
+        self._paused_s = 0.0
+        self._paused_since: float | None = None
+
+    @property
+    def paused_s(self) -> float:
+        """See `Drive.paused_s`."""
+        with self._counting:
+            since = self._paused_since
+            return self._paused_s + (0.0 if since is None else time.perf_counter() - since)
 
     def read_into(self, memory: memoryview, file: str, offset: int) -> None:
         """See `Drive.read_into`."""
@@ -66,9 +76,20 @@ class PoliteDrive(Drive):
                 continue
             with self._turn:
                 took = self._read(part, file, offset + start)
-                pause = max(_WINDOW_S / 2, _PAUSE_FACTOR * took)
-                self.paused_s += pause
-                time.sleep(pause)
+                self._pause(max(_WINDOW_S / 2, _PAUSE_FACTOR * took))
+
+    def _pause(self, seconds: float) -> None:
+        begin = time.perf_counter()
+        with self._counting:
+            self._paused_since = begin
+        self.on_pause(True)
+        time.sleep(seconds)
+        self.on_pause(False)
+        end = time.perf_counter()
+        with self._counting:
+            self._paused_since = None
+            self._paused_s += end - begin
+        self._trace.add("give way", begin, end, {})
 
     def _read(self, part: memoryview, file: str, offset: int) -> float:
         with self._counting:
@@ -83,23 +104,19 @@ class PoliteDrive(Drive):
 
     def _others_use_it(self) -> bool:
         with self._counting:
-            transferred = disk_bytes(self._device)
+            transferred = disk_bytes(self._disks)
             if transferred is None:
                 return False
             return self._traffic.look(time.perf_counter(), transferred, self._issued, self._completed)
 
 
-def disk_bytes(device: tuple[int, int], statistics: str = "/proc/diskstats") -> int | None:
-    """Bytes that the disk or partition (major, minor) has read and written; None where the kernel does not say.
-
-    Format: Documentation/admin-guide/iostats.rst; sectors are 512 bytes.
-    """
-    try:
-        lines = Path(statistics).read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        fields = line.split()
-        if (int(fields[0]), int(fields[1])) == device:
-            return 512 * (int(fields[5]) + int(fields[9]))
-    return None
+def cannot_give_way(folders: Sequence[str | Path]) -> list[str]:
+    """A line for the user about those of the folders whose disk cannot be watched; empty if all can."""
+    blind = [folder for folder in folders if disk_bytes(disks_under(folder)) is None]
+    if not blind:
+        return []
+    named = ", ".join(f"{folder} ({file_system(folder)})" for folder in blind)
+    return [
+        f"background: the kernel does not tell which disk is under {named}, so reading does not pause while other "
+        "programs use it; processes have the lowest priority all the same"
+    ]

@@ -18,7 +18,8 @@ class Measured:
 
     `tokens_per_sweep` is what a sweep of decoding produced; `device` "cpu" or "cuda". Of several loaders `reading_s` is
     that of the busiest, `bytes_read` what all have read. `waiting_s` includes what was waited for KV pages on the
-    drive, `waiting_for_pages_s`, of which `page_bytes` were read.
+    drive, `waiting_for_pages_s`, of which `page_bytes` were read. `reading_s` has no part of `paused_s`, in which the
+    loader that paused most gave way to other programs.
     """
 
     device: str
@@ -36,6 +37,7 @@ class Measured:
     tokens_per_sweep: float
     waiting_for_pages_s: float = 0.0
     page_bytes: int = 0
+    paused_s: float = 0.0
 
     @property
     def sweeping_s(self) -> float:
@@ -65,6 +67,7 @@ def measured(report: Mapping[str, Any], generated_tokens: int) -> Measured:
         tokens_per_sweep=generated_tokens / max(1, report["sweeps"]),
         waiting_for_pages_s=compute.get("kv_waited_s", 0.0),
         page_bytes=sum(loader.get("kv_loaded_bytes", 0) for loader in loaders),
+        paused_s=max((loader.get("paused_s", 0.0) for loader in loaders), default=0.0),
     )
 
 
@@ -78,8 +81,11 @@ def explain(run: Measured) -> tuple[str, str]:
             f"{_count(run.sweeps, 'sweep')}.",
             "More tokens or more prompts in one run, or `pipo chat`, share the one start.",
         )
+    waiting_for_weights_s = run.waiting_s - run.waiting_for_pages_s
+    paused_s = min(run.paused_s, waiting_for_weights_s)
     shares = {
-        "weights": (run.waiting_s - run.waiting_for_pages_s) / run.sweeping_s,
+        "weights": (waiting_for_weights_s - paused_s) / run.sweeping_s,
+        "pauses": paused_s / run.sweeping_s,
         "pages": run.waiting_for_pages_s / run.sweeping_s,
         "compute": run.computing_s / run.sweeping_s,
         "scheduler": run.scheduling_s / run.sweeping_s,
@@ -95,7 +101,7 @@ def explain(run: Measured) -> tuple[str, str]:
         where = "GPU" if run.device == "cuda" else "CPU"
         return (
             f"The {where} limits this run: the compute worker computed {_percent(shares[limit])} of the time and "
-            f"waited for weights {_percent(shares['weights'])}.",
+            f"waited for weights {_percent(waiting_for_weights_s / run.sweeping_s)}.",
             _compute_helps(run),
         )
     if limit == "pages":
@@ -104,7 +110,15 @@ def explain(run: Measured) -> tuple[str, str]:
             f"the time, {format_size(run.page_bytes // run.sweeps)} were read in a sweep.",
             "More --memory keeps more of them in RAM.",
         )
-    return _waiting(run, shares["weights"])
+    if limit == "pauses":
+        between, with_pauses = (_rate(run.bytes_read, s) for s in (run.reading_s, run.reading_s + run.paused_s))
+        return (
+            "Other programs limit this run: while they used the drive it gave way to them, for "
+            f"{_percent(min(1.0, run.paused_s / run.sweeping_s))} of the time.",
+            "It goes on at once without --background, or by itself when they are done: it read at "
+            f"{between} between its pauses, at {with_pauses} with them.",
+        )
+    return _waiting(run, waiting_for_weights_s / run.sweeping_s)
 
 
 def _waiting(run: Measured, share: float) -> tuple[str, str]:
@@ -122,7 +136,7 @@ def _waiting(run: Measured, share: float) -> tuple[str, str]:
             f"More tokens in one run: it had {_count(run.sweeps, 'sweep')}, and only the first one loads.",
         )
     rate = run.bytes_read / run.reading_s if run.reading_s else 0.0
-    first = f"The drive limits this run: {waited} while the loader read at {rate / 1e9:.1f} GB/s."
+    first = f"The drive limits this run: {waited} while the loader read at {_rate(run.bytes_read, run.reading_s)}."
     missing = int(run.streamed_per_sweep * (1 + _SLOTS_AND_MARGIN))
     step = min(missing, max(1, run.memory_bytes // 4))
     saved_s = min(run.waiting_s / run.sweeps, min(step, run.streamed_per_sweep) / rate) if rate else 0.0
@@ -151,6 +165,11 @@ def _compute_helps(run: Measured) -> str:
 
 def _batch_helps(run: Measured, why: str) -> str:
     return f"More prompts at once help most ({run.tokens_per_sweep:.1f} tokens came out of a sweep): {why}."
+
+
+def _rate(num_bytes: int, seconds: float) -> str:
+    bytes_per_s = num_bytes / seconds if seconds else 0.0
+    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.1f} MB/s"
 
 
 def _percent(share: float) -> str:

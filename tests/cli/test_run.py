@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cli.fake_llm import FakeLLM
+from cli.fake_llm import REPORT, FakeLLM
 from pipo_ray.cli import main
 from pipo_ray.cli.result import JSON_KEYS
 from pipo_ray.errors import ActorFailedError, InputError
@@ -44,6 +44,17 @@ def test_one_prompt_is_plain_text_on_stdout_and_a_table_on_stderr(fake_llm: type
     assert llm.params.max_tokens == 128
     assert llm.arguments["memory"] == 2 << 30
     assert "weight_memory" not in llm.arguments
+
+
+def test_the_table_says_how_long_it_gave_way_if_it_did(
+    fake_llm: type[FakeLLM], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", ".", "-p", "hello"]) == 0
+    assert "gave way" not in capsys.readouterr().err
+    loader = {"stage": "NvmeLoader", "busy": 0.1, "waiting": 0.2, "starved": 0.1, "paused": 0.6}
+    monkeypatch.setitem(REPORT, "stages", [loader])
+    assert main(["run", ".", "-p", "hello", "--background"]) == 0
+    assert "busy 10 %, waiting 20 %, starved 10 %, gave way 60 %" in capsys.readouterr().err
 
 
 def test_several_prompts_are_printed_as_they_finish(fake_llm: type[FakeLLM], capsys: Capture) -> None:

@@ -310,7 +310,10 @@ def test_the_report(llm: LLM) -> None:
     assert 100 << 20 < report["peak_memory_bytes"] <= 3 << 30
     assert [stage["stage"] for stage in report["stages"]] == ["NvmeLoader", "StagingPool", "ComputeWorker", "Scheduler"]
     for stage in report["stages"]:
-        assert all(0 <= stage[share] <= 1 for share in ("busy", "waiting", "starved"))
+        shares = [stage[share] for share in ("busy", "waiting", "paused", "starved")]
+        assert all(0 <= share <= 1 for share in shares)
+        assert sum(shares) == pytest.approx(1)
+        assert stage["paused_s"] == 0  # it does not run in the background
     loader = report["stages"][0]
     assert loader["bytes_read"] >= report["bytes_streamed"]
     assert loader["retries"] == 0

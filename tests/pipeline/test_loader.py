@@ -22,11 +22,12 @@ from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
 from pipeline.loader_process import Shared, loads_in
 
 from pipo_ray.errors import DriveError, MisreadError, StoreError
-from pipo_ray.pipeline import drive_watch
+from pipo_ray.pipeline import drive_watch, polite_drive
 from pipo_ray.pipeline.checksums import BlockChecksums
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.drive_watch import DriveWatch
 from pipo_ray.pipeline.loader import Loader
+from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable, StoppedError
 from pipo_ray.pipeline.weight_stream import HostStream
 
@@ -46,13 +47,14 @@ class Pipeline:
         *,
         threads: int = 3,
         checked: bool = True,
+        drive: Drive | None = None,
     ) -> None:
         rows = {piece: row for row, piece in enumerate(resident)}
         self.store = store
         self.table = SlotTable(aligned(SlotTable.nbytes(num_slots, len(rows))), num_slots, len(rows))
         self.slots = [aligned(SLOT_BYTES) for _ in range(num_slots)]
         self.residents = [aligned(store.pieces[piece].read_bytes) for piece in resident]
-        drive = Drive(store.folder)
+        drive = Drive(store.folder) if drive is None else drive
         self.loader = Loader(
             drive, store.pieces, store.loads(num_slots, rows), self.table, self.slots, self.residents, threads=threads,
             checksums=BlockChecksums({b.name: b for b in store.blocks}, store.pieces, drive) if checked else None,
@@ -70,7 +72,7 @@ class Pipeline:
 
 
 @contextmanager
-def pipeline_of(store: FakeStore, *args: int | Sequence[int], **options: int) -> Iterator[Pipeline]:
+def pipeline_of(store: FakeStore, *args: int | Sequence[int], **options: int | Drive) -> Iterator[Pipeline]:
     pipeline = Pipeline(store, *args, **options)  # type: ignore[arg-type]
     try:
         yield pipeline
@@ -125,6 +127,39 @@ def test_reading_and_waiting_for_slots_do_not_overlap(store: FakeStore) -> None:
         found = pipeline.loader.snapshot()
         assert 0 < found.reading_s < found.running_s
         assert found.reading_s + found.waiting_for_slots_s <= found.running_s
+
+
+def test_reading_has_no_part_of_the_pauses_that_give_way(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PoliteDrive, "_others_use_it", lambda self: True)
+    with pipeline_of(store, 2, drive=PoliteDrive(store.folder)) as pipeline:
+        deadline = time.monotonic() + 10
+        while pipeline.loader.snapshot().waiting_for_slots_s < 0.1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found = pipeline.loader.snapshot()
+        assert found.paused_s > 0.1  # of 50 ms each, after reads of a fraction of one
+        assert found.reading_s < found.paused_s / 2
+        assert found.reading_s + found.paused_s + found.waiting_for_slots_s <= found.running_s
+
+
+def test_a_drive_that_gives_way_is_not_called_silent(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfers wait for others' pauses, for longer than a drive may be silent."""
+    monkeypatch.setattr(PoliteDrive, "_others_use_it", lambda self: True)
+    monkeypatch.setattr(polite_drive, "_WINDOW_S", 0.01)
+    monkeypatch.setattr(drive_watch, "SILENT_S", 0.2)
+    with pipeline_of(store, 2, drive=PoliteDrive(store.folder)) as pipeline:
+        watch = DriveWatch(pipeline.table, "the/store")
+        pipeline.stream.begin_sweep()
+        pipeline.stream.acquire(0)
+        monkeypatch.setattr(polite_drive, "_WINDOW_S", 0.7)
+        pipeline.stream.release(0)  # so there is one to be read
+        paused_s = pipeline.loader.snapshot().paused_s
+        deadline = time.monotonic() + 10
+        while pipeline.loader.snapshot().paused_s < paused_s + 0.34:
+            assert watch.news() == []
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        monkeypatch.setattr(polite_drive, "_WINDOW_S", 0.01)
 
 
 def test_resident_pieces_are_read_once(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:

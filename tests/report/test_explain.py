@@ -42,6 +42,22 @@ def test_kv_pages_on_the_drive() -> None:
     assert "waited for weights 62 % of the time" in limit
 
 
+def test_giving_way_to_other_programs() -> None:
+    """Of 29.9 s of waiting 28 were pauses: it is not the drive that is slow."""
+    limit, help_ = explain(replace(DRIVE, reading_s=2.0, bytes_read=2 * GIB, paused_s=28.0))
+    assert limit == (
+        "Other programs limit this run: while they used the drive it gave way to them, for 70 % of the time."
+    )
+    assert help_ == (
+        "It goes on at once without --background, or by itself when they are done: it read at 1.1 GB/s between its "
+        "pauses, at 71.6 MB/s with them."
+    )
+    limit, _ = explain(replace(DRIVE, paused_s=5.0))
+    assert limit.startswith("The drive limits this run: the compute worker waited for weights 75 % of the time")
+    # Pauses while slots were full cost nothing.
+    assert explain(replace(DRIVE, computing_s=35.0, waiting_s=4.0, paused_s=30.0))[0].startswith("The CPU")
+
+
 def test_no_more_memory_is_asked_for_than_is_missing() -> None:
     _, help_ = explain(replace(DRIVE, memory_bytes=60 * GIB))
     assert help_.startswith("3.1 GiB more --memory would keep all of the model resident")
@@ -102,6 +118,7 @@ EVERY_KIND = (
     DRIVE,
     replace(DRIVE, computing_s=15.0, waiting_s=25.0),
     replace(DRIVE, waiting_for_pages_s=25.0, page_bytes=20 * GIB),
+    replace(DRIVE, paused_s=28.0),
     replace(DRIVE, computing_s=35.0, waiting_s=4.0),
     replace(DRIVE, computing_s=35.0, waiting_s=4.0, tokens_per_sweep=64.0),
     replace(DRIVE, device="cuda", reading_s=4.0),
@@ -114,7 +131,7 @@ EVERY_KIND = (
 
 def test_every_kind_is_two_sentences() -> None:
     pairs = [explain(run) for run in EVERY_KIND]
-    assert len({pair[0].split(" limit")[0] for pair in pairs}) == 8
+    assert len({pair[0].split(" limit")[0] for pair in pairs}) == 9
     for pair in pairs:
         sentences = re.split(r"(?<=[.!?])\s+", " ".join(pair))
         assert sentences == list(pair)
@@ -123,7 +140,7 @@ def test_every_kind_is_two_sentences() -> None:
 
 def test_the_figures_come_from_a_report() -> None:
     stages = [
-        {"stage": "NvmeLoader", "busy_s": 30.0, "waiting_s": 1.0, "bytes_read": 30 * GIB},
+        {"stage": "NvmeLoader", "busy_s": 30.0, "waiting_s": 1.0, "paused_s": 2.0, "bytes_read": 30 * GIB},
         {"stage": "ComputeWorker", "busy_s": 10.0, "waiting_s": 29.9},
         {"stage": "Scheduler", "busy_s": 0.1, "waiting_s": 39.9},
     ]
@@ -131,7 +148,7 @@ def test_the_figures_come_from_a_report() -> None:
         "stages": stages, "sweeps": 10, "elapsed_s": 45.0, "streamed_bytes_per_sweep": 3 * GIB,
         "model_bytes": 7 * GIB, "resident_bytes": 4 * GIB, "memory_budget_bytes": 6 * GIB, "gpu_memory_bytes": None,
     }  # fmt: skip
-    assert measured(report, 10) == DRIVE
+    assert measured(report, 10) == replace(DRIVE, paused_s=2.0)
 
 
 def test_several_loaders_read_at_the_same_time() -> None:
