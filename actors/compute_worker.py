@@ -102,6 +102,12 @@ class ComputeWorker:
         """Busy: computing. Waiting: for a piece."""
         return self._engine.times() if self._engine is not None else None
 
+    @ray.method(concurrency_group="text")
+    def watch_kernels(self) -> None:
+        """Let `times` tell how long the GPU's kernels ran in the next sweep."""
+        if self._engine is not None:
+            self._engine.watch_kernels()
+
     def _texts(self) -> Any:
         if self._text is None:
             _import_engine()  # prompts may come while another thread imports transformers, which is no time to use it

@@ -18,7 +18,9 @@ for everything.
     disk limit   of the row `disk`: (the same - (RAM budget - 1.5 GiB)) / the best rate of plain O_DIRECT reads, of
                  several sizes and depths, before each round (for want of fio, 3 s)
     of limit     median over the rounds of link limit / seconds per sweep
-    busy         share of the sweeps in which the compute stream did not wait for a piece, by CUDA's events
+    fed          share of the sweeps in which the compute stream did not wait for a piece, by CUDA's events
+    busy         seconds in which a kernel ran, by CUPTI in a further sweep, over those of a sweep in the compute worker
+    retries      how often in the rounds torch's allocator gave memory back for want of a place, while the GPU is idle
     link         share of the time between tokens in which weights were being copied, by CUDA's events, and how fast
     GPU          most bytes that torch reserved, and the CUDA context
 
@@ -98,12 +100,17 @@ def prompts_for(row: str, shape: LlamaShape | OptShape, number: int) -> list[lis
     return torch.randint(3, shape.vocabulary, (count, length), generator=generator).tolist()
 
 
-def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int) -> float:
-    """Seconds per sweep: between the tokens of the first request, when all of them decode."""
+def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int, watched: bool = False) -> float:
+    """Seconds per sweep: between the tokens of the first request, when all of them decode. With `watched` one of the
+    sweeps in which they do is watched by CUPTI.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=sweeps + 2, ignore_eos=True)
     times: dict[str, list[tuple[float, int]]] = {}
     for output in llm.stream([list(prompt) for prompt in prompts], params):
         times.setdefault(output.request_id, []).append((time.perf_counter(), len(output.outputs[0].token_ids)))
+        if watched and len(times) == len(prompts):
+            watch_kernels(llm)
+            watched = False
     last = times[max(times, key=lambda name: times[name][0][0])]  # the request that began last
     return (last[-1][0] - last[0][0]) / (last[-1][1] - last[0][1])
 
@@ -112,6 +119,12 @@ def worker_times(llm: LLM) -> dict[str, float]:
     """What the compute worker reports: seconds busy, waiting for pieces (its compute stream by CUDA's events), ..."""
     found: dict[str, float] = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
     return found
+
+
+def watch_kernels(llm: LLM) -> None:
+    """Let the compute worker watch the kernels of its next sweep."""
+    stage = llm._stage
+    stage.call(stage.compute_worker, "watch_kernels")
 
 
 def run_row(
@@ -145,7 +158,7 @@ def run_row(
         warm_up = time.perf_counter() - warm_up
         wait_until_pinned(llm, sum(plan.placement.arena_bytes))
         worker = worker_times(llm)
-        seconds, limits, busy, links, copying = [], [], [], [], []
+        seconds, limits, fed, links, copying, in_worker = [], [], [], [], [], []
         with PinnedLink() as link:
             link.rate(sizes)
             streamable = plan.model_bytes
@@ -155,7 +168,7 @@ def run_row(
                 prompts = prompts_for(row, shape, number)
                 links.append(link.rate(sizes))
                 drive = drive_rate(store) if row == "disk" else 0.0
-                before = worker_times(llm)
+                before, sweeps_before = worker_times(llm), llm.report()["sweeps"]
                 if row == "prompt":
                     begin_s = time.perf_counter()
                     llm.generate(prompts, one)
@@ -164,19 +177,32 @@ def run_row(
                     seconds.append(decode(llm, prompts, sweeps))
                 after = worker_times(llm)
                 spent = {name: after[name] - before[name] for name in ("busy_s", "waiting_s", "weight_copies_s")}
-                busy.append(spent["busy_s"] / (spent["busy_s"] + spent["waiting_s"]))
-                # A round has a sweep over the prompt besides, and the first copies of the next one.
-                copying.append(spent["weight_copies_s"] / (1 if row == "prompt" else sweeps + 2))
+                fed.append(spent["busy_s"] / (spent["busy_s"] + spent["waiting_s"]))
+                # A round has sweeps over the prompts besides, and the first copies of the next one.
+                count = llm.report()["sweeps"] - sweeps_before
+                copying.append(spent["weight_copies_s"] / (count if row == "prompt" else count + 1))
+                in_worker.append((spent["busy_s"] + spent["waiting_s"]) / count)
                 left = streamable - max(0, gpu_memory - BESIDE_WEIGHTS)
                 if row == "disk":
                     limits.append((left - (DISK_ROW_MEMORY - BESIDE_RAM_WEIGHTS)) / drive)
                 else:
                     limits.append(left / links[-1])
+            retries = worker_times(llm)["gpu_alloc_retries"] - worker["gpu_alloc_retries"]
+        for number in (rounds + 1, rounds + 2):  # the first one starts CUPTI, which takes seconds
+            prompts = prompts_for(row, shape, number)
+            if row == "prompt":
+                watch_kernels(llm)
+                llm.generate(prompts, one)
+            else:
+                decode(llm, prompts, sweeps, watched=True)
+        kernels_s = worker_times(llm)["kernels_s"]
     shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
     return {
         "shape": name, "row": row, "kv_on_cpu": kv_on_cpu,
         "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
-        "share": statistics.median(shares), "shares": shares, "busy": statistics.median(busy),
+        "share": statistics.median(shares), "shares": shares, "fed": statistics.median(fed),
+        "kernels_s": kernels_s, "busy": kernels_s / statistics.median(in_worker if row == "prompt" else seconds),
+        "sweep_in_worker_s": statistics.median(in_worker), "alloc_retries": retries,
         "link_gb_s": statistics.median(links) / 1e9, "copied_gb": sum(sizes) / 1e9, "model_gb": shape.num_bytes / 1e9,
         "copy_s": sum(sizes) / statistics.median(links), "copying_s": statistics.median(copying),
         "tokens": sum(map(len, prompts)) if row == "prompt" else len(prompts),
@@ -207,10 +233,10 @@ def show(row: dict[str, Any]) -> None:
     """A line."""
     print(
         f"{row['shape']:>11}{row['row']:>7}{row['seconds']:9.3f} s{row['tokens'] / row['seconds']:10.1f} tok/s"
-        f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['busy']:7.1f} %"
+        f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['fed']:7.1f} %{100 * row['busy']:7.1f} %"
         f"{100 * row['copying_s'] / row['seconds']:6.1f} %{row['copied_gb'] / row['copying_s']:6.1f}"
         f"{row['link_gb_s']:8.1f}{row['copied_gb']:8.2f}{row['gpu_reserved_gb'] + row['gpu_context_gb']:8.2f}"
-        f"{row['start_s']:7.1f}{row['warm_up_s']:7.1f}",
+        f"{row['alloc_retries']:8}{row['start_s']:7.1f}{row['warm_up_s']:7.1f}",
         flush=True,
     )
 
@@ -258,8 +284,8 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(torch.cuda.get_device_name(0), torch.__version__)
     print(
-        f"{'shape':>11}{'batch':>7}{'a sweep':>11}{'':>16}{'limit':>11}{'of it':>9}{'busy':>9}{'link':>8}{'GB/s':>6}"
-        f"{'limit':>8}{'GB':>8}{'GPU GB':>8}{'start':>7}{'first':>7}"
+        f"{'shape':>11}{'batch':>7}{'a sweep':>11}{'':>16}{'limit':>11}{'of it':>9}{'fed':>9}{'busy':>9}{'link':>8}"
+        f"{'GB/s':>6}{'limit':>8}{'GB':>8}{'GPU GB':>8}{'retries':>8}{'start':>7}{'first':>7}"
     )
     for one in rows:
         show(one)

@@ -38,6 +38,7 @@ from pipo_ray.model.gpu import (
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.kernel_times import KernelTimes
 from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
@@ -159,6 +160,8 @@ class ComputeEngine:
         self._sequences: dict[str, _Running] = {}
         self._losses: Counter[str] = Counter()
         self._computing_s = self._waited_s = self._copying_s = 0.0
+        self._watches_kernels = False
+        self._kernel_times: KernelTimes | None = None
         self._started = time.perf_counter()
 
     def _host_kv(self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]) -> HostKV:
@@ -175,6 +178,17 @@ class ComputeEngine:
 
     def run_sweep(self, request: SweepRequest) -> SweepResult:
         """Run one sweep. If it raises, the sequences in it are forgotten and must be sent from their first token."""
+        if not self._watches_kernels or not request.steps:
+            return self._sweep(request)
+        self._watches_kernels = False
+        with KernelTimes() as self._kernel_times:
+            return self._sweep(request)
+
+    def watch_kernels(self) -> None:
+        """Watch the GPU's kernels in the next sweep; `times` tells of them then."""
+        self._watches_kernels = self._device.type == "cuda"
+
+    def _sweep(self, request: SweepRequest) -> SweepResult:
         begin = time.perf_counter()
         self.forget(request.drop)
         self._runner.cut(request.cut)
@@ -279,6 +293,8 @@ class ComputeEngine:
         if self._ops is not None:
             details |= {"pinned_bytes": self._ops.pinned_bytes, "unpinned_bytes": self._ops.refused_bytes}
             details["weight_copies_s"] = self._copying_s
+        if self._kernel_times is not None:
+            details |= {"kernels_s": self._kernel_times.busy_s, "watched_sweep_s": self._kernel_times.total_s}
         if self._kv_tiers is not None:
             details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
             details["kv_saved_bytes"] = self._kv_tiers.saved_bytes

@@ -49,15 +49,19 @@ def limit_gpu_memory(compute: ComputeSetup, device: torch.device) -> None:
 
 
 def gpu_memory_in_use(device: torch.device) -> dict[str, Any]:
-    """Most bytes that torch's allocator reserved, and the device's use as the driver sees it (all processes); {} on the
-    CPU.
+    """Most bytes that torch's allocator reserved, and the device's use as the driver sees it (all processes); how often
+    the allocator had to give memory back for want of a place, for which the device must be idle. {} on the CPU.
     """
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)
     reserved = torch.cuda.max_memory_reserved(device)
-    return {"gpu_reserved_bytes": reserved, "gpu_context_bytes": context, "gpu_device_bytes": reserved + context}
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return {
+        "gpu_reserved_bytes": reserved, "gpu_context_bytes": context, "gpu_device_bytes": reserved + context,
+        "gpu_alloc_retries": retries,
+    }  # fmt: skip
 
 
 def open_device_stream(setup: StageSetup, memory: StageMemory, ops: CudaOps, trace: TraceWriter) -> DeviceStream:

@@ -8,7 +8,14 @@ from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.messages import Placement
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.kernel_profile import GPU_SCRATCH_BYTES
-from pipo_ray.plan.activations import activation_bytes, default_batch_tokens, logits_rows, scored_tokens
+from pipo_ray.plan.activations import (
+    Place,
+    activation_bytes,
+    default_batch_tokens,
+    logits_rows,
+    loose_bytes,
+    scored_tokens,
+)
 from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
 from pipo_ray.plan.kv_pages import (
@@ -263,9 +270,8 @@ def _plan_gpu_run(
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
     low_bit_weights = any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors)
     lean = not low_bit_weights and low_bit_kv is None and kv_on_disk is None
-    activations = activation_bytes(
-        facts, max_batch_tokens, rows, itemsize, context, rows, place="lean gpu" if lean else "gpu"
-    )
+    place: Place = "lean gpu" if lean else "gpu"
+    activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context, rows, place=place)
     if low_bit_weights:
         activations += GPU_SCRATCH_BYTES
     if kv_on_cpu:
@@ -294,6 +300,8 @@ def _plan_gpu_run(
             f"weights {format_size(least_gpu)}; or lower --max-batch-tokens"
         )
     spare = gpu_memory_bytes - fixed - least_gpu
+    loose = min(loose_bytes(facts, max_batch_tokens, itemsize, place), (spare - least_kv) // 2)
+    activations, fixed, spare = activations + loose, fixed + loose, spare - loose
     wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         # The newest pages of those that run at the same time: what is beyond them is never used, and the weights'.

@@ -20,6 +20,12 @@ _COALESCE_BYTES = 16 << 10
 
 _RUN_BYTES = 4 << 20
 
+_AT_ONCE: int | None = getattr(os, "RWF_NOWAIT", None)
+"""Read only what is in memory."""
+
+_MOST_NOT_AT_HAND = 256
+"""Rows that turned out not to be in the page cache before all others count as not being there."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -82,20 +88,18 @@ class RowReader:
                 "prompt and "
                 "tokenizer belong to this model"
             )
-        unique, inverse = np.unique(rows, return_inverse=True)
-        found: NDArray[np.uint8] = np.empty((len(unique), self.row_bytes), np.uint8)
-        missing = []
-        for position, row in enumerate(unique.tolist()):
-            slot = self._slots.get(row)
-            if slot is None:
-                missing.append(position)
-            else:
-                self._slots.move_to_end(row)
-                found[position] = self._cache[slot]
-        self._read_missing(unique, np.asarray(missing, np.int64), found)
-        for position in missing[: self._capacity]:
-            self._keep(int(unique[position]), found[position])
-        return found[inverse.reshape(-1)]
+        unique, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
+        found: NDArray[np.uint8] = np.empty((len(rows), self.row_bytes), np.uint8)
+        if not self.row_bytes:
+            return found
+        if len(unique) <= self._capacity:
+            self._read_cached(unique, firsts, found)
+        else:  # a long prompt: looking them up takes longer than it saves, and they would push out all others
+            self._read_missing(unique, firsts, found)
+        again = np.flatnonzero(firsts[inverse] != np.arange(len(rows)))
+        if len(again):
+            found[again] = found[firsts[inverse[again]]]
+        return found
 
     def close(self) -> None:
         """Close the file."""
@@ -119,22 +123,66 @@ class RowReader:
             os.posix_fadvise(self._descriptors[path], 0, 0, os.POSIX_FADV_RANDOM)
         return self._descriptors[path]
 
-    def _read_missing(self, unique: NDArray[np.int64], missing: NDArray[np.int64], found: NDArray[np.uint8]) -> None:
-        if not len(missing) or not self.row_bytes:
+    def _read_cached(self, unique: NDArray[np.int64], places: NDArray[np.int64], found: NDArray[np.uint8]) -> None:
+        """As `_read_missing`, what is there from the cache; all of it is there then."""
+        missing = []
+        for position, (row, place) in enumerate(zip(unique.tolist(), places.tolist(), strict=True)):
+            slot = self._slots.get(row)
+            if slot is None:
+                missing.append(position)
+            else:
+                self._slots.move_to_end(row)
+                found[place] = self._cache[slot]
+        self._read_missing(unique[missing], places[missing], found)
+        for position in missing:
+            self._keep(int(unique[position]), found[places[position]])
+
+    def _read_missing(self, wanted: NDArray[np.int64], places: NDArray[np.int64], found: NDArray[np.uint8]) -> None:
+        """Read the rows `wanted`, in ascending order, into the rows `places` of `found`."""
+        if len(wanted) > 1 and _AT_ONCE is not None:
+            late = self._read_at_hand(wanted, places, found, _AT_ONCE)
+            wanted, places = wanted[late], places[late]
+        if not len(wanted):
             return
-        wanted = unique[missing]
         far = (np.diff(wanted) - 1) * self.row_bytes > _COALESCE_BYTES
         # A long run is cut too: it would have the whole matrix in memory.
         cut = np.diff(wanted // max(1, _RUN_BYTES // self.row_bytes)) > 0
         cut |= np.diff(self._part_of(wanted)) > 0
-        runs = np.split(missing, np.flatnonzero(far | cut) + 1)
+        runs = np.split(np.arange(len(wanted)), np.flatnonzero(far | cut) + 1)
         if len(runs) > 1:  # asked for one behind the other, each would wait for the drive
             for run in runs:
-                self._expect(int(unique[run[0]]), int(unique[run[-1]]))
+                self._expect(int(wanted[run[0]]), int(wanted[run[-1]]))
         for run in runs:
-            first, last = int(unique[run[0]]), int(unique[run[-1]])
+            first, last = int(wanted[run[0]]), int(wanted[run[-1]])
             data = self._pread(first, last + 1 - first)
-            found[run] = data[unique[run] - first]
+            found[places[run]] = data[wanted[run] - first]
+
+    def _read_at_hand(
+        self, wanted: NDArray[np.int64], places: NDArray[np.int64], found: NDArray[np.uint8], at_once: int
+    ) -> list[int]:
+        """As `_read_missing`, those rows that are in the page cache; the indices of the others. A long prompt has ten
+        thousand rows: each goes to where it is wanted, with one call.
+        """
+        numbers = self._part_of(wanted)
+        offsets = np.array([part.offset for part in self._parts], np.int64)[numbers]
+        offsets += (wanted - self._first_rows[numbers]) * self.row_bytes
+        descriptors = np.array([part.descriptor for part in self._parts])[numbers]
+        starts = (places * self.row_bytes).tolist()
+        targets, row_bytes, preadv = found.reshape(-1).data, self.row_bytes, os.preadv
+        late = []
+        for index, (descriptor, offset, start) in enumerate(
+            zip(descriptors.tolist(), offsets.tolist(), starts, strict=True)
+        ):
+            try:
+                if preadv(descriptor, [targets[start : start + row_bytes]], offset, at_once) == row_bytes:
+                    continue
+            except OSError:  # not in memory, or the file system cannot tell, or the drive fails: seen when it is read
+                pass
+            late.append(index)
+            if len(late) == _MOST_NOT_AT_HAND:  # then it is not worth asking
+                late.extend(range(index + 1, len(wanted)))
+                break
+        return late
 
     def _place(self, first: int) -> tuple[_Part, int]:
         """The part that has row `first`, and the row's offset in its file."""

@@ -199,7 +199,7 @@ def test_a_full_sweep_has_its_pages_in_one_piece() -> None:
     # Half of what is spare is the most: more would leave too little to the weights.
     found = plan((manifest, facts), **gpu, max_batch_tokens=9000)
     assert found.kv is not None
-    assert 4000 < found.kv_tokens < 9000
+    assert 3500 < found.kv_tokens < 9000
     spare = 2 * GIB - (500 << 20) - found.activation_bytes
     assert 0.45 * spare < found.kv.gpu_pages * found.kv.page_bytes <= 0.5 * spare
 
@@ -218,10 +218,23 @@ def test_what_a_token_takes_is_what_was_measured() -> None:
     assert each(facts) == each(measured) == by_sizes  # on the CPU no less
     assert each(replace(facts, token_bytes=(1000, by_sizes))) == 1.25 * by_sizes
     gpu = {"gpu_memory_bytes": 4 * GIB, "gpu_context_bytes": 500 << 20}
-    assert each(measured, **gpu) == 1.25 * 1000
+    loose = 1.2  # the allocator's, where there is room
+    assert each(measured, **gpu) == loose * 1.25 * 1000
     # Attention to pages that are few at a time is merged in float32.
     on_disk = KVOnDisk(GIB, "")
-    assert each(measured, **gpu, kv_on_disk=on_disk) == 1.25 * 3000
+    assert each(measured, **gpu, kv_on_disk=on_disk) == loose * 1.25 * 3000
+
+
+def test_what_a_gpus_allocator_is_better_given_is_never_asked_for() -> None:
+    """A budget is refused for what cannot do without."""
+    manifest, facts = model(2, 1000, 1000)
+    facts = replace(facts, token_bytes=(100_000, 100_000))
+    options = {"memory_bytes": 16 * GIB, "gpu_context_bytes": 500 << 20, "max_batch_tokens": 4096}
+    with pytest.raises(BudgetError) as refused:
+        plan((manifest, facts), gpu_memory_bytes=600 << 20, **options)
+    tight = plan((manifest, facts), gpu_memory_bytes=least_of(refused.value), **options)
+    ample = plan((manifest, facts), gpu_memory_bytes=8 * GIB, **options)
+    assert ample.activation_bytes - tight.activation_bytes == pytest.approx(0.25 * 4096 * 100_000, rel=0.05)
 
 
 def test_what_the_gpu_has_no_room_for_is_kept_in_ram() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from pipo_ray.errors import InputError, StoreError
 from pipo_ray.store.manifest import FORMAT_VERSION, Manifest, StoredBlock, StoredTensor
@@ -50,11 +50,13 @@ def test_as_indexing(reader: RowReader, rows: list[int]) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(first row, number of rows) of every read."""
+    """(first row, number of rows) of every read, as if nothing were in the page cache."""
     seen: list[tuple[int, int]] = []
     original = os.preadv
 
-    def count(descriptor: int, buffers: list[NDArray[np.uint8]], offset: int) -> int:
+    def count(descriptor: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
         seen.append(((offset - 4096) // 48, len(memoryview(buffers[0])) // 48))
         return original(descriptor, buffers, offset)
 
@@ -67,7 +69,7 @@ def test_rows_are_read_once(store: tuple[Path, Manifest], reads: list[tuple[int,
     reader.read(np.array([5, 5, 5]))
     reader.read(np.array([5]))
     assert reads == [(5, 1)]
-    reader.read(np.arange(100, 110))  # pushes row 5 out
+    reader.read(np.arange(100, 110))  # as many as are kept: pushes row 5 out
     reader.read(np.array([5]))
     assert reads == [(5, 1), (100, 10), (5, 1)]
 
@@ -82,6 +84,56 @@ def test_neighbours_are_read_together(
     reads.clear()
     RowReader(*store, "embed").read(np.arange(ROWS))
     assert reads == [(0, 100), (100, 100), (200, 100)]
+
+
+def test_each_row_in_the_page_cache_is_read_alone(
+    store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are, some are read in part, some are not."""
+    calls: list[tuple[int, int]] = []
+    original = os.preadv
+
+    def some(descriptor: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+        row = (offset - 4096) // 48
+        calls.append((row, len(memoryview(buffers[0])) // 48 * (-1 if flags else 1)))
+        if flags and row % 3 == 1:
+            raise BlockingIOError
+        if flags and row % 3 == 2:
+            return 7
+        return original(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", some)
+    monkeypatch.setattr("pipo_ray.store.rows._COALESCE_BYTES", 0)
+    wanted = np.array([31, 9, 6, 7, 9, 31, 200, 6])
+    read = RowReader(*store, "embed", cache_bytes=2 * 48).read(wanted)
+    assert np.array_equal(read.view(np.uint16), MATRIX[wanted])
+    assert calls == [(6, -1), (7, -1), (9, -1), (31, -1), (200, -1), (7, 1), (31, 1), (200, 1)]
+
+
+def test_a_long_prompt_leaves_the_cache_alone(store: tuple[Path, Manifest], reads: list[tuple[int, int]]) -> None:
+    reader = RowReader(*store, "embed", cache_bytes=4 * 48)
+    reader.read(np.array([5]))
+    reader.read(np.arange(100, 110))
+    reader.read(np.array([5]))
+    assert reads == [(5, 1), (100, 10)]
+
+
+def test_asking_for_what_is_not_in_memory_ends(store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    original = os.preadv
+
+    def cold(descriptor: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+        nonlocal asked
+        if flags:
+            asked += 1
+            raise BlockingIOError
+        return original(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cold)
+    monkeypatch.setattr("pipo_ray.store.rows._MOST_NOT_AT_HAND", 3)
+    read = RowReader(*store, "embed").read(np.arange(0, 100, 2))
+    assert np.array_equal(read.view(np.uint16), MATRIX[0:100:2])
+    assert asked == 3
 
 
 @pytest.mark.parametrize("row", [-1, ROWS, 2**40])
