@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipo_ray.cli.options import add_model_options, engine_arguments, find_folder, open_llm
-from pipo_ray.cli.terminal import Output, counting_bar, say
+from pipo_ray.cli.options import add_model_options, engine_arguments, find_folder, open_llm, writable
+from pipo_ray.cli.terminal import Output, counting_bar, progress_bar, say
 from pipo_ray.errors import InputError
 from pipo_ray.quant.calibration_text import CalibrationText, can_calibrate
 from pipo_ray.quant.policy import Precision
 from pipo_ray.quant.target import AUTO, Target
+from pipo_ray.report.labels import spread_labels
 from pipo_ray.session.memory import format_size
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 ORIGINAL = "16bit"
 _DEFAULT = "int8,int4-g32,int4"
 _WINDOW = 1024
+_PICTURES = (".png", ".svg")
+_LABEL_POINTS = 8
 _TEXT = Path(__file__).parents[1] / "bundled" / "heldout.txt"
 
 
@@ -107,7 +110,8 @@ def _variants(precisions: list[str], auto: dict[str, str], calibrate: bool | str
         variants[precision] = {"precision": precision, **(auto if precision == AUTO else {})}
         if precision == AUTO:
             continue
-        if calibrate is not False and can_calibrate(Precision.parse(precision)):
+        policy = Precision.parse(precision)
+        if calibrate is not False and can_calibrate(policy):
             variants[f"{precision} calibrated"] = {"precision": precision, "calibrate": calibrate}
     if calibrate is not False:
         CalibrationText.load(None if calibrate is True else calibrate)  # what is wrong with it is known at once
@@ -127,6 +131,7 @@ def _measure(
     from pipo_ray.prepare import cache_folder
     from pipo_ray.report.quality import LogitsFile, Quality, windows_of
 
+    _prepare(model, arguments, [{"precision": ORIGINAL}, *variants.values()])
     with open_llm(model, {**arguments, "precision": ORIGINAL}) as llm:
         ids, whole = llm.encode(text, add_special_tokens=False), llm.encode(text)
         prefix = whole[: whole.index(ids[0])] if ids and ids[0] in whole else []  # what begins a text
@@ -142,6 +147,21 @@ def _measure(
         with open_llm(model, {**arguments, **variant}) as llm:
             rows.append(_compare(llm, windows, kept, label))
     return rows
+
+
+def _prepare(model: str, arguments: dict[str, Any], variants: list[dict[str, Any]]) -> None:
+    """Pack what is compared before anything is measured: what is wrong with a policy for this model is known then."""
+    from pipo_ray.budgets import memory_budget
+    from pipo_ray.prepare import prepare_store
+
+    memory, _ = memory_budget(arguments.get("memory"))
+    for variant in variants:
+        target = Target.parse(variant["precision"], variant.get("max_loss"), variant.get("max_size"))
+        with progress_bar() as progress:
+            prepare_store(
+                model, dtype=arguments["dtype"], precision=variant["precision"], target=target, on_progress=progress,
+                calibrate=variant.get("calibrate", False), memory=memory,
+            )  # fmt: skip
 
 
 def _compare(llm: LLM, windows: list[list[int]], kept: LogitsFile, precision: str) -> Row:
@@ -180,8 +200,9 @@ def _can_plot() -> bool:
 def _require_plotting(picture: Path) -> None:
     if not _can_plot():
         raise InputError("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
-    if not picture.absolute().parent.is_dir():
-        raise InputError(f"--picture {picture}: there is no folder {picture.absolute().parent}; make it")
+    if picture.suffix.lower() not in _PICTURES:
+        raise InputError(f"--picture {picture}: its name must end in {' or '.join(_PICTURES)}, which can be drawn")
+    writable(picture, "--picture")
 
 
 def _print(rows: list[Row]) -> None:
@@ -214,15 +235,41 @@ def _draw(rows: list[Row], picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
-    for row in rows:
-        more = 100 * row.figures(rows[0])["perplexity_increase"]
-        panel.plot(row.nbytes / 2**30, more, "o")
-        panel.annotate(row.precision, (row.nbytes / 2**30, more), textcoords="offset points", xytext=(5, 5))
-    panel.set_xlabel("weights, GiB")
+    unit, unit_bytes = ("GiB", 2**30) if rows[0].nbytes >= 2**30 else ("MiB", 2**20)
+    at = [(row.nbytes / unit_bytes, 100 * row.figures(rows[0])["perplexity_increase"]) for row in rows]
+    for x, y in at:
+        panel.plot(x, y, "o")
+    panel.set_xlabel(f"weights, {unit}")
     panel.set_ylabel("perplexity, % more")
     panel.set_xlim(left=0)
+    panel.margins(y=0.1)
     panel.grid(alpha=0.3)
+    figure.draw_without_rendering()  # only now it is known where everything is
+    figure.set_layout_engine("none")
+    _label(panel, at, [row.precision for row in rows])
     try:
         figure.savefig(picture)
     except (OSError, ValueError) as error:
         raise InputError(f"--picture {picture} cannot be written: {error}; choose another name") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _label(panel: Any, at: list[tuple[float, float]], texts: list[str]) -> None:
+    """A label near each point of a panel whose place in its figure is settled, with a line to it."""
+    figure = panel.figure
+    scale = 72 / figure.dpi
+    frame = panel.get_window_extent()
+    points = [(x * scale, y * scale) for x, y in panel.transData.transform(at).tolist()]
+    sizes = []
+    for text in texts:
+        label = figure.text(0, 0, text, fontsize=_LABEL_POINTS, va="bottom")
+        box = label.get_window_extent()
+        sizes.append((box.width * scale, box.height * scale))
+        label.remove()
+    corners = spread_labels(points, sizes, ((frame.x0 * scale, frame.y0 * scale), (frame.x1 * scale, frame.y1 * scale)))
+    line = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3}
+    for text, point, corner in zip(texts, at, corners, strict=True):
+        panel.annotate(
+            text, point, corner, textcoords="figure points", fontsize=_LABEL_POINTS, va="bottom", arrowprops=line
+        )

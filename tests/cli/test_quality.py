@@ -9,7 +9,10 @@ import pytest
 
 from cli.fake_llm import FakeLLM
 from pipo_ray.cli.main import main
-from pipo_ray.cli.quality import _variants
+from pipo_ray.cli.quality import Row, _draw, _variants
+from pipo_ray.errors import InputError
+from pipo_ray.quant.target import Target
+from pipo_ray.report.quality import Quality
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,12 @@ from pipo_ray.cli.quality import _variants
         (["--tokens", "0"], "--tokens 0 is below 1"),
         (["--precision", "16bit"], "--precision names nothing to compare with"),
         (["--picture", "nowhere/p.png"], "--picture nowhere/p.png: there is no folder"),
+        (["--picture", "p.txt"], "--picture p.txt: its name must end in .png or .svg"),
+        (["--picture", "p"], "--picture p: its name must end in .png or .svg"),
+        (["--picture", "/proc/p.png"], "--picture /proc/p.png cannot be written: "),
+        (["--precision", "int8,bogus"], "precision 'bogus' is not known; known are 16bit, "),
+        (["--precision", "int4-g48"], "groups of 48 columns, supported are 32, 64, 128"),
+        (["--precision", "int8,nowhere.json"], "precision policy nowhere.json cannot be read"),
         (["--precision", "int8,auto"], "--precision auto wants one target"),
         (["--max-loss", "1%"], "--max-loss is a target of --precision auto"),
         (["--calibrate", "/nowhere.txt", "--tokens", "9"], "calibration text /nowhere.txt cannot be read"),
@@ -45,6 +54,50 @@ def test_a_text_that_is_none(fake_llm: type[FakeLLM], tmp_path: Path, capsys: py
     file.write_bytes(b"caf\xe9")
     assert main(["quality", ".", "--text", str(file)]) == 2
     assert "is not UTF-8 (byte 3); convert it" in capsys.readouterr().err
+
+
+def test_what_cannot_be_packed_is_said_before_the_original_is_run(
+    fake_llm: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a rule that matches nothing: everything is packed first."""
+    (tmp_path / "config.json").write_text("{}")
+    asked: list[dict[str, object]] = []
+
+    def prepare_store(model: str, **arguments: object) -> None:
+        asked.append(arguments)
+        if arguments["precision"] == "int4-g32":
+            raise InputError("this one cannot be")
+
+    monkeypatch.setattr("pipo_ray.prepare.prepare_store", prepare_store)
+    more = ["--precision", "int4,auto,int4-g32", "--max-loss", "1%", "--calibrate", "--memory", "1GiB"]
+    assert main(["quality", str(tmp_path), *more]) == 2
+    assert "this one cannot be" in capsys.readouterr().err
+    assert not fake_llm.made
+    assert [(one["precision"], one["calibrate"]) for one in asked] == [
+        ("16bit", False), ("int4", False), ("int4", True), ("auto", False), ("int4-g32", False),
+    ]  # fmt: skip
+    assert asked[3]["target"] == Target(max_loss=0.01)
+    assert {one["memory"] for one in asked} == {1 << 30}
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.svg"])
+def test_labels_of_a_picture_can_be_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of points that lie together, as drawn: none covers another, or leaves the picture."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import text
+
+    labels = ["int4-g32", "int4-g32 calibrated", "int4-g32-sym", "int4", "int8", "16bit"]
+    rows = [Row(one, 5000 + 3 * n, Quality(4.0 + n / 50, 0.1, 50, 100)) for n, one in enumerate(labels)]
+    boxes = {}
+    monkeypatch.setattr(text.Annotation, "draw", lambda self, renderer: boxes.update(
+        {self.get_text(): (text.Text.get_window_extent(self, renderer), self.figure.bbox)}
+    ))  # fmt: skip
+    _draw(rows, tmp_path / name)
+    assert list(boxes) == labels
+    for label, (box, figure) in boxes.items():
+        assert not [other for other, (there, _) in boxes.items() if other != label and box.overlaps(there)]
+        assert figure.x0 <= box.x0 < box.x1 <= figure.x1
+        assert figure.y0 <= box.y0 < box.y1 <= figure.y1
 
 
 def test_a_picture_without_what_draws_it(
