@@ -10,7 +10,8 @@ Stage 3 without an optimizer. transformers loads the model into RAM, and DeepSpe
 the budget transformers' own integration, which makes every module on the GPU and parts it there, runs out of memory
 (`--integrated` shows it). Parameters are fetched on a stream of their own
 ahead of their use, `--prefetch-matrices` of the largest matrices at a time; those that fit stay on the GPU, up to
-`stage3_model_persistence_threshold`, in the order of use. From disk: `--nvme-folder` must have room for the weights.
+`stage3_model_persistence_threshold`, in the order of use, and take twice their size there. What a placement that ran out
+of memory took is never given back, so that all further ones fail, too: begin with less, by `--resident`. From disk: `--nvme-folder` must have room for the weights.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class DeepSpeedZero:
 
         self._close()
         Init.num_persisted_parameters = Init.num_persisted_elements = 0
-        config = self._config(max(0, resident_bytes) // 2)
+        # What stays is on the GPU twice: as its partition, and gathered.
+        config = self._config(max(0, resident_bytes) // 4)
         if self._integrated:
             self._integration = HfDeepSpeedConfig(config)  # `from_pretrained` looks for it
         model = AutoModelForCausalLM.from_pretrained(self._options.checkpoint, dtype=torch.bfloat16).eval()
