@@ -8,10 +8,11 @@ must lead to libaio):
 
 Stage 3 without an optimizer. transformers loads the model into RAM, and DeepSpeed parts it from there, because within
 the budget transformers' own integration, which makes every module on the GPU and parts it there, runs out of memory
-(`--integrated` shows it). Parameters are fetched on a stream of their own
-ahead of their use, `--prefetch-matrices` of the largest matrices at a time; those that fit stay on the GPU, up to
-`stage3_model_persistence_threshold`, in the order of use, and take twice their size there. What a placement that ran out
-of memory took is never given back, so that all further ones fail, too: begin with less, by `--resident`. From disk: `--nvme-folder` must have room for the weights.
+(`--integrated` shows it). Parameters are fetched on a stream of their own ahead of their use, `--prefetch-matrices` of
+the largest matrices at a time, and as far ahead as `stage3_max_live_parameters` lets it, which is what is planned for
+them; those that fit stay on the GPU, up to `stage3_model_persistence_threshold`, in the order of use, and take twice
+their size there. What a placement that ran out of memory took is never given back, so that all further ones fail, too:
+begin with less then, by `--resident`. From disk: `--nvme-folder` must have room for the weights.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class DeepSpeedZero:
                 "contiguous_gradients": False,
                 "offload_param": offload,
                 "stage3_prefetch_bucket_size": self._prefetch,
-                "stage3_max_live_parameters": everything,
+                "stage3_max_live_parameters": self.in_flight_bytes // 2,
                 "stage3_max_reuse_distance": 0,
                 "stage3_param_persistence_threshold": everything,
                 "stage3_model_persistence_threshold": persistent,
