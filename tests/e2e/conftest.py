@@ -7,10 +7,25 @@ from pathlib import Path
 import pytest
 from pipeline.failing_drive import FailingDrive, build_failing_drive
 
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.prepare import prepare_store
 
 from .checkpoints import BYTES_LLAMA, make_checkpoint
 from .drive_runs import tokens, undisturbed
+
+
+@pytest.fixture(scope="module")
+def mode(request: pytest.FixtureRequest) -> Mode:
+    """What asks for it is tested in both modes; in memory-saver it is slow, unless it is marked `both_modes`."""
+    chosen: Mode = request.param
+    return chosen
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "mode" in metafunc.fixturenames:
+        marked = any(mark.name == "both_modes" for mark in metafunc.definition.iter_markers())
+        saver = pytest.param("memory-saver", marks=() if marked else pytest.mark.slow)
+        metafunc.parametrize("mode", ["performance", saver], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")

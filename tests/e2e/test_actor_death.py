@@ -19,6 +19,7 @@ import pytest
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.pipeline.roll import ACTORS, WINDOW_S
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.session import processes
 
 from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
@@ -43,9 +44,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llm(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def llm(checkpoint: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     trace = tmp_path_factory.mktemp("trace") / "trace.json"
-    with LLM(checkpoint, memory="3GiB", weight_memory="450KiB", ray_address="local", trace=trace) as llm:
+    with LLM(checkpoint, memory="3GiB", weight_memory="450KiB", ray_address="local", trace=trace, mode=mode) as llm:
         footprint = Footprint(llm._session.path, os.getpid())
         yield llm
         footprint.note()

@@ -12,6 +12,7 @@ import pytest
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import InputError
+from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import BYTES_LLAMA, EOS, VOCAB_SIZE, make_checkpoint, prompts_of, reference_greedy, reference_logits
 from .footprint import Footprint, wait_until_gone
@@ -24,21 +25,22 @@ SAMPLED = SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True
 PROMPTS = prompts_of((3, 41, 11, 1), VOCAB_SIZE)
 
 
-def start(folder: Path, weight_memory: str = "450KiB", *, trace: Path | None = None, tokens: int = 512) -> LLM:
-    return LLM(
-        folder, memory="3GiB", weight_memory=weight_memory, ray_address="local", trace=trace, max_batch_tokens=tokens
-    )
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("e2e") / "bytes-llama", BYTES_LLAMA, tokenizer=True)
 
 
 @pytest.fixture(scope="module")
-def llm(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def llm(checkpoint: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     trace = tmp_path_factory.mktemp("trace") / "trace.json"
-    with start(checkpoint, trace=trace, tokens=MAX_BATCH_TOKENS) as llm:
+    with LLM(
+        checkpoint, memory="3GiB", weight_memory="450KiB", ray_address="local", trace=trace,
+        max_batch_tokens=MAX_BATCH_TOKENS, mode=mode,
+    ) as llm:  # fmt: skip
+        # Small as the model is, either mode moves it in its own way.
+        setup = llm._stage._setup
+        assert setup.read_threads == (4 if mode == "performance" else 6)
+        assert (setup.placement.num_slots > 6) == (mode == "memory-saver")
         footprint = Footprint(llm._session.path, 0)
         assert len(footprint.processes) >= 7  # gcs_server, raylet, watcher, four actors
         assert footprint.mappings
@@ -70,6 +72,7 @@ def alone(checkpoint: Path) -> list[list[int]]:
 # --- the same text as transformers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.both_modes
 def test_a_batch_of_different_lengths_is_each_prompt_alone(llm: LLM, alone: list[list[int]]) -> None:
     before = llm.report()
     outputs = llm.generate(PROMPTS, GREEDY)
@@ -105,6 +108,7 @@ def test_a_prompt_longer_than_a_sweep_goes_in_chunks(llm: LLM, checkpoint: Path)
     assert max(event.labels["tokens"] for event in sweeps) == MAX_BATCH_TOKENS
 
 
+@pytest.mark.both_modes
 def test_score_is_transformers_logits(llm: LLM, checkpoint: Path) -> None:
     for prompt, logits in zip(PROMPTS, llm.score(PROMPTS), strict=True):
         expected = reference_logits(checkpoint, prompt)

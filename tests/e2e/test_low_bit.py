@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import pipo_ray.bundled
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.cli.main import main
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.prepare import prepare_store
 from pipo_ray.quant.codec import read_rows, views_of
 from pipo_ray.quant.rounding import values_of
@@ -39,10 +40,12 @@ def reference(store: Path, manifest) -> torch.nn.Module:  # type: ignore[no-unty
 @pytest.mark.parametrize(
     "precision, weight_memory", [("int4", "1500KiB"), pytest.param("int8", "2500KiB", marks=pytest.mark.slow)]
 )
-def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight_memory: str) -> None:
+def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight_memory: str, mode: Mode) -> None:
     prepared = prepare_store(BUNDLED, precision=precision)
     model = reference(prepared.folder, prepared.manifest)
-    with LLM(BUNDLED, precision=precision, memory="3GiB", weight_memory=weight_memory, ray_address="local") as llm:
+    with LLM(
+        BUNDLED, precision=precision, memory="3GiB", weight_memory=weight_memory, ray_address="local", mode=mode
+    ) as llm:
         assert any(line.startswith("precision: 57 in int") for line in llm.describe())
         (output,) = llm.generate([PROMPT], SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True))
         tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]

@@ -10,6 +10,7 @@ import pytest
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import InputError
+from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import make_checkpoint, prompts_of, reference_greedy, reference_logits, vocab_size
 from .footprint import Footprint, wait_until_gone
@@ -21,11 +22,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 @pytest.mark.parametrize(("slug", "weight_memory"), [
     ("qwen3-next", "250KiB"), pytest.param("mixtral", "500KiB", marks=pytest.mark.slow)
 ])  # fmt: skip
-def test_other_architectures_without_a_tokenizer(slug: str, weight_memory: str, tmp_path: Path) -> None:
+def test_other_architectures_without_a_tokenizer(slug: str, weight_memory: str, mode: Mode, tmp_path: Path) -> None:
     """One that may not share a row, with experts and a state instead of a cache, and a mixture of experts that may."""
     folder = make_checkpoint(tmp_path / slug, slug)
     prompts = prompts_of((2, 17, 9), vocab_size(folder))
-    with LLM(folder, memory="3GiB", weight_memory=weight_memory, ray_address="local") as llm:
+    with LLM(folder, memory="3GiB", weight_memory=weight_memory, ray_address="local", mode=mode) as llm:
         footprint = Footprint(llm._session.path, 0)
         outputs = llm.generate([prompts[0], {"prompt_token_ids": prompts[1]}, prompts[2]], GREEDY)
         report = llm.report()

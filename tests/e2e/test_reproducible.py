@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipo_ray import LLM, SamplingParams
+from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
 
 COMMON = {"max_tokens": 16, "ignore_eos": True, "logprobs": 2}
 
 
-def test_bf16_repeats_itself_where_the_sweeps_are_the_same(tmp_path: Path) -> None:
+def test_bf16_repeats_itself_where_the_sweeps_are_the_same(mode: Mode, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", BYTES_LLAMA)
     prompts = prompts_of((3, 41, 11, 1), VOCAB_SIZE)
     params = [
@@ -22,6 +23,7 @@ def test_bf16_repeats_itself_where_the_sweeps_are_the_same(tmp_path: Path) -> No
     ]
     with LLM(
         folder, dtype="bfloat16", memory="3GiB", weight_memory="250KiB", ray_address="local", max_batch_tokens=16,
+        mode=mode,
         prefix_cache=False,  # the second time there would be less to compute, in other sweeps
     ) as llm:  # fmt: skip
         first, second = llm.generate(prompts, params), llm.generate(prompts, sampling_params=params)
