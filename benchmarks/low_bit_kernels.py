@@ -6,12 +6,12 @@ How to run (about two minutes; a few seconds with --quick):
 
 Weights [14336, 4096] (of a feed-forward layer of Llama-3-8B; --quick: [2048, 2048]) times 1 to 512 rows of input. So
 many weights in turn that none is in the cache. In each round one after the other: every kernel of int4 in groups of 64
-and of int8 (`packed` is torch's low-bit kernel; `compiled` is the project's own, where the processor has what it needs;
-`native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product), what the measured profile chooses,
-bf16 as a run would multiply it, and a plain read of 128 MiB with as many threads. Medians over the rounds; GB/s counts
-the bytes of weights with scales and zeros, and the share of the memory's bandwidth is that over the plain read in the
-same rounds. Then torch's int4 kernel at one row with panels of up to 1 to 16 MiB: what a smaller panel costs in
-starting threads.
+and of int8 (`packed` is torch's low-bit kernel; `compiled` and `blocks` are the project's own, where the processor has
+what they need; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product), what the measured
+profile chooses, bf16 as a run would multiply it, and a plain read of 128 MiB with as many threads. Medians over the
+rounds; GB/s counts the bytes of weights with scales and zeros, and the share of the memory's bandwidth is that over the
+plain read in the same rounds. Then torch's int4 kernel at one row with panels of up to 1 to 16 MiB: what a smaller
+panel costs in starting threads.
 
 --clock processor counts seconds of processor time over the number of threads instead of seconds on the wall: for a
 machine on which something else is running. It leaves out what threads wait for each other, so the last table needs
@@ -36,7 +36,7 @@ from cpu_compute import seconds
 
 from pipo_ray.model.cpu_linear import CpuProducts, measure_profile
 from pipo_ray.model.kernel_profile import KERNELS
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_int4, layout_of, measure_low_bit
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import PANEL_BYTES, divide, machine_layout
 
@@ -63,7 +63,7 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
     """One entry per number of rows and kind of product: median seconds, bytes of the weight, floating point operations
     per second.
     """
-    machine, compiled = machine_layout(), compiled_int4()
+    machine, compiled = machine_layout(), compiled_low_bit()
     low_bit = measure_low_bit(["int4", "int8"], compiled)
     plain = torch.ones(_UNCACHED_BYTES // 8, dtype=torch.int64)
     sixteen = CpuProducts(measure_profile(torch.bfloat16))

@@ -146,7 +146,7 @@ class ComputeEngine:
             notes.append(_unpacked_note(low_bit.obstacle))
         self.notes = tuple(notes)
         attention = layers = None
-        if low_bit is not None and low_bit.compiles:  # where int4 weights have brought a compiler along
+        if low_bit is not None and low_bit.compiles:  # where low-bit weights have brought a compiler along
             attention = CompiledAttention(code_folder)
             layers = CompiledLayers(graph, low_bit, attention, code_folder)
         binder = Binder(

@@ -1,9 +1,9 @@
 """Products with low-bit weights, panel by panel, out of the memory that they were read into.
 
-Where the processor has what it takes, a kernel of our own multiplies int4 weights (`pipo_ray/compiled`): few rows of
-inputs at the memory's bandwidth, many at the processor's. Otherwise torch's kernel takes few rows; for many it computes
-at less than half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache,
-and multiplied by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
+Where the processor has what it takes, kernels of our own multiply (`pipo_ray/compiled`): few rows of inputs at the
+memory's bandwidth, many at the processor's. Otherwise torch's kernel takes few rows; for many it computes at less than
+half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache, and multiplied
+by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
 
 On a CUDA device Triton's kernels multiply (`pipo_ray/triton_kernels`), or torch's product behind several operations
 that unpack, where those cannot be had.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.products import CompiledInt4
 from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
@@ -36,6 +37,7 @@ ACTIVATIONS = torch.bfloat16
 RowsProduct = Callable[[torch.Tensor], torch.Tensor]
 """Inputs bf16 [n, columns] in, products bf16 [n, rows] out."""
 
+_OWN: frozenset[Kernel] = frozenset({"compiled", "blocks"})
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
@@ -51,7 +53,7 @@ class LowBitProducts:
     Takes 7 MiB for unpacked weights (6.5 bytes for each of 64 rows' weights if a row has more than 16,384), and what a
     product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
     rows there are. Elsewhere than on the CPU all are: `profile` is not asked then. Without `compiled` there is no
-    kernel of that name.
+    kernel of our own.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class LowBitProducts:
         profile: KernelProfile,
         machine: str,
         device: torch.device | None = None,
-        compiled: CompiledInt4 | None = None,
+        compiled: CompiledLowBit | None = None,
         triton: TritonProducts | None = None,
         obstacle: str | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class LowBitProducts:
         """On the CPU, with the profile in `file`; measured (and written there) if there is none for these layouts and
         this number of threads. It takes 0.15 s for each of them. Machine code is kept in `code_folder`.
         """
-        compiled = compiled_int4(code_folder) if "int4" in layouts else None
+        compiled = compiled_low_bit(code_folder)
         profile = kept_profile(file, layouts, lambda: measure_low_bit(layouts, compiled))
         return cls(profile, machine_layout(), compiled=compiled)
 
@@ -85,10 +87,12 @@ class LowBitProducts:
 
     def compiled_for(self, panels: Panels, num_rows: int) -> CompiledInt4 | None:
         """What multiplies one row of inputs with `num_rows` rows in such panels, if that is our own kernel."""
-        return self._compiled if self._kernel(1, panels, num_rows) == "compiled" else None
+        if self._compiled is None or self._kernel(1, panels, num_rows) != "compiled":
+            return None
+        return self._compiled.int4
 
     def stay_awake(self, on: bool) -> None:
-        """Whether all weights stay where they are; see `CompiledInt4.stay_awake`."""
+        """Whether all weights stay where they are; see `CompiledLowBit.stay_awake`."""
         if self._compiled is not None:
             self._compiled.stay_awake(on)
 
@@ -141,7 +145,7 @@ class LowBitProducts:
         kernel = self._kernel(num_inputs, panels, num_rows)
         if self._triton is not None:
             return self._triton.product(memory, panels, num_rows, num_inputs, kernel)
-        if kernel == "compiled":
+        if kernel in _OWN:
             assert self._compiled is not None  # `_choose`
             return self._compiled.product(memory, panels, num_rows, num_inputs)
         if kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
@@ -189,8 +193,8 @@ class LowBitProducts:
         if not num_inputs or self._device.type != "cpu":
             return "native"
         without: set[Kernel] = set() if panels.layout in (self._machine, INT8_LAYOUT) else {"packed"}
-        if self._compiled is None or panels.layout != LAYOUT:
-            without.add("compiled")
+        if self._compiled is None or panels.layout not in (LAYOUT, INT8_LAYOUT):
+            without |= _OWN
         layout = layout_of(panels.low_bit)
         return self._profile.choose(layout, num_inputs, panels.panel_rows * panels.columns, without)
 
@@ -254,9 +258,9 @@ def kept_profile(file: Path | None, layouts: Collection[Layout], measure: Callab
     return profile
 
 
-def compiled_int4(code_folder: Path | None = None) -> CompiledInt4 | None:
-    """Our own int4 products, None where they cannot be had (see `obstacle`)."""
-    return None if obstacle() else CompiledInt4(code_folder)
+def compiled_low_bit(code_folder: Path | None = None) -> CompiledLowBit | None:
+    """Our own low-bit products, None where they cannot be had (see `obstacle`)."""
+    return None if obstacle() else CompiledLowBit(code_folder)
 
 
 def layout_of(low_bit: LowBitFormat) -> Layout:
@@ -273,7 +277,7 @@ def always_low_bit(kernel: Kernel) -> KernelProfile:
     return KernelProfile("bfloat16", torch.get_num_threads(), costs)
 
 
-def measure_low_bit(layouts: Collection[Layout], compiled: CompiledInt4 | None = None) -> KernelProfile:
+def measure_low_bit(layouts: Collection[Layout], compiled: CompiledLowBit | None = None) -> KernelProfile:
     """Time every kernel of `layouts` on this machine with the number of threads that torch has now."""
     with torch.inference_mode():
         costs = {layout: _measure(layout, compiled) for layout in _LAYOUTS if layout in layouts}
@@ -283,8 +287,8 @@ def measure_low_bit(layouts: Collection[Layout], compiled: CompiledInt4 | None =
 _LAYOUTS: tuple[Layout, ...] = ("int4", "int8")
 
 
-def _measure(layout: Layout, compiled: CompiledInt4 | None) -> dict[Kernel, Cost]:
-    kernels = [kernel for kernel in KERNELS[layout] if kernel != "compiled" or compiled is not None]
+def _measure(layout: Layout, compiled: CompiledLowBit | None) -> dict[Kernel, Cost]:
+    kernels = [kernel for kernel in KERNELS[layout] if kernel not in _OWN or compiled is not None]
     machine = machine_layout()
     panels = divide(*_MEASURED_SHAPE, LowBitFormat.parse(layout), machine)
     small = divide(BLOCK_ROWS, panels.low_bit.columns_multiple, panels.low_bit, machine)
@@ -313,4 +317,4 @@ def _measure(layout: Layout, compiled: CompiledInt4 | None) -> dict[Kernel, Cost
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 
 
-__all__ = ["ACTIVATIONS", "LowBitProducts", "always_low_bit", "compiled_int4", "layout_of", "measure_low_bit"]
+__all__ = ["ACTIVATIONS", "LowBitProducts", "always_low_bit", "compiled_low_bit", "layout_of", "measure_low_bit"]

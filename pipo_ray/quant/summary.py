@@ -15,7 +15,7 @@ def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: 
     """Lines for the user; none for a store without low-bit weights, out of a checkpoint without any.
 
     With `layout`, the int4 layout of this machine, a line says so where the store has another one. With `obstacle`, why
-    our own int4 kernel cannot be compiled here, a line says which is used.
+    our own kernels cannot be compiled here, a line says which are used.
     """
     packed = [tensor.panels for block in manifest.blocks for tensor in block.tensors if tensor.panels is not None]
     source = describe_source(manifest)
@@ -50,8 +50,8 @@ def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: 
             f"int4 weights are stored for {others[0]} and this processor's kernel takes {layout}: they are unpacked "
             "for every product, which is exact and slower; pack the checkpoint again on this machine"
         )
-    elif layouts and obstacle is not None:
-        lines.append(f"int4 products are torch's, because {obstacle}: the kernel of our own would be faster")
+    elif obstacle is not None:
+        lines.append(f"low-bit products are torch's, because {obstacle}: kernels of our own would be faster")
     return lines
 
 

@@ -16,7 +16,7 @@ from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.compiled_layers import CompiledLayers
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_int4
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit
 from pipo_ray.quant.policy import Precision, Rule
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
@@ -47,7 +47,7 @@ def pack(architecture: Architecture, folder: Path, precision: Precision = INT4) 
 
 
 def pipeline(packed: PackedModel, **options: Any) -> Pipeline:
-    compiled = compiled_int4()
+    compiled = compiled_low_bit()
     low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled)
     return Pipeline(
         packed, resident_pieces=None, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True, chunk=None,
@@ -150,7 +150,7 @@ def test_weights_that_go_and_come_again_are_looked_for_anew(tmp_path: Path) -> N
 def test_where_weights_stream_nothing_is_compiled(tmp_path: Path) -> None:
     packed = pack(replace(TAKEN[0]), tmp_path)
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
-    low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled_int4())
+    low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled_low_bit())
     with Pipeline(packed, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True) as opened:
         logits(opened, tokens, 8)
         assert not layers_of(opened)._layers

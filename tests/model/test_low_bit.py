@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import pipo_ray.model.low_bit as low_bit_module
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.kernel_profile import Kernel, KernelProfile
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_int4, measure_low_bit
+from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
 from pipo_ray.quant.codec import read_rows, views_of, write_rows
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, Panels, divide, machine_layout
@@ -27,9 +27,8 @@ from pipo_ray.quant.policy import Precision, Rule
 from pipo_ray.quant.rounding import round_to_nearest, values_of
 
 NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
-KERNELS: tuple[Kernel, ...] = ("packed", "compiled", "native", "wide")
 BF16_STEP = 2.0**-8
-COMPILED = compiled_int4()
+COMPILED = compiled_low_bit()
 
 
 def packed(weight: torch.Tensor, panels: Panels) -> torch.Tensor:
@@ -49,16 +48,18 @@ def unpacked(memory: torch.Tensor, panels: Panels) -> torch.Tensor:
 
 @settings(max_examples=120)
 @given(
-    st.sampled_from(NAMES), st.sampled_from(sorted(INT4_LAYOUTS)), st.sampled_from(KERNELS),
+    st.sampled_from([(name, kernel) for name in NAMES for kernel in KERNELS[layout_of(LowBitFormat.parse(name))]]),
+    st.sampled_from(sorted(INT4_LAYOUTS)),
     st.integers(1, 300), st.integers(1, 24), st.one_of(st.tuples(st.integers(0, 70)), st.just((2, 3)), st.just(())),
     st.booleans(), st.sampled_from([1, 20_000, 1 << 20]), st.integers(0, 3),
     st.sampled_from(["plain", "transposed", "strided", "expanded"]), st.integers(0, 33), st.integers(0, 1 << 30),
 )  # fmt: skip
 def test_products_are_those_of_the_unpacked_weight(
-    name: str, layout: str, kernel: Kernel, rows: int, groups: int, leading: tuple[int, ...], with_bias: bool,
+    what: tuple[str, Kernel], layout: str, rows: int, groups: int, leading: tuple[int, ...], with_bias: bool,
     panel_bytes: int, offset: int, strides: str, start: int, seed: int,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
+    name, kernel = what
     low_bit = LowBitFormat.parse(name)
     panels = divide(rows, groups * low_bit.columns_multiple, low_bit, layout, panel_bytes)
     weight = torch.randn(rows, panels.columns, generator=generator) / 8
@@ -77,8 +78,8 @@ def test_products_are_those_of_the_unpacked_weight(
     exact, terms = inputs.double() @ values.T, inputs.double().abs() @ values.abs().T
     # The product, and the sum with a bias, are rounded to bf16; the native kernel rounds each weight (int4), or the
     # product before the scale (int8); and torch's int8 kernel multiplies with scales in another order.
-    steps = BF16_STEP * exact.abs() * (2 if low_bit.bits == 8 else 1)
-    if kernel == "native" or (kernel in ("packed", "compiled") and layout != machine_layout()):
+    steps = BF16_STEP * exact.abs() * (2 if low_bit.bits == 8 and kernel != "blocks" else 1)
+    if kernel == "native" or (low_bit.bits == 4 and kernel != "wide" and layout != machine_layout()):
         steps = steps + BF16_STEP / 2 * terms
     if bias is not None:
         exact = exact + bias.double()
@@ -126,22 +127,23 @@ def test_the_profile_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     saved = KernelProfile.load(file)
     assert saved is not None
     assert set(saved.costs) == {"int4"}
-    assert set(saved.costs["int4"]) == set(KERNELS) - (set() if COMPILED else {"compiled"})
+    assert set(saved.costs["int4"]) == set(KERNELS["int4"]) - (set() if COMPILED else {"compiled"})
     monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda layouts: pytest.fail("measured again"))
     LowBitProducts.for_run(["int4"], file)
     monkeypatch.setattr(low_bit_module, "measure_low_bit", measure_low_bit)
     LowBitProducts.for_run(["int8"], file)
-    assert "int8" in KernelProfile.load(file).costs  # type: ignore[union-attr]
+    measured = KernelProfile.load(file).costs["int8"]  # type: ignore[union-attr]
+    assert set(measured) == set(KERNELS["int8"]) - (set() if COMPILED else {"blocks"})
 
 
 def test_without_a_compiler_the_other_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1,))
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
     monkeypatch.setattr(low_bit_module, "obstacle", lambda: "llvmlite is not installed")
-    products = LowBitProducts.for_run(["int4"], tmp_path / "profile.json")
+    products = LowBitProducts.for_run(["int4", "int8"], tmp_path / "profile.json")
     saved = KernelProfile.load(tmp_path / "profile.json")
     assert saved is not None
-    assert set(saved.costs["int4"]) == set(KERNELS) - {"compiled"}
+    assert all(set(saved.costs[layout]) == {"packed", "native", "wide"} for layout in ("int4", "int8"))
     panels = divide(64, 64, LowBitFormat.parse("int4"), machine_layout())
     stored, inputs = packed(torch.randn(64, 64), panels), torch.randn(2, 64).bfloat16()
     exact = inputs.float() @ unpacked(stored, panels).T
@@ -183,18 +185,19 @@ LARGER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    "config, name",
-    [
-        ("LlamaConfig", "int4"),
-        ("LlamaConfig", "int8"),
-        ("OPTConfig", "int4-g32-sym"),
-        ("GPTNeoXConfig", "int4-g32"),
-        ("Qwen3MoeConfig", "int8"),
-        ("MixtralConfig", "int4"),
-    ],
-)
+FORMATS = {
+    "LlamaConfig": ("int4", "int8"), "OPTConfig": ("int4-g32-sym",), "GPTNeoXConfig": ("int4-g32",),
+    "Qwen3MoeConfig": ("int8",), "MixtralConfig": ("int4",),
+}  # fmt: skip
+CASES = [
+    (config, name, kernel)
+    for config, names in FORMATS.items()
+    for name in names
+    for kernel in KERNELS[layout_of(LowBitFormat.parse(name))]
+]
+
+
+@pytest.mark.parametrize("config, name, kernel", CASES)
 def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
     config: str, name: str, kernel: Kernel, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
