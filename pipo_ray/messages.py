@@ -79,7 +79,7 @@ class ComputeSetup:
     take its place; `code_folder` is where machine code is kept that was compiled for this processor. `kv` are the tiers
     of the KV cache, None: it is in the device's memory alone, which holds `kv_tokens`. `kv_bits` are the KV cache's
     bits per layer, if any has fewer than 16. With `kv_on_cpu` it is in RAM, where a GPU leaves attention to the
-    processor.
+    processor. With `tables_in_ram` all rows of what is looked up are kept.
     """
 
     facts: ModelFacts
@@ -94,6 +94,7 @@ class ComputeSetup:
     kv_tokens: int = 0
     kv_bits: tuple[int, ...] | None = None
     kv_on_cpu: bool = False
+    tables_in_ram: bool = False
 
 
 @dataclass(frozen=True)

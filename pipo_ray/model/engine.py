@@ -132,7 +132,7 @@ class ComputeEngine:
                     stored = manifest.aliases.get(name, name)
                     _, tensor = manifest.find(stored)
                     self._readers[stored] = (
-                        RowReader(setup.store, manifest, stored),
+                        RowReader(setup.store, manifest, stored, keep_all=compute.tables_in_ram),
                         TORCH_DTYPES[tensor.dtype],
                         tensor.shape,
                     )
@@ -317,8 +317,13 @@ class ComputeEngine:
         if self._lookup_checksums is not None:
             self._lookup_checksums.wait()
         reader, dtype, shape = self._readers[name]
-        rows = reader.read(host_values(ids))
-        return to_device(torch.from_numpy(rows).view(dtype).view(len(ids), *shape[1:]), self._device)
+        values = host_values(ids)
+        if reader.whole is not None:
+            reader.check(values)
+            rows = torch.from_numpy(reader.whole).index_select(0, torch.from_numpy(values))
+        else:
+            rows = torch.from_numpy(reader.read(values))
+        return to_device(rows.view(dtype).view(len(ids), *shape[1:]), self._device)
 
     def _following(self, step: SequenceStep) -> tuple[int, ...] | None:
         """The token that was chosen for the sequence last; None if it was the sequence's end, or is not known."""

@@ -28,6 +28,7 @@ from pipo_ray.plan.kv_pages import (
     ram_pages_for,
     sweep_pages,
 )
+from pipo_ray.plan.lookups import looked_up_bytes, lookups_line
 from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.plan.placement import (
@@ -76,7 +77,8 @@ class RunPlan:
     longest sequence in tokens that the activations are planned for, None where any length goes. `transfer` is how
     pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive;
     `low_bit_kv` says what a KV cache of fewer than 16 bits is; with `kv_on_cpu` all of it is in RAM beside a GPU, and
-    the processor attends.
+    the processor attends. With `tables_in_ram` the matrices whose rows are looked up are in RAM as a whole, counted in
+    `weight_bytes`.
     """
 
     sweep: SweepPlan
@@ -100,6 +102,7 @@ class RunPlan:
     kv_disk: KVDiskPlacement | None = None
     low_bit_kv: LowBitKV | None = None
     kv_on_cpu: bool = False
+    tables_in_ram: bool = False
 
     @property
     def kv_page_tokens(self) -> int:
@@ -237,7 +240,7 @@ def plan_run(
             f"{format_size(processes)}",
             f"model {format_size(manifest.total_bytes)}: "
             + (f"{format_size(streamed)} stream from the drive in every sweep" if streamed else "nothing has to stream")
-            + _looked_up_line(manifest),
+            + lookups_line(manifest),
             *(() if kv_disk is None else (kv_disk.describe(),)),
         ),
         kv_disk=kv_disk,
@@ -366,6 +369,8 @@ def _plan_gpu_run(
     in_ram = choose_residents(off_gpu, left)
     arenas, places = pack_arenas(sweep.pieces, in_ram)
     resident = sum(sweep.pieces[i].read_bytes for i in in_ram)
+    looked_up = looked_up_bytes(manifest, facts)
+    tables_in_ram = len(in_ram) == len(off_gpu) and resident + looked_up <= left
     gpu_resident = sum(sweep.pieces[i].read_bytes for i in on_gpu)
     kept = set(on_gpu) | set(in_ram)
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
@@ -375,7 +380,7 @@ def _plan_gpu_run(
         kv_tokens = kv.kv_tokens
     if kv_disk is not None:
         kv_tokens = kv_disk.kv_tokens
-    used = num_slots * slot_bytes + resident
+    used = num_slots * slot_bytes + resident + tables_in_ram * looked_up
     return RunPlan(
         sweep=sweep,
         placement=Placement(slot_bytes, num_slots, arenas, places, gpu_slots, tuple(on_gpu)),
@@ -394,7 +399,7 @@ def _plan_gpu_run(
         max_length=None if facts.chunked else max_batch_tokens,
         transfer=transfer,
         explanation=(
-            f"of it: weights {_weights_line(used, num_slots, slot_bytes, resident)}, "
+            f"of it: weights {_weights_line(used, num_slots, slot_bytes, used - num_slots * slot_bytes)}, "
             + (f"KV cache {format_size(kv_ram_bytes)}{_on_cpu_line(kv_on_cpu, kv_tokens)}, " if kv_ram_bytes else "")
             + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
@@ -407,13 +412,15 @@ def _plan_gpu_run(
             )
             + f"activations {format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
-            f"{format_size(streamed)} come from the drive in every sweep{_looked_up_line(manifest)}",
+            f"{format_size(streamed)} come from the drive in every sweep"
+            + lookups_line(manifest, looked_up if tables_in_ram else None),
             *(() if kv_disk is None else (kv_disk.describe(),)),
         ),
         kv=kv,
         kv_disk=kv_disk,
         low_bit_kv=low_bit_kv,
         kv_on_cpu=kv_on_cpu,
+        tables_in_ram=tables_in_ram,
     )
 
 
@@ -464,11 +471,6 @@ def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> 
     if not num_slots:
         return f"{format_size(used)} (all resident)"
     return f"{format_size(used)} ({num_slots} slots of {format_size(slot_bytes)}, {format_size(resident)} resident)"
-
-
-def _looked_up_line(manifest: Manifest) -> str:
-    looked_up = sum(block.nbytes for block in manifest.blocks if block.kind == "embedding")
-    return f"; of the embedding table ({format_size(looked_up)}) only the rows needed are read" if looked_up else ""
 
 
 def _wanted_kv_bytes(

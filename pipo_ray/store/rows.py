@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,19 @@ class _Part:
 class RowReader:
     """Rows of the 2-D tensor `tensor_name`, or of the one that it is an alias of, in parts or whole.
 
-    The rows used last are kept, `cache_bytes` of them. Numpy only, so that an actor without torch can have one; not
-    for use by several threads at once. Raises StoreError if the store has no such matrix or its file cannot be opened.
+    The rows used last are kept, `cache_bytes` of them; with `keep_all` all are, once a thread has read them, and
+    `whole` is not None any more. Numpy only, so that an actor without torch can have one; not for use by several threads at
+    once. Raises StoreError if the store has no such matrix or its file cannot be opened.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], manifest: Manifest, tensor_name: str, cache_bytes: int = 4 << 20
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        tensor_name: str,
+        cache_bytes: int = 4 << 20,
+        *,
+        keep_all: bool = False,
     ) -> None:
         try:
             found = manifest.find_parts(tensor_name)
@@ -60,6 +68,10 @@ class RowReader:
         self.dtype = tensor.dtype
         self.num_rows, self.num_columns = sum(part.shape[0] for _, part in found), tensor.shape[1]
         self.row_bytes = sum(part.nbytes for _, part in found) // self.num_rows if self.num_rows else 0
+        self.whole: NDArray[np.uint8] | None = None
+        """All rows, uint8 [num_rows, row_bytes], where they are kept."""
+        self._loading: threading.Thread | None = None
+        self._closed = False
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._capacity = min(self.num_rows, cache_bytes // self.row_bytes) if self.row_bytes else 0
         self._cache: NDArray[np.uint8] = np.empty((self._capacity, self.row_bytes), np.uint8)
@@ -73,6 +85,19 @@ class RowReader:
         except BaseException:
             self.close()
             raise
+        if keep_all:
+            self._loading = threading.Thread(target=self._load, name="embedding", daemon=True)
+            self._loading.start()
+
+    def check(self, rows: NDArray[np.int64]) -> None:
+        """Raise InputError for a row that does not exist."""
+        wrong = rows[(rows < 0) | (rows >= self.num_rows)]
+        if len(wrong):
+            raise InputError(
+                f"token id {wrong[0]} is out of range: {self.name} has rows 0 to {self.num_rows - 1}; check that "
+                "prompt and "
+                "tokenizer belong to this model"
+            )
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The rows' bytes: uint8 of shape (len(rows), row_bytes), in the order asked for, to be viewed as `dtype`.
@@ -81,13 +106,9 @@ class RowReader:
         too early.
         """
         rows = np.asarray(rows, np.int64).reshape(-1)
-        wrong = rows[(rows < 0) | (rows >= self.num_rows)]
-        if len(wrong):
-            raise InputError(
-                f"token id {wrong[0]} is out of range: {self.name} has rows 0 to {self.num_rows - 1}; check that "
-                "prompt and "
-                "tokenizer belong to this model"
-            )
+        self.check(rows)
+        if self.whole is not None:
+            return self.whole[rows]
         unique, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
         found: NDArray[np.uint8] = np.empty((len(rows), self.row_bytes), np.uint8)
         if not self.row_bytes:
@@ -103,6 +124,9 @@ class RowReader:
 
     def close(self) -> None:
         """Close the file."""
+        self._closed = True
+        if self._loading is not None:
+            self._loading.join()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -113,6 +137,23 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _load(self) -> None:
+        """Read all rows. What fails here fails again where the row is wanted, and is told then."""
+        whole: NDArray[np.uint8] = np.empty((self.num_rows, self.row_bytes), np.uint8)
+        at_once = max(1, _RUN_BYTES // max(1, self.row_bytes))
+        ends = [part.first_row for part in self._parts[1:]] + [self.num_rows]
+        with contextlib.suppress(DriveError, StoreError):
+            for part, end in zip(self._parts, ends, strict=True):
+                for first in range(part.first_row, end, at_once):
+                    if self._closed:
+                        return
+                    stop = min(first + at_once, end)
+                    whole[first:stop] = self._pread(first, stop - first)
+            for descriptor in self._descriptors.values():  # the page cache need not keep it, too
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.whole = whole
 
     def _open(self, path: Path) -> int:
         if path not in self._descriptors:
@@ -179,7 +220,7 @@ class RowReader:
             except OSError:  # not in memory, or the file system cannot tell, or the drive fails: seen when it is read
                 pass
             late.append(index)
-            if len(late) == _MOST_NOT_AT_HAND:  # then it is not worth asking
+            if len(late) >= _MOST_NOT_AT_HAND and 2 * len(late) > index:  # then it is not worth asking
                 late.extend(range(index + 1, len(wanted)))
                 break
         return late

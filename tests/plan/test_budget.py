@@ -225,6 +225,22 @@ def test_what_a_token_takes_is_what_was_measured() -> None:
     assert each(measured, **gpu, kv_on_disk=on_disk) == loose * 1.25 * 3000
 
 
+def test_the_embedding_is_in_ram_where_everything_else_is() -> None:
+    one = model(8, 1000, 1000)
+    gpu = {"gpu_memory_bytes": 600 << 20, "gpu_context_bytes": 500 << 20, "max_batch_tokens": 16}
+    ample = plan(one, **gpu, memory_bytes=16 * GIB)
+    assert ample.tables_in_ram
+    assert ample.streamed_bytes_per_sweep == 0
+    assert "the embedding table (3.8 MiB) is in RAM" in ample.explanation[2]
+    exact = plan(one, **gpu, memory_bytes=16 * GIB, weight_memory_bytes=ample.weight_bytes)
+    assert exact.tables_in_ram
+    assert exact.weight_bytes == ample.weight_bytes
+    short = plan(one, **gpu, memory_bytes=16 * GIB, weight_memory_bytes=ample.weight_bytes - 4096)
+    assert not short.tables_in_ram
+    assert short.streamed_bytes_per_sweep == 0
+    assert "of the embedding table (3.8 MiB) only the rows needed are read" in short.explanation[2]
+
+
 def test_what_a_gpus_allocator_is_better_given_is_never_asked_for() -> None:
     """A budget is refused for what cannot do without."""
     manifest, facts = model(2, 1000, 1000)

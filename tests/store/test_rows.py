@@ -118,6 +118,33 @@ def test_a_long_prompt_leaves_the_cache_alone(store: tuple[Path, Manifest], read
     assert reads == [(5, 1), (100, 10)]
 
 
+def test_all_rows_are_kept(
+    store: tuple[Path, Manifest], reads: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipo_ray.store.rows._RUN_BYTES", 100 * 48)
+    with RowReader(*store, "embed", keep_all=True) as reader:
+        assert reader._loading is not None
+        reader._loading.join()
+        assert reads == [(0, 100), (100, 100), (200, 100)]
+        assert reader.whole is not None
+        assert np.array_equal(reader.whole.view(np.uint16), MATRIX)
+        assert np.array_equal(reader.read(np.array([7, 3, 7])).view(np.uint16), MATRIX[[7, 3, 7]])
+        with pytest.raises(InputError, match="out of range"):
+            reader.read(np.array([ROWS]))
+    assert len(reads) == 3
+
+
+def test_what_cannot_be_kept_is_told_when_it_is_wanted(store: tuple[Path, Manifest], tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes((store[0] / "x.safetensors").read_bytes()[: 4096 + 100 * 48])
+    with RowReader(tmp_path, store[1], "embed", keep_all=True) as reader:
+        assert reader._loading is not None
+        reader._loading.join()
+        assert reader.whole is None
+        assert np.array_equal(reader.read(np.array([99])).view(np.uint16), MATRIX[[99]])
+        with pytest.raises(StoreError, match=r"x\.safetensors ends at byte"):
+            reader.read(np.array([200]))
+
+
 def test_asking_for_what_is_not_in_memory_ends(store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
     original = os.preadv
