@@ -47,6 +47,7 @@ from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit_choice import products_for
+from pipo_ray.model.row_staging import RowStaging
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.seen_tokens import SeenTokens
@@ -136,6 +137,7 @@ class ComputeEngine:
                         TORCH_DTYPES[tensor.dtype],
                         tensor.shape,
                     )
+        self._row_staging = RowStaging(self._device)
         products = None
         if self._device.type == "cpu" and dtype in HALF_DTYPES:
             file = Path(compute.kernel_profile) if compute.kernel_profile else None
@@ -320,10 +322,10 @@ class ComputeEngine:
         values = host_values(ids)
         if reader.whole is not None:
             reader.check(values)
-            rows = torch.from_numpy(reader.whole).index_select(0, torch.from_numpy(values))
+            rows = self._row_staging.gather(torch.from_numpy(reader.whole), torch.from_numpy(values))
         else:
-            rows = torch.from_numpy(reader.read(values))
-        return to_device(rows.view(dtype).view(len(ids), *shape[1:]), self._device)
+            rows = to_device(torch.from_numpy(reader.read(values)), self._device)
+        return rows.view(dtype).view(len(ids), *shape[1:])
 
     def _following(self, step: SequenceStep) -> tuple[int, ...] | None:
         """The token that was chosen for the sequence last; None if it was the sequence's end, or is not known."""

@@ -42,8 +42,8 @@ class RowReader:
     """Rows of the 2-D tensor `tensor_name`, or of the one that it is an alias of, in parts or whole.
 
     The rows used last are kept, `cache_bytes` of them; with `keep_all` all are, once a thread has read them, and
-    `whole` is not None any more. Numpy only, so that an actor without torch can have one; not for use by several threads at
-    once. Raises StoreError if the store has no such matrix or its file cannot be opened.
+    `whole` is not None any more. Numpy only, so that an actor without torch can have one; not for use by several
+    threads at once. Raises StoreError if the store has no such matrix or its file cannot be opened.
     """
 
     def __init__(
