@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the compute worker
 import torch
 import torch.nn.functional as F
 
-from pipo_ray.model.cpu_linear import CpuProducts, measure_profile
+from pipo_ray.model.cpu_linear import CpuProducts, compiled_bf16, measure_profile
 
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
 TORCH_ROWS = 64
@@ -53,8 +53,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str) -> dict[str, Any]:
     """One entry per number of rows."""
-    profile = measure_profile(torch.bfloat16)
-    products = CpuProducts(profile)
+    compiled = compiled_bf16()
+    profile = measure_profile(torch.bfloat16, compiled)
+    products = CpuProducts(profile, compiled)
     weights = [(torch.randn(shape) * 0.02).bfloat16() for _ in range(4)]
     bound = [products.bind(weight) for weight in weights]
     wide = weights[0].float()
@@ -113,7 +114,7 @@ def main() -> None:
         f"weights {shape[0]} x {shape[1]} in bf16, {options.threads} threads, torch {torch.__version__}, "
         f"{torch.backends.cpu.get_cpu_capability()}, {options.clock} clock\n"
         f"plain read {result['read_gb_s']:.1f} GB/s, float32 peak {result['float32_peak_gflop_s']:.0f} GFLOP/s\n"
-        "rows  kernel        ms  GB/s of weights  GFLOP/s   ours/limit            torch/ours            float32/ours"
+        "rows  kernel          ms  GB/s of weights  GFLOP/s   ours/limit            torch/ours            float32/ours"
     )
     for row in result["table"]:
         ratios = "  ".join(
@@ -121,7 +122,7 @@ def main() -> None:
             for key in ("ours_over_limit", "torch_over_ours", "float32_over_ours")
         )
         print(
-            f"{row['rows']:4d}  {row['kernel']:6s} {row['ours_s']['median'] * 1e3:9.2f}  {row['weight_gb_s']:15.2f}"
+            f"{row['rows']:4d}  {row['kernel']:8s} {row['ours_s']['median'] * 1e3:9.2f}  {row['weight_gb_s']:15.2f}"
             f"  {row['gflop_s']:7.1f}   {ratios}"
         )
     if options.json:

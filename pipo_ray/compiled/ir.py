@@ -19,6 +19,7 @@ declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @llvm.usub.sat.i64(i64, i64)
 declare float @llvm.vector.reduce.fadd.v16f32(float, {FLOATS})
 declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
+declare {WORDS} @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, {WORDS})
 declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, i32, <16 x i1>)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {HALVES}, {HALVES})
@@ -150,6 +151,11 @@ class Function:
         """16 numbers in bf16 as floats."""
         return self._floats_of(self.load("<16 x i16>", place, align=2))
 
+    def widened_one(self, place: str) -> str:
+        """A number in bf16 as a float."""
+        word = self.value(f"zext i16 {self.load('i16', place, align=2)} to i32")
+        return self.cast("i32", self.value(f"shl i32 {word}, 16"), "float")
+
     def rounded(self, floats: str) -> str:
         """16 floats rounded to bf16, as floats."""
         halves = self.cast("<16 x bfloat>", self.value(f"fptrunc {FLOATS} {floats} to <16 x bfloat>"), "<16 x i16>")
@@ -159,6 +165,12 @@ class Function:
         """Of 16 numbers in bf16, as the bits that they are."""
         words = self.value(f"zext <16 x i16> {halves} to {INTS}")
         return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
+
+    def load_first(self, place: str, count: str) -> str:
+        """The first `count` (i64, below 32) numbers in bf16 at `place`, and zeros; no more is read."""
+        bits = self.value(f"trunc i64 {self.add(self.value(f'shl i64 1, {count}'), -1)} to i32")
+        arguments = f"ptr {place}, i32 2, <32 x i1> {self.cast('i32', bits, '<32 x i1>')}, {WORDS} zeroinitializer"
+        return self.cast(WORDS, self.value(f"call {WORDS} @llvm.masked.load.v32i16.p0({arguments})"), HALVES)
 
     def dot(self, sums: str, left: str, right: str) -> str:
         """`sums` plus the products of each two neighbours of two vectors in bf16; the sums are float32."""

@@ -97,6 +97,7 @@ class Binder:
         layers: CompiledLayers | None = None,
     ) -> None:
         self._low_bit, self._layers = low_bit, layers
+        self._products = products
         self._bound = (lambda weight: weight) if products is None else products.bind
         self._model, self._trace, self._plan, self._stream = model, trace, plan, stream
         self._lanes: Lanes | None = None
@@ -192,8 +193,7 @@ class Binder:
             weight = module._parameters["weight"]
             if isinstance(weight, LowBitMatrix):
                 module.__dict__["forward"] = partial(_times, weight.product, module._parameters["bias"])
-        if self._low_bit is not None:
-            self._low_bit.stay_awake(True)
+        self._stay_awake(True)
         self._settled = True
         if self._layers is not None:
             self._layers.settle()
@@ -203,12 +203,16 @@ class Binder:
             self._take_away(piece)
         for module in self._linears():
             module.__dict__.pop("forward", None)
-        if self._low_bit is not None:
-            self._low_bit.stay_awake(False)
+        self._stay_awake(False)
         if self._layers is not None:
             self._layers.unsettle()
         self._settled = False
         self._watch()
+
+    def _stay_awake(self, on: bool) -> None:
+        for products in (self._products, self._low_bit):
+            if products is not None:
+                products.stay_awake(on)
 
     def _linears(self) -> list[nn.Module]:
         modules = [self._model.get_submodule(unit.module) for unit in self._trace.units]

@@ -1,8 +1,10 @@
 """Products with 16-bit weights on the CPU, by the kernel that was measured to be fastest on this machine.
 
-A processor without 16-bit arithmetic multiplies a single row at the memory's bandwidth, because widening a weight costs
-less than fetching it; with more rows torch's own kernel widens each weight again for every row. Here a chunk of weights
-is widened once, into a buffer that stays in the cache, and multiplied in float32; sums are rounded once, at the end.
+Where the processor multiplies bf16, a kernel of our own takes few rows of inputs (`pipo_ray/compiled/bf16.py`): torch's
+reads the weight at little more than half of the memory's bandwidth. A processor without 16-bit arithmetic multiplies a
+single row at the memory's bandwidth, because widening a weight costs less than fetching it; with more rows torch's own
+kernel widens each weight again for every row. Here a chunk of weights is widened once, into a buffer that stays in the
+cache, and multiplied in float32; sums are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pipo_ray.compiled.bf16_products import CompiledBf16
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.kernel_profile import (
     KERNELS,
     SCRATCH_BYTES,
@@ -42,30 +46,38 @@ _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.
 
 
 class CpuProducts:
-    """Multiplies inputs with 16-bit weights as `profile` chooses. One caller at a time.
+    """Multiplies inputs with 16-bit weights as `profile` chooses. Without `compiled` there is no kernel of that name.
+
+    One caller at a time.
 
     Takes at most SCRATCH_BYTES for widened weights, and per call 4 bytes for each element of the input and for each
     element of the output that one chunk makes.
     """
 
-    def __init__(self, profile: KernelProfile) -> None:
-        self._profile = profile
+    def __init__(self, profile: KernelProfile, compiled: CompiledBf16 | None = None) -> None:
+        self._profile, self._compiled = profile, compiled
         with torch.inference_mode(False):  # written to in and out of inference mode
             self._scratch = torch.empty(SCRATCH_BYTES // 4)
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
 
     @classmethod
-    def for_run(cls, dtype: torch.dtype, file: Path | None) -> CpuProducts:
+    def for_run(cls, dtype: torch.dtype, file: Path | None, code_folder: Path | None = None) -> CpuProducts:
         """With the profile in `file`; measured (and written there) if there is none for this dtype and this number of
-        threads. It takes about 0.1 s.
+        threads. It takes about 0.1 s. Machine code is kept in `code_folder`.
         """
+        compiled = compiled_bf16(code_folder) if dtype is torch.bfloat16 else None
         name, num_threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
         profile = None if file is None else KernelProfile.load(file)
         if profile is None or (profile.dtype, profile.num_threads) != (name, num_threads):
-            profile = measure_profile(dtype)
+            profile = measure_profile(dtype, compiled)
             if file is not None:
                 profile.save(file)
-        return cls(profile)
+        return cls(profile, compiled)
+
+    def stay_awake(self, on: bool) -> None:
+        """Whether all weights stay where they are; see `CompiledBf16.stay_awake`."""
+        if self._compiled is not None:
+            self._compiled.stay_awake(on)
 
     def bind(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as a tensor over the same memory whose products are made here; unchanged if it is no 16-bit matrix
@@ -84,6 +96,9 @@ class CpuProducts:
             return F.linear(inputs, weight, bias)
         rows = inputs.reshape(-1, weight.shape[1])
         product = self._wide_linear if kernel == "wide" else self._tall_linear
+        if kernel == "compiled":
+            assert self._compiled is not None  # `_decide`
+            product = self._compiled.linear
         return product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
 
     def linear_into(
@@ -104,7 +119,10 @@ class CpuProducts:
         return self._wide_matmul(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[1])
 
     def _choose(self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
-        shapes = (layout, inputs.shape, weight.shape, inputs.dtype, weight.dtype, None if bias is None else bias.dtype)
+        shapes = (
+            layout, inputs.shape, weight.shape, weight.stride(), inputs.dtype, weight.dtype,
+            None if bias is None else (bias.dtype, bias.shape),
+        )  # fmt: skip
         kernel = self._chosen.get(shapes)
         if kernel is None:
             kernel = self._decide(layout, inputs, weight, bias)
@@ -115,20 +133,23 @@ class CpuProducts:
 
     def _decide(self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
         """Native too for what the others are not made for: mixed dtypes, and mistakes that torch explains."""
-        width = weight.shape[-1] if layout == "linear" else weight.shape[0]
+        if weight.dim() != 2:
+            return "native"
+        height, width = weight.shape if layout == "linear" else reversed(weight.shape)
         if (
-            weight.dim() != 2
-            or inputs.dim() < 1
+            inputs.dim() < 1
             or inputs.shape[-1] != width
             or inputs.dtype != weight.dtype
             or inputs.device != weight.device
             or not weight.numel()
             or not inputs.numel()
             or weight.shape[1] > self._scratch.numel()
-            or (bias is not None and (bias.dtype != weight.dtype or bias.dim() != 1))
+            or (bias is not None and (bias.dtype != weight.dtype or bias.shape != (height,)))
         ):
             return "native"
-        return self._profile.choose(layout, inputs.numel() // width, weight.numel())
+        compiles = self._compiled is not None and weight.dtype is torch.bfloat16 and weight.stride(1) == 1
+        without: tuple[Kernel, ...] = () if compiles else ("compiled",)
+        return self._profile.choose(layout, inputs.numel() // width, weight.numel(), without)
 
     def _wide_linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         output, inputs = rows.new_empty(len(rows), len(weight)), rows.float()
@@ -228,10 +249,15 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return weight._products.linear(input, weight, bias)
 
 
-def measure_profile(dtype: torch.dtype) -> KernelProfile:
+def compiled_bf16(code_folder: Path | None = None) -> CompiledBf16 | None:
+    """Our own bf16 products, None where they cannot be had (see `obstacle`)."""
+    return None if obstacle() else CompiledBf16(code_folder)
+
+
+def measure_profile(dtype: torch.dtype, compiled: CompiledBf16 | None = None) -> KernelProfile:
     """Time every kernel on this machine with the number of threads that torch has now."""
     with torch.inference_mode():
-        costs = {layout: _measure_layout(layout, dtype) for layout in SIXTEEN_BIT_LAYOUTS}
+        costs = {layout: _measure_layout(layout, dtype, compiled) for layout in SIXTEEN_BIT_LAYOUTS}
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
@@ -244,10 +270,12 @@ def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
-def _measure_layout(layout: Layout, dtype: torch.dtype) -> dict[Kernel, Cost]:
+def _measure_layout(layout: Layout, dtype: torch.dtype, compiled: CompiledBf16 | None) -> dict[Kernel, Cost]:
     multiply: dict[Kernel, Callable[..., torch.Tensor]] = {}
     for kernel in KERNELS[layout]:
-        products = CpuProducts(always(kernel, dtype))
+        if kernel == "compiled" and compiled is None:
+            continue
+        products = CpuProducts(always(kernel, dtype), compiled)
         multiply[kernel] = products.linear if layout == "linear" else products.matmul
     height, width = _MEASURED_SHAPE
     weights = itertools.cycle(torch.ones(_UNCACHED_BYTES // (2 * height * width), height, width, dtype=dtype))

@@ -141,7 +141,7 @@ class ComputeEngine:
         products = None
         if self._device.type == "cpu" and dtype in HALF_DTYPES:
             file = Path(compute.kernel_profile) if compute.kernel_profile else None
-            products = CpuProducts.for_run(dtype, file)
+            products = CpuProducts.for_run(dtype, file, code_folder)
         profile = Path(compute.kernel_profile).with_name("low-bit-kernels.json") if compute.kernel_profile else None
         low_bit = products_for(setup.plan, profile, self._device, code_folder)
         if low_bit is not None and low_bit.obstacle is not None:

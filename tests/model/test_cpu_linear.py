@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipo_ray.model.cpu_linear as cpu_linear
-from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, HalfMatrix, always, linear_into, measure_profile
+from pipo_ray.compiled.bf16_products import CompiledBf16
+from pipo_ray.compiled.support import obstacle
+from pipo_ray.model.cpu_linear import (
+    HALF_DTYPES,
+    CpuProducts,
+    HalfMatrix,
+    always,
+    compiled_bf16,
+    linear_into,
+    measure_profile,
+)
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
-KINDS = sorted({kernel for layout in SIXTEEN_BIT_LAYOUTS for kernel in KERNELS[layout]})
+MISSING: set[Kernel] = {"compiled"} if obstacle() else set()
+KINDS = sorted({kernel for layout in SIXTEEN_BIT_LAYOUTS for kernel in KERNELS[layout]} - MISSING)
 shapes = st.tuples(
     st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(1, 3), st.integers(0, 5)), st.just(())),
     st.integers(1, 70),
@@ -36,16 +48,23 @@ def weight_at(shape: tuple[int, int], dtype: torch.dtype, offset: int) -> torch.
     return torch.randn(shape[0] * shape[1] + offset).to(dtype)[offset:].view(shape)
 
 
+@cache
+def compiled() -> CompiledBf16 | None:
+    """Compiled once for all tests."""
+    return compiled_bf16()
+
+
 def chunked(profile: KernelProfile, scratch_elements: int) -> CpuProducts:
     """With a scratch so small that these small matrices take several chunks."""
-    products = CpuProducts(profile)
+    products = CpuProducts(profile, compiled())
     products._scratch = torch.empty(scratch_elements)
     return products
 
 
 @settings(deadline=None, max_examples=150)
 @given(
-    shapes, st.booleans(), st.sampled_from(HALF_DTYPES), st.sampled_from(["wide", "tall"]), st.integers(0, 3),
+    shapes, st.booleans(), st.sampled_from(HALF_DTYPES), st.sampled_from([kind for kind in KINDS if kind != "native"]),
+    st.integers(0, 3),
     st.sampled_from([71, 300, 100_000]), st.sampled_from(["plain", "transposed", "strided", "expanded"]),
     st.sampled_from(["linear", "matmul"]),
 )  # fmt: skip
@@ -54,6 +73,8 @@ def test_every_product_is_rounded_once(
     scratch: int, strides: str, layout: str,
 ) -> None:  # fmt: skip
     leading, width, height = shape
+    if kernel == "compiled" and (dtype is torch.float16 or layout == "matmul"):
+        kernel = "wide"  # instead: it has no such products
     products = chunked(always(kernel, dtype), scratch)
     inputs = torch.randn(*leading, width).to(dtype)
     if strides == "transposed":
@@ -95,19 +116,33 @@ def test_the_same_again_in_and_out_of_inference_mode(kernel: Kernel) -> None:
 
 def test_the_kernels_chosen_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name in ("_wide_linear", "_tall_linear", "_wide_matmul"):
-        original = getattr(CpuProducts, name)
+    for kind, name in (
+        (CpuProducts, "_wide_linear"), (CpuProducts, "_tall_linear"), (CpuProducts, "_wide_matmul"),
+        (CompiledBf16, "linear"),
+    ):  # fmt: skip
+        original = getattr(kind, name)
         monkeypatch.setattr(
-            CpuProducts, name, lambda self, *args, n=name, call=original: (ran.append(n), call(self, *args))[1]
+            kind, name, lambda self, *args, n=name, call=original: (ran.append(n), call(self, *args))[1]
         )
     inputs, weight = torch.randn(3, 8).bfloat16(), torch.randn(8, 8).bfloat16()
     for kernel in KINDS:
-        bound = CpuProducts(always(kernel)).bind(weight)
+        bound = CpuProducts(always(kernel), compiled()).bind(weight)
         module = torch.nn.Linear(8, 8, bias=False, device="meta")
         module._parameters["weight"] = bound
         module(inputs)
         inputs.matmul(bound)
-    assert ran == ["_tall_linear", "_wide_linear", "_wide_matmul"]
+    assert ran == [*["linear"] * ("compiled" in KINDS), "_tall_linear", "_wide_linear", "_wide_matmul"]
+
+
+@pytest.mark.skipif("compiled" in MISSING, reason=str(obstacle()))
+def test_what_the_compiled_kernel_is_not_made_for_is_another_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompiledBf16, "linear", lambda *_: pytest.fail("called"))
+    for products, dtype in ((CpuProducts(always("compiled")), torch.bfloat16), (chunked(always("compiled"), 99), None)):
+        kind = dtype or torch.float16
+        weight, inputs = torch.randn(6, 4).to(kind), torch.randn(2, 4).to(kind)
+        assert products.linear(inputs, weight).shape == (2, 6)
+    columns = torch.randn(4, 6).bfloat16().T
+    assert products.linear(torch.randn(2, 4).bfloat16(), columns).shape == (2, 6)
 
 
 def test_transformers_conv1d_is_multiplied_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +215,7 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
     assert parts == [7, 3]
 
 
-@pytest.mark.parametrize("kernel", [None, "native", "wide", "tall"])
+@pytest.mark.parametrize("kernel", [None, *KINDS])
 @pytest.mark.parametrize("rows", [1, 31, 32, 50])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_product_goes_to_its_columns_and_no_others(kernel: Kernel | None, rows: int, with_bias: bool) -> None:
@@ -188,7 +223,7 @@ def test_a_product_goes_to_its_columns_and_no_others(kernel: Kernel | None, rows
     weight, inputs = torch.randn(24, 16).to(dtype), torch.randn(rows, 16).to(dtype)
     bias = torch.randn(24).to(dtype) if with_bias else None
     exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
-    part = weight if kernel is None else CpuProducts(always(kernel)).bind(weight)
+    part = weight if kernel is None else CpuProducts(always(kernel), compiled()).bind(weight)
     output = torch.full((rows, 60), 7.0, dtype=dtype)
     linear_into(inputs, part, bias, output[:, 20:44])
     torch.testing.assert_close(output[:, 20:44].double(), exact, rtol=0.008, atol=1e-2 if kernel else 1e-5)
@@ -217,20 +252,22 @@ def test_a_profile_is_measured_once_and_kept(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "kernels.json"
-    first = CpuProducts.for_run(dtype, file)
-    monkeypatch.setattr(cpu_linear, "measure_profile", lambda dtype: pytest.fail("measured again"))
-    again = CpuProducts.for_run(dtype, file)
+    code = tmp_path / "code"
+    first = CpuProducts.for_run(dtype, file, code)
+    monkeypatch.setattr(cpu_linear, "measure_profile", lambda *_: pytest.fail("measured again"))
+    again = CpuProducts.for_run(dtype, file, code)
     assert again._profile == first._profile
-    assert list(tmp_path.iterdir()) == [file]
-    monkeypatch.setattr(cpu_linear, "measure_profile", lambda dtype: always("tall", dtype))
+    compiles = dtype is torch.bfloat16 and not MISSING
+    assert set(tmp_path.iterdir()) == {file} | ({code} if compiles else set())
+    monkeypatch.setattr(cpu_linear, "measure_profile", lambda dtype, _: always("tall", dtype))
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     assert CpuProducts.for_run(other, file)._profile.dtype == str(other).removeprefix("torch.")
 
 
 def test_measured_costs_are_positive_for_every_kernel() -> None:
-    profile = measure_profile(torch.bfloat16)
+    profile = measure_profile(torch.bfloat16, compiled())
     assert tuple(profile.costs) == SIXTEEN_BIT_LAYOUTS
     for layout in SIXTEEN_BIT_LAYOUTS:
-        assert set(profile.costs[layout]) == set(KERNELS[layout])
+        assert set(profile.costs[layout]) == set(KERNELS[layout]) - MISSING
         for cost in profile.costs[layout].values():
             assert 0 < cost.seconds(1, 1 << 20) <= cost.seconds(64, 1 << 20)

@@ -1,0 +1,59 @@
+"""Products with bf16 weights by the kernel in `bf16.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from pipo_ray.compiled import bf16
+from pipo_ray.compiled.crew import run_on_threads
+from pipo_ray.compiled.machine import MachineCode, context_of
+
+_TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
+
+
+class CompiledBf16:
+    """Multiplies bf16 inputs with bf16 weights. One caller at a time.
+
+    Compiled when it is made; `folder` is where machine code is kept (see `MachineCode`).
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        code = MachineCode(bf16.module(), folder)
+        self._code = code
+        self._functions = [code.address(bf16.product_name(count + 1)) for count in range(bf16.MOST_INPUTS)]
+        self._context = context_of([0] * len(bf16.FIELDS))
+        self._address = ctypes.addressof(self._context)
+        self._no_bias = torch.tensor([-0.0], dtype=torch.bfloat16)  # added to it every number stays what it is
+        self._awake = False
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`F.linear`: `rows` bf16 [n, columns], `weight` bf16 [out, columns], whose rows are contiguous, `bias` bf16
+        [out] or None; bf16 [n, out]. Nothing may be empty.
+        """
+        rows = rows.contiguous()
+        num_inputs, (num_rows, columns) = len(rows), weight.shape
+        output = rows.new_empty(num_inputs, num_rows)
+        few = num_inputs <= bf16.MOST_INPUTS
+        of_bias, bias_stride = (self._no_bias, 0) if bias is None else (bias, 2 * bias.stride(0))
+        self._context[:] = (
+            rows.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output.data_ptr(), num_inputs, columns, num_rows, 0,
+            2 * weight.stride(0), bias_stride, _rows_at_once(columns),
+            -(-columns // 32) * 64 if few else bf16.BLOCK_BYTES,
+        )  # fmt: skip
+        function = self._functions[bf16.inputs_at_once(num_inputs) - 1]
+        run_on_threads(function, self._address, few and self._awake, self._folder)
+        return output
+
+    def stay_awake(self, on: bool) -> None:
+        """Whether threads wait awake for a little after a product with few inputs. For weights that stay where they
+        are: the next product comes soon.
+        """
+        self._awake = on
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, _TASK_BYTES // (2 * columns * bf16.ROWS)) * bf16.ROWS
