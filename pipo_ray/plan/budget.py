@@ -48,8 +48,8 @@ from pipo_ray.store.manifest import Manifest
 PROCESS_BYTES = 850 * MIB
 """Driver, Ray and the four actors with torch and transformers loaded, without weights, KV and activations:
 641 MiB with the bundled model (benchmarks/footprint.py), 669 MiB in a control group with all mapped code counted
-(benchmarks/cgroup_budget.py), and with int4 weights 55 to 90 more for LLVM. The rest is for larger tokenizers, and for
-architectures that import more of torch.
+(benchmarks/cgroup_budget.py), and where products are compiled 55 to 90 more for LLVM. The rest is for larger
+tokenizers, and for architectures that import more of torch.
 """
 
 CUDA_PROCESS_BYTES = 2600 * MIB
