@@ -31,14 +31,15 @@ def choose_precision(
     dtype: str = "auto",
     text: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
+    memory: int | None = None,
 ) -> Chosen:
     """The policy for the checkpoint in `folder` that reaches `target`, measured on the calibration text in the file
     `text`, or on the bundled one; in a child process. The second time it is known: `cache` is where packed models go
     (`cache_folder()`). `on_progress` hears of the phase "sensitivity" in bytes of the checkpoint, which is passed once
-    per block.
+    per block. Measuring takes at most `memory` bytes.
 
     Raises InputError: a target that is impossible, a text that is too short, a store, a checkpoint that is quantized;
-    and as `prepare_store`.
+    BudgetError for too little memory, before anything is measured; and as `prepare_store`.
     """
     if dtype not in ("auto", "bfloat16"):
         raise InputError(
@@ -51,6 +52,8 @@ def choose_precision(
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Chosen.from_json(json.loads(file.read_text(encoding="utf-8")))
     job = ["choose", str(folder), str(_policies(cache)), f"--text={calibration.file.absolute()}"]
+    if memory is not None:
+        job.append(f"--memory={memory}")
     raw = run_job([*job, f"--target={json.dumps(target.to_json())}"], on_progress)["chosen"]
     with contextlib.suppress(OSError):  # without a cache it is measured anew every time
         write_json(file, raw)
@@ -63,6 +66,7 @@ def measure_precision(
     cache: Path,
     text: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
+    memory: int | None = None,
 ) -> Measured:
     """What a choice rests on: bytes and loss of every weight of the checkpoint in `folder` in every format.
 
@@ -78,6 +82,8 @@ def measure_precision(
     with _opened(folder):
         pass
     job = ["measure", str(folder), str(_policies(cache)), f"--text={calibration.file.absolute()}"]
+    if memory is not None:
+        job.append(f"--memory={memory}")
     return Measured.from_json(run_job(job, on_progress)["measured"])
 
 

@@ -373,6 +373,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         choosing.add_argument("source")
         choosing.add_argument("cache", type=Path)
         choosing.add_argument("--text", type=CalibrationText.load)
+        choosing.add_argument("--memory", type=int)
         choosing.add_argument("--target", type=lambda text: Target(**json.loads(text)))
     jobs.add_parser("facts").add_argument("store")
     jobs.add_parser("download").add_argument("model_id")
@@ -398,7 +399,9 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
     if options.job in ("choose", "measure"):
         from pipo_ray.quant.auto import choose_policy, measure_model
 
-        common = {"cache": options.cache, "text": options.text, "progress": channel.progress}
+        common = {
+            "cache": options.cache, "text": options.text, "progress": channel.progress, "memory": options.memory,
+        }  # fmt: skip
         if options.job == "measure":
             return {"measured": measure_model(options.source, **common).to_json()}
         return {"chosen": choose_policy(options.source, options.target, **common).to_json()}

@@ -92,7 +92,8 @@ def prepare_store(
     quantized checkpoint has, else 16 bits. With a `target` it is chosen (`choose_precision`).
     `on_progress` gets (phase, done, total) with the phases "download" and "pack" in bytes and
     "inspect"; a total of 0 is unknown. `cache` is used in place of `cache_folder()`. With `calibrate`, int4 weights are
-    rounded with the bundled text, or a text file, in at most `memory` bytes (phase "calibrate").
+    rounded with the bundled text, or a text file (phase "calibrate"). Neither that nor measuring for a `target` takes
+    more than `memory` bytes.
 
     Raises InputError and its children, all with one line; what the child process found wrong comes as the class that it
     raised there.
@@ -102,7 +103,7 @@ def prepare_store(
     if target is not None:
         text = calibration_text(calibrate, None)
         folder = find_model(model, on_progress)
-        chosen = choose_precision(folder, target, cache=root, dtype=dtype, on_progress=on_progress)
+        chosen = choose_precision(folder, target, cache=root, dtype=dtype, on_progress=on_progress, memory=memory)
         if not can_calibrate(chosen.policy):
             text = None
         prepared = _prepare_checkpoint(folder, dtype, chosen.policy, root, on_progress, text, memory)

@@ -73,8 +73,9 @@ def add_precision_option(parser: argparse._ActionsContainer, default: str) -> No
         "int4-g64-sym, int8, 16bit, source (what a quantized checkpoint has), a policy file, or auto: chosen tensor by "
         f"tensor from what is measured, for one of the two targets below; {default}",
     )  # fmt: skip
-    parser.add_argument("--max-loss", metavar="X%", help="for --precision auto: so much more perplexity at most, and "
-                        "the fewest bytes")  # fmt: skip
+    parser.add_argument("--max-loss", metavar="X%", help="for --precision auto: so much more perplexity at most, "
+                        "and at most ln(1 + X/100) nats of KL divergence a token, on the text that is measured on; the "
+                        "fewest bytes with that")  # fmt: skip
     parser.add_argument("--max-size", metavar="SIZE", help="for --precision auto: the packed model without its "
                         "embedding table, and the least loss")  # fmt: skip
 

@@ -33,8 +33,8 @@ def add_command(commands: Any) -> None:
     )
     add_precision_option(parser, "default: what a quantized checkpoint has, else 16bit")
     add_calibrate_option(parser)
-    parser.add_argument("--memory", metavar="SIZE", help="with --calibrate: what it may take from RAM; default: "
-                        "available RAM minus the larger of 2 GiB and 25 %%")  # fmt: skip
+    parser.add_argument("--memory", metavar="SIZE", help="with --calibrate or --precision auto: what it may take "
+                        "from RAM; default: available RAM minus the larger of 2 GiB and 25 %%")  # fmt: skip
     parser.add_argument("--measure-on", metavar="FILE", help="for --precision auto: a text like those that the model "
                         "will see; default: text that comes with pipo_ray")  # fmt: skip
     parser.add_argument("--save-policy", metavar="FILE", help="write which tensor has how many bits, to read, to edit "
@@ -55,10 +55,13 @@ def pack(options: argparse.Namespace) -> int:
     from pipo_ray.quant.summary import describe_precision
     from pipo_ray.store.manifest import require_free_place
 
-    if options.memory is not None and options.calibrate is False:
-        raise InputError("--memory is for --calibrate: packing alone needs no budget; leave it out")
-    memory = None if options.calibrate is False else memory_budget(options.memory)[0]
     target = Target.parse(options.precision, options.max_loss, options.max_size)
+    measures = options.calibrate is not False or target is not None
+    if options.memory is not None and not measures:
+        raise InputError(
+            "--memory is for --calibrate and --precision auto: packing alone needs no budget; leave it out"
+        )
+    memory = memory_budget(options.memory)[0] if measures else None
     if options.measure_on is not None and target is None:
         raise InputError("--measure-on is the text for --precision auto; give that, too, or leave --measure-on out")
     policy_file = None if options.save_policy is None else writable(Path(options.save_policy), "--save-policy")
@@ -69,7 +72,13 @@ def pack(options: argparse.Namespace) -> int:
         folder = find_folder(options.source)
         with progress_bar() as progress:
             chosen = choose_precision(
-                folder, target, cache=cache_folder(), dtype=options.dtype, text=options.measure_on, on_progress=progress
+                folder,
+                target,
+                cache=cache_folder(),
+                dtype=options.dtype,
+                text=options.measure_on,
+                on_progress=progress,
+                memory=memory,
             )
         say(str(chosen))
         precision = chosen.policy

@@ -81,19 +81,27 @@ class Subject:
 
 
 def choose_policy(
-    source: str | Path, target: Target, *, cache: Path, text: CalibrationText, progress: Progress
+    source: str | Path,
+    target: Target,
+    *,
+    cache: Path,
+    text: CalibrationText,
+    progress: Progress,
+    memory: int | None = None,
 ) -> Chosen:
     """The policy for the checkpoint folder `source` that reaches `target`, measured on `text`.
 
     What is measured is kept in `cache`, block by block: it goes on where it stopped, and another target needs none of
-    it again. Raises InputError: a target that is impossible (before anything is measured), a text that is too short, a
-    model of which nothing can be quantized; and what reading the checkpoint raises.
+    it again. The process takes at most `memory` bytes.
+
+    Raises, before anything is measured, InputError: a target that is impossible, a text that is too short, a model of
+    which nothing can be quantized; BudgetError for too little memory; and what reading the checkpoint raises.
     """
     progress("inspect", 0, 0)
     with Subject.open(source) as subject:
         _require_possible(subject.candidates, target)
         windows = _windows(subject, text)
-        with _sensitivity_of(subject, windows, text, cache, progress, more_passes=1) as (measured, measurement):
+        with _sensitivity_of(subject, windows, text, cache, progress, memory, more_passes=1) as (measured, measurement):
             choice, quality = _reach(measurement, measured, target)
             measurement.finish()
     increase = quality.perplexity / measurement.original.perplexity - 1
@@ -101,13 +109,15 @@ def choose_policy(
     return Chosen(policy, choice.nbytes + measured.fixed_bytes, quality.kl, increase, quality.count)
 
 
-def measure_model(source: str | Path, *, cache: Path, text: CalibrationText, progress: Progress) -> Measured:
+def measure_model(
+    source: str | Path, *, cache: Path, text: CalibrationText, progress: Progress, memory: int | None = None
+) -> Measured:
     """What a choice for the checkpoint folder `source` rests on. Arguments and errors as of `choose_policy`."""
     progress("inspect", 0, 0)
     with Subject.open(source) as subject:
         windows = _windows(subject, text)
         windows = windows[: windows_with(windows, MEASURED_TOKENS)]
-        with _sensitivity_of(subject, windows, text, cache, progress, more_passes=0) as (measured, measurement):
+        with _sensitivity_of(subject, windows, text, cache, progress, memory, more_passes=0) as (measured, measurement):
             measurement.finish()
             return measured
 
@@ -119,6 +129,7 @@ def _sensitivity_of(
     text: CalibrationText,
     cache: Path,
     progress: Progress,
+    memory: int | None,
     *,
     more_passes: int,
 ) -> Iterator[tuple[Measured, Measurement]]:
@@ -130,7 +141,7 @@ def _sensitivity_of(
     passes = 1 + passes_missing(candidates, known) + more_passes
     pass_bytes = sum(header.nbytes for header in checkpoint.tensors.values())
     with (
-        CalibrationModel(checkpoint, subject.config, subject.facts) as model,
+        CalibrationModel(checkpoint, subject.config, subject.facts, memory=memory) as model,
         closing(
             Measurement(model, windows, subject.facts.vocab_size, cache, progress, passes=passes, pass_bytes=pass_bytes)
         ) as measurement,

@@ -25,6 +25,7 @@ from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.layout import SAFETENSORS_DTYPES, block_layout
 from pipo_ray.model.linear_experts import experts_are_linear
 from pipo_ray.model.lockstep import FinishedError, LockstepBinder, MatrixHook
+from pipo_ray.quant.calibration_text import LEAST_TOKENS
 from pipo_ray.session.memory import MIB, format_least, format_size
 from pipo_ray.session.worker_environment import num_threads as usable_threads
 from pipo_ray.store.checkpoint import Checkpoint
@@ -94,9 +95,11 @@ class CalibrationModel:
         windows: Sequence[Sequence[int]],
         change: WeightChange | None = None,
         progress: BlockProgress | None = None,
+        more_bytes: int = 0,
     ) -> Generator[torch.Tensor, None, None]:
         """Per window of token ids its logits, float32 [tokens, vocabulary]: of the original model, or with the weights
-        that `change` gives. No more than two windows' are in memory. Close the iterator if it is not used up.
+        that `change` gives, which takes `more_bytes` itself. No more than two windows' are in memory. Close the
+        iterator if it is not used up.
 
         Raises BudgetError, and what reading the checkpoint raises.
         """
@@ -104,7 +107,7 @@ class CalibrationModel:
         def on_matrix(spec: TensorSpec, inputs: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor | None:
             return None if change is None else change(spec, weight)
 
-        return self._pass(windows, on_matrix, progress, stops=False, more_bytes=0)
+        return self._pass(windows, on_matrix, progress, stops=False, more_bytes=more_bytes)
 
     def run(
         self,
@@ -125,24 +128,42 @@ class CalibrationModel:
 
     def required_bytes(self, windows: Sequence[Sequence[int]]) -> int:
         """An upper estimate of the memory that a pass over `windows` takes, the process included."""
-        facts, most = self._facts, max(map(len, windows))
-        # Every window waits at a matrix with its residual stream, what it is multiplied with, the products before it.
-        waiting = sum(map(len, windows)) * 4 * (4 * facts.hidden_size + 2 * facts.intermediate_size)
-        running = most * 4 * (4 * facts.hidden_size + 2 * facts.intermediate_size + 2 * facts.vocab_size)
-        return PROCESS_BYTES + waiting + running + self._largest_matrix_bytes()
+        waiting = sum(map(len, windows)) * self._token_bytes
+        running = max(map(len, windows)) * (self._token_bytes + 4 * 2 * self._facts.vocab_size)
+        return PROCESS_BYTES + waiting + running + self.largest_matrix_bytes
 
-    def _largest_matrix_bytes(self) -> int:
+    @property
+    def _token_bytes(self) -> int:
+        """Every window waits at a matrix with its residual stream, what it is multiplied with, the products before."""
+        return 4 * (4 * self._facts.hidden_size + 2 * self._facts.intermediate_size)
+
+    @property
+    def largest_matrix_bytes(self) -> int:
+        """Of the weights that are held one at a time, in the checkpoint's dtype."""
         itemsize = 4 if self._dtype == "F32" else 2
         sizes = [spec.shape[0] * spec.shape[1] for spec in self._specs.values() if len(spec.shape) == 2]
         return max(sizes) * itemsize
 
-    def _require_memory(self, windows: Sequence[Sequence[int]], more_bytes: int) -> None:
+    def require_memory(self, windows: Sequence[Sequence[int]], more_bytes: int = 0) -> None:
+        """Raise BudgetError if a pass over `windows` that takes `more_bytes` besides is beyond the memory; it names
+        what would do, and how much text would fit.
+        """
         need = self.required_bytes(windows) + more_bytes
-        if self._memory is not None and need > self._memory:
-            raise BudgetError(
-                f"a pass over {sum(map(len, windows))} tokens of calibration text needs {format_least(need)} of "
-                f"memory, {format_size(self._memory)} are given; raise --memory to {format_least(need)}"
-            )
+        if self._memory is None or need <= self._memory:
+            return
+        tokens = sum(map(len, windows))
+        least = need - max(0, tokens - LEAST_TOKENS) * self._token_bytes
+        fitting = tokens - -(-(need - self._memory) // self._token_bytes)
+        shorter = (
+            f"or take a text of at most {fitting} tokens"
+            if fitting >= LEAST_TOKENS
+            else f"a text of {LEAST_TOKENS} tokens, the shortest, takes {format_least(least)}"
+        )
+        raise BudgetError(
+            f"a pass over {tokens} tokens of calibration text needs {format_least(need)} of memory, "
+            f"{format_size(tokens * self._token_bytes)} of them for what the tokens are on their way through a layer; "
+            f"{format_size(self._memory)} are given: raise --memory to {format_least(need)}, {shorter}"
+        )
 
     def _pass(
         self,
@@ -153,7 +174,7 @@ class CalibrationModel:
         stops: bool,
         more_bytes: int,
     ) -> Generator[torch.Tensor, None, None]:
-        self._require_memory(windows, more_bytes)
+        self.require_memory(windows, more_bytes)
         begun: set[int] = set()
 
         def on_tensor(spec: TensorSpec) -> None:
@@ -194,22 +215,23 @@ class _Handover:
     """The logits of a window, from the lane that made them to the caller; nobody makes more until they are taken."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(1)
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._taken = threading.Semaphore(0)
 
     def give(self, item: Any, gone: Callable[[], bool]) -> None:
-        while not gone():
-            try:
-                return self._queue.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-        raise FinishedError
+        self._queue.put(item)
+        while not self._taken.acquire(timeout=_POLL_S):
+            if gone():
+                raise FinishedError
 
     def take(self) -> Any:
         while True:  # a thread that waits for ever does not see that it is asked to end
             try:
-                return self._queue.get(timeout=_POLL_S)
+                item = self._queue.get(timeout=_POLL_S)
             except queue.Empty:
                 continue
+            self._taken.release()
+            return item
 
 
 def _results(

@@ -13,7 +13,7 @@ from pipo_ray.quant.calibration import CalibrationModel, WeightChange
 from pipo_ray.quant.formats import SIXTEEN_BITS, LowBitFormat
 from pipo_ray.quant.rounding import round_to_nearest, values_of
 from pipo_ray.quant.sensitivity import Candidates, Sensitivity
-from pipo_ray.report.quality import LogitsFile, Quality
+from pipo_ray.report.quality import COMPARING_BYTES, LogitsFile, Quality
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,12 +26,15 @@ _ERROR_TOKENS = 512
 _CHUNK_ELEMENTS = 1 << 22
 """Of a weight, so many are rounded at once: 16 MiB in float32, and several times that on the way."""
 
+_ROUNDING_BYTES = 8 * 4 * _CHUNK_ELEMENTS
+
 
 class Measurement:
     """The original's logits of `windows`, kept in `scratch`, against which changed weights are compared. `progress`
     hears of about `passes` passes as one phase, in bytes of `pass_bytes` each. Close it.
 
-    Raises ResourceError for `scratch`, and what `CalibrationModel.logits` raises.
+    Raises BudgetError before anything is read if any of the passes needs more memory than the model may take;
+    ResourceError for `scratch`, and what `CalibrationModel.logits` raises.
     """
 
     def __init__(
@@ -47,10 +50,13 @@ class Measurement:
     ) -> None:
         self._model, self._windows, self._progress = model, windows, progress
         self._passes_done, self._passes, self._pass_bytes = 0, passes, pass_bytes
+        # Beside the model: what a weight is rounded to, and what either kind of pass makes on its way there.
+        self._more_bytes = COMPARING_BYTES + _ROUNDING_BYTES + model.largest_matrix_bytes
+        model.require_memory(windows, self._more_bytes)
         self.original = Quality()
         self._kept = LogitsFile(scratch, windows, vocab_size)
         try:
-            with closing(self._model.logits(windows, None, self._report)) as passed:
+            with closing(self._model.logits(windows, None, self._report, self._more_bytes)) as passed:
                 for number, logits in enumerate(passed):
                     self._kept.write(number, logits.numpy())
                     self.original.add(windows[number], logits.numpy(), logits.numpy())
@@ -72,7 +78,7 @@ class Measurement:
         """The model with the weights named in `formats` rounded, on the first `num_windows` windows, or all."""
         windows = self._windows[:num_windows]
         quality = Quality()
-        with closing(self._model.logits(windows, rounded_to(formats), self._report)) as passed:
+        with closing(self._model.logits(windows, rounded_to(formats), self._report, self._more_bytes)) as passed:
             for number, logits in enumerate(passed):
                 quality.add(windows[number], logits.numpy(), self._kept.read(number))
         self._end_pass()
@@ -89,8 +95,7 @@ class Measurement:
         def observe(spec: TensorSpec, inputs: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
             if (formats := sizes.get(spec.name)) is None:
                 return
-            rows = torch.cat(list(inputs))
-            rows = rows[:: -(-len(rows) // _ERROR_TOKENS)]
+            rows = _some_rows(inputs)
             step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
             for start in range(0, len(weight), step):
                 part = weight[start : start + step].float()
@@ -99,7 +104,7 @@ class Measurement:
                     change = _rounded(part, name) - part
                     changes[spec.name][name] += float((rows @ change.T).square_().sum())
 
-        self._model.run(self._windows[:num_windows], observe, self._report, more_bytes=8 * 4 * _CHUNK_ELEMENTS)
+        self._model.run(self._windows[:num_windows], observe, self._report, more_bytes=self._more_bytes)
         self._end_pass()
         return {
             name: {k: change / powers[name] if powers[name] else 0.0 for k, change in some.items()}
@@ -113,6 +118,15 @@ class Measurement:
 
     def _end_pass(self) -> None:
         self._passes_done += 1
+
+
+def _some_rows(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """At most _ERROR_TOKENS rows of all of them, evenly; the rest is never copied."""
+    step, before, chosen = -(-sum(map(len, inputs)) // _ERROR_TOKENS), 0, []
+    for part in inputs:
+        chosen.append(part[-before % step :: step])
+        before += len(part)
+    return torch.cat(chosen)
 
 
 def passes_missing(candidates: Candidates, known: Sensitivity) -> int:

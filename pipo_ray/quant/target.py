@@ -16,7 +16,8 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Target:
-    """One of the two: `max_loss`, the perplexity's increase as a fraction (0.01 is 1 %), with the fewest bytes; or
+    """One of the two: `max_loss`, a fraction x (0.01 is 1 %): on the calibration text at most ln(1 + x) nats per token
+    of KL divergence from the original, and perplexity at most 1 + x times the original's, with the fewest bytes; or
     `max_bytes` of the packed model without its embedding table, with the least loss.
     """
 

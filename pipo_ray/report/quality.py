@@ -23,6 +23,11 @@ from pipo_ray.session.memory import format_size
 
 Logits = npt.NDArray[np.float32]
 
+COMPARING_BYTES = 64 << 20
+"""What `Quality.add` takes on its way, whatever the vocabulary."""
+
+_CHUNK_ELEMENTS = COMPARING_BYTES // 4 // 8
+
 LEAST_TOKENS = 64
 """Fewer say nothing about a model."""
 
@@ -39,10 +44,13 @@ class Quality:
     def add(self, window: Sequence[int], logits: Logits, original: Logits) -> None:
         """A window's token ids, and the logits [len(window), vocabulary] of this model and of the original."""
         following = np.asarray(window[1:])
-        ours, theirs = log_softmax(logits[:-1]), log_softmax(original[:-1])
-        self.loss -= float(ours[np.arange(len(ours)), following].sum(dtype=np.float64))
-        self.divergence += float((np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64))
-        self.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+        for start in range(0, len(following), step):
+            rows = slice(start, min(start + step, len(following)))
+            ours, theirs = log_softmax(logits[rows]), log_softmax(original[rows])
+            self.loss -= float(ours[np.arange(len(ours)), following[rows]].sum(dtype=np.float64))
+            self.divergence += float((np.exp(theirs) * (theirs - ours)).sum(dtype=np.float64))
+            self.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         self.count += len(following)
 
     @property

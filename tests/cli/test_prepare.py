@@ -412,6 +412,28 @@ def test_a_policy_is_chosen_once_and_given_again(
     assert choose_precision(checkpoint, target, cache=cache_folder(), text=tmp_path / "text").policy == policy
 
 
+@pytest.mark.parametrize("option", [[], ["--memory", "1GiB"]])
+def test_measuring_for_a_policy_has_a_budget(
+    option: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    jobs: list[list[str]] = []
+
+    def run_job(arguments: list[str], on_progress: object) -> None:
+        jobs.append(arguments)
+        raise InputError("enough")
+
+    monkeypatch.setattr("pipo_ray.auto_precision.run_job", run_job)
+    monkeypatch.setattr("pipo_ray.budgets.available_memory", lambda: 10 << 30)
+    arguments = ["pack", str(checkpoint), str(tmp_path / "store"), "--precision", "auto", "--max-loss", "7%"]
+    assert main([*arguments, *option]) == 2
+    with pytest.raises(InputError, match="enough"):
+        prepare_store(checkpoint, precision="auto", target=Target(max_loss=0.07), memory=5 << 30)
+    given = [one for job in jobs for one in job if one.startswith("--memory")]
+    assert given == [f"--memory={(1 << 30) if option else (15 << 29)}", f"--memory={5 << 30}"]
+    assert main(["pack", str(checkpoint), str(tmp_path / "store"), "--memory", "1GiB"]) == 2
+    assert "--memory is for --calibrate and --precision auto" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("no_child")
 def test_what_a_policy_cannot_be_chosen_for(
     prepared: PreparedStore, checkpoint: Path, tmp_path: Path, capsys: Capture

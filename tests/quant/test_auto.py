@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipo_ray.errors import InputError
+from pipo_ray import packing
+from pipo_ray.errors import BudgetError, InputError
 from pipo_ray.model.graph import load_config
 from pipo_ray.model.inspect import find_facts
 from pipo_ray.quant import auto
@@ -22,7 +23,7 @@ from pipo_ray.quant.calibration import CalibrationModel
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.knapsack import Item, Option, choose
-from pipo_ray.quant.measure import Measurement
+from pipo_ray.quant.measure import Measurement, _some_rows
 from pipo_ray.quant.rounding import round_to_nearest, values_of
 from pipo_ray.quant.sensitivity import Measured, Sensitivity
 from pipo_ray.quant.target import Target
@@ -149,6 +150,11 @@ def test_estimates_that_are_too_good_are_found_out(
     assert corrected.nbytes < 1.2 * honest.nbytes
 
 
+class Listener:
+    def progress(self, phase: str, done: int, total: int) -> None:
+        pass
+
+
 class StoppedError(Exception):
     """Measuring is interrupted."""
 
@@ -210,6 +216,39 @@ def test_a_planner_chooses_for_itself(checkpoint: Path, tmp_path: Path, text: Ca
     assert 0 < choice.loss <= most
     assert "int8" not in {rule.format for rule in policy.rules}
     assert policy.model is not None
+
+
+def test_measuring_keeps_within_the_memory(
+    checkpoint: Path, tmp_path: Path, text: CalibrationText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last pass needs is asked for before the first: nothing is measured with too little."""
+    asked: list[int] = []
+    enough = CalibrationModel.require_memory
+
+    def require(self: CalibrationModel, windows: Any, more_bytes: int = 0) -> None:
+        asked.append(self.required_bytes(windows) + more_bytes)
+        enough(self, windows, more_bytes)
+
+    monkeypatch.setattr(CalibrationModel, "require_memory", require)
+    run(checkpoint, Target(max_loss=0.02), tmp_path / "all", text)
+    assert asked[0] == max(asked)
+    arguments = [str(checkpoint), str(tmp_path / "cache"), f"--text={text.file}"]
+    monkeypatch.setattr(CalibrationModel, "logits", lambda *_: pytest.fail("something was measured"))
+    target = json.dumps(Target(max_loss=0.02).to_json())
+    for job in (
+        ["choose", *arguments, f"--memory={asked[0] - 1}", f"--target={target}"],
+        ["measure", *arguments, f"--memory={700 << 20}"],
+    ):
+        with pytest.raises(BudgetError, match=r"tokens of calibration text needs .* are given: raise --memory to"):
+            packing._job(packing._arguments(job), Listener())  # type: ignore[arg-type]
+
+
+def test_rows_for_errors_are_taken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipo_ray.quant.measure._ERROR_TOKENS", 7)
+    for lengths in ([5], [5, 9, 1, 2], [1] * 20):
+        parts = list(torch.arange(float(sum(lengths)))[:, None].split(lengths))
+        whole = torch.cat(parts)
+        assert torch.equal(_some_rows(parts), whole[:: -(-len(whole) // 7)])
 
 
 def test_a_text_that_is_too_short(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from harness import random_prompts
 from transformers import AutoModelForCausalLM
 
 from pipo_ray.errors import BudgetError
+from pipo_ray.model import lockstep
 from pipo_ray.model.blocks import TensorSpec
 from pipo_ray.model.graph import load_config, resolve_dtype
 from pipo_ray.model.inspect import find_facts
@@ -160,3 +162,47 @@ def test_a_budget_that_is_too_small_names_the_least(tmp_path: Path) -> None:
         pytest.raises(BudgetError, match=r"44 tokens .*raise --memory to 7"),
     ):
         list(model.logits(windows))
+
+
+def test_a_text_that_would_fit_is_named(tmp_path: Path) -> None:
+    """With as many tokens as it names the pass is within the budget, and with one more it is not."""
+    with opened(BY_SLUG["llama"].save(tmp_path), memory=750 << 20) as model:
+        token = model.required_bytes([[0], [0]]) - model.required_bytes([[0]])
+        count = (60 << 20) // token
+        model.require_memory([[0]] * 1024)
+        with pytest.raises(BudgetError, match=r"raise --memory to .*, or take a text of at most \d+ tokens$") as raised:
+            model.require_memory([[0]] * count)
+        fitting = int(str(raised.value).split()[-2])
+        assert 1024 < fitting < count
+        model.require_memory([[0]] * fitting)
+        with pytest.raises(BudgetError):
+            model.require_memory([[0]] * (fitting + 1))
+        with pytest.raises(BudgetError, match=r"a text of 1024 tokens, the shortest, takes 8\d\d"):
+            model.require_memory([[0]] * count, more_bytes=100 << 20)
+
+
+def test_no_more_than_two_windows_have_logits(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That which was handed out, and that which is made next: for a large vocabulary they are the most of memory."""
+    storages: list[int] = []
+    most = 0
+
+    def product(*args: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        result = lockstep_product(*args)
+        if result.shape[-1] == 509:
+            storages.append(result.untyped_storage()._weak_ref())
+            most = max(most, sum(not torch.UntypedStorage._expired(one) for one in storages))
+        return result
+
+    lockstep_product = lockstep._product
+    monkeypatch.setattr(lockstep, "_product", product)
+    with opened(tiny_checkpoint("LlamaConfig", vocab_size=509)) as model:
+        for logits in model.logits(random_prompts(VOCAB_SIZE, LENGTHS)):
+            time.sleep(0.05)  # the next ones are made as far as they will be
+            del logits
+    assert len(storages) == len(LENGTHS)
+    assert most == 2
+    for one in storages:
+        torch.UntypedStorage._free_weak_ref(one)
