@@ -128,6 +128,48 @@ def test_awq(
     check(opened(tmp_path, settings, awq_parts(made)), made.values(), low_bit)
 
 
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("group, low_bit", [(128, "int4-g128"), (32, "int4-g32"), (16, None)])
+def test_awq_is_what_compressed_tensors_reads(
+    group: int, low_bit: str | None, zero_point: bool, tmp_path: Path
+) -> None:
+    """Any words, converted and read by that library, whose authors read AutoAWQ's checkpoints with it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": zero_point}
+    generator = torch.Generator().manual_seed(group)
+    parts = {
+        "qweight": torch.randint(-(2**31), 2**31, (COLUMNS, ROWS // 8), generator=generator).int(),
+        "qzeros": torch.randint(-(2**31), 2**31, (COLUMNS // group, ROWS // 8), generator=generator).int(),
+        "scales": (torch.rand(COLUMNS // group, ROWS, generator=generator) * 0.01 + 0.001).half(),
+    }
+    if not zero_point:
+        parts["qzeros"][:] = 0x88888888 - (1 << 32)  # what AutoAWQ writes then, and others leave out
+    converter = AutoAWQConverter.from_autoawq_config(settings)
+    made = converter.process({f"up.{name}": part.clone() for name, part in parts.items()})
+    state = {name.removeprefix("up."): part for name, part in made.items()}
+    state["weight_scale"] = state["weight_scale"].float()
+    config = converter.update_config(None)
+    assert config is not None
+    (scheme,) = config.config_groups.values()
+    compressor: Any = BaseCompressor.get_value_from_registry("pack-quantized")
+    truth = compressor.decompress(state, scheme)["weight"].double()
+    assert 0.001 < float(truth.abs().max()) < 0.011 * 15
+    check(opened(tmp_path, settings, parts), truth, low_bit if zero_point else low_bit and f"{low_bit}-sym")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_words_are_those_of_compressed_tensors(bits: int) -> None:
+    """The writer of the tests above packs as that library does, along the columns of a weight; what it writes of zeros
+    and of columns in another order no library here reads."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    made = quantize(weight(), bits, 32, symmetric=False)
+    signed = (made.codes.int() - (1 << (bits - 1))).to(torch.int8)
+    assert torch.equal(gptq_parts(made, bits)["qweight"], pack_to_int32(signed.T.contiguous(), bits, packed_dim=0))
+
+
 def test_scales_that_bf16_holds_are_kept_exactly(tmp_path: Path) -> None:
     made = quantize(weight(), 4, 32, symmetric=True, dtype=torch.bfloat16)
     made = made._replace(scales=made.scales.half().bfloat16())  # small ones are no normal numbers of float16
