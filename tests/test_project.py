@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import html
+import importlib.util
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500
@@ -74,11 +78,47 @@ def test_readme_names_the_two_commands() -> None:
     assert "make test" in readme
 
 
+def _demo_commands() -> list[list[str]]:
+    spec = importlib.util.spec_from_file_location("demo_picture", ROOT / "benchmarks" / "demo_picture.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    commands: list[list[str]] = module.demo_commands()
+    return commands
+
+
+def _bundled_bytes(bits: float) -> float:
+    """Of the bundled model's matrices without the embedding table, which is looked up."""
+    with safe_open(ROOT / "pipo_ray" / "bundled" / "model.safetensors", "np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if "embed" not in name]  # noqa: SIM118
+    return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2) * bits / 8
+
+
 def test_demo_streams() -> None:
-    """The weight budget of `make demo` is smaller than the bundled model."""
-    number, unit = re.fullmatch(r"(\d+)\s*([KM]iB)", _make_variable("DEMO_WEIGHT_MEMORY")).groups()  # type: ignore[union-attr]
-    budget = int(number) << {"KiB": 10, "MiB": 20}[unit]
-    assert budget < sum(path.stat().st_size for path in (ROOT / "pipo_ray" / "bundled").glob("*.safetensors"))
+    """`make demo` runs one model and prompt at 16 bits and at 4, each with less weight memory than its weights take."""
+    plain, four = ([words for words in command if words] for command in _demo_commands())
+    budgets = []
+    for command, bits in ((plain, 16.0), (four, 4.5)):
+        place = command.index("--weight-memory")
+        number, unit = re.fullmatch(r"(\d+)\s*([KM]iB)", command[place + 1]).groups()  # type: ignore[union-attr]
+        budgets.append(int(number) << {"KiB": 10, "MiB": 20}[unit])
+        assert budgets[-1] < _bundled_bytes(bits)
+        del command[place : place + 2]
+    assert budgets[1] < budgets[0]
+    place = four.index("--precision")
+    assert four[place : place + 2] == ["--precision", "int4"]
+    del four[place : place + 2]
+    assert plain == four
+    assert plain[:3] == ["pipo", "run", "pipo_ray/bundled"]
+
+
+def test_the_picture_of_the_demo_has_both_runs() -> None:
+    """docs/demo.svg is made by benchmarks/demo_picture.py; a terminal's lines are broken in it."""
+    picture = html.unescape(re.sub(r"<[^>]*>", "", (ROOT / "docs" / "demo.svg").read_text())).replace("\xa0", " ")
+    written = "".join(picture.split())
+    for command in _demo_commands():
+        assert "".join(shlex.join(command).split()) in written
 
 
 def test_files_stay_small_enough_to_hold_in_the_head() -> None:
