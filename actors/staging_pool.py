@@ -35,9 +35,9 @@ class StagingPool:
         """
         check_lease(setup, self._weight_memory_bytes)
         self._memory = StageMemory.attach(setup)
-        self._books = Books(self._memory.table)
         trace_file = f"{setup.trace_folder}/StagingPool-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._trace = TraceWriter(trace_file, "StagingPool")
+        self._books = Books(self._memory.table, self._trace)
         if self._memory.table.num_slots:  # else the books stay as they are
             threading.Thread(target=self._watch, name="books", daemon=True).start()
         self._setup = setup

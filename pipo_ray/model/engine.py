@@ -164,7 +164,7 @@ class ComputeEngine:
         self._computing_s = self._waited_s = self._copying_s = 0.0
         self._watches_kernels = False
         self._kernel_times: KernelTimes | None = None
-        self._started = time.perf_counter()
+        self._started = self._idle_since = time.perf_counter()
 
     def _host_kv(self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]) -> HostKV:
         reason = obstacle() if dtype is torch.bfloat16 else f"the model is computed in {str(dtype)[6:]}"
@@ -176,6 +176,7 @@ class ComputeEngine:
 
     def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
         kv = KVMemory.attach(setup, memory.table)
+        kv.table.trace = self._trace
         return KVDisk(setup.placement, kv.pages, kv.table, dtype, self._ops)
 
     def run_sweep(self, request: SweepRequest) -> SweepResult:
@@ -214,6 +215,7 @@ class ComputeEngine:
             entries.append(SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits, step.prefix))
         if not steps:
             return SweepResult(request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0)
+        self._trace.add("no sweep", self._idle_since, begin, {})
         waited, streamed = self._waited(), self._stream.times.streamed_bytes
         made: dict[str, StepResult] = {}
         try:
@@ -221,6 +223,7 @@ class ComputeEngine:
         except BaseException:
             for step in steps:
                 self._sequences.pop(step.sequence, None)
+            self._idle_since = time.perf_counter()
             raise
         if self._ops is not None:
             self._ops.look_at_clocks()  # now, while the GPU works on what it was given; behind the sweep it would wait
@@ -234,6 +237,7 @@ class ComputeEngine:
         self._waited_s += waited
         self._computing_s += end - begin - waited
         tokens = sum(step.num_tokens for step in steps)
+        self._idle_since = end
         self._trace.add(
             "sweep", begin, end,
             {"piece": f"sweep {request.number}", "tokens": tokens, "waited_s": waited,

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 from pipo_ray.errors import BudgetError
 from pipo_ray.messages import StageSetup
 from pipo_ray.pipeline.slots import SlotState, SlotTable
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
+
+_SPAN_S = 1.0
+"""Of the trace: what a process that is killed did last is lost with a span that has no end."""
 
 
 class Books:
-    """Read from the slot table, which survives any actor; so a new StagingPool has them at once."""
+    """Read from the slot table, which survives any actor; so a new StagingPool has them at once. `trace` gets them as
+    they were sampled, in spans of a second at most.
+    """
 
-    def __init__(self, table: SlotTable) -> None:
-        self._table = table
+    def __init__(self, table: SlotTable, trace: TraceWriter = NO_TRACE) -> None:
+        self._table, self._trace = table, trace
         self._samples = self._busy = self._full = 0
         self.most_in_use = 0
+        self._kind, self._since_s = "", 0.0
 
     def entries(self) -> list[tuple[str, int]]:
         """Per slot its state's name and load number."""
@@ -28,6 +37,15 @@ class Books:
         self._full += 0 < ready == len(states)
         self._busy += 0 < ready < len(states)
         self.most_in_use = max(self.most_in_use, len(states) - states.count(SlotState.FREE))
+        if self._trace.enabled:
+            kind = "no slot ready" if not ready else "all slots ready" if ready == len(states) else "some slots ready"
+            self._trace_sample(kind, time.perf_counter())
+
+    def _trace_sample(self, kind: str, now_s: float) -> None:
+        if kind != self._kind or now_s - self._since_s >= _SPAN_S:
+            if self._kind:
+                self._trace.add(self._kind, self._since_s, now_s, {})
+            self._kind, self._since_s = kind, now_s
 
     @property
     def share_busy(self) -> float:

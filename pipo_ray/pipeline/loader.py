@@ -20,6 +20,9 @@ from pipo_ray.pipeline.slots import U8, SlotTable, StoppedError
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import Piece
 
+_SHORTEST_S = 50e-6
+"""A shorter wait for a slot is none: looking at its state takes as long."""
+
 
 @dataclass
 class LoaderCounters:
@@ -107,6 +110,7 @@ class Loader:
         self._in_flight_changed = threading.Condition()
         self._started = time.perf_counter()
         self._busy_since: float | None = None
+        self._idle_since = self._started
         self._waiting_since: tuple[float, float] | None = None  # and what had been read by then, in seconds
         self.counters = LoaderCounters()
         self.error: PipoError | None = None
@@ -205,12 +209,14 @@ class Loader:
         slot = self._loads.slot(load)
         if self._table.is_loaded(slot, load):
             return
-        self._waiting_since = (time.perf_counter(), self._reading_s())
+        begin = time.perf_counter()
+        self._waiting_since = (begin, self._reading_s())
         try:
             self._table.wait_free(slot, epoch, self._loads.load_before(load, first_load))
         finally:
             self.counters.waiting_for_slots_s = self._waiting_s()
             self._waiting_since = None
+            self._trace_wait(begin, {"piece": piece.block, "slot": slot, "load": load})
         self._table.begin_fill(slot, load, self._number)
 
         def done(error: Exception | None) -> None:
@@ -220,6 +226,16 @@ class Loader:
         self._read(
             piece, self._slots[slot][: piece.read_bytes], done, {"piece": piece.block, "slot": slot, "load": load}
         )
+
+    def _trace_wait(self, begin: float, labels: Mapping[str, object]) -> None:
+        """The part of a wait for a slot, until now, in which nothing was read: only the dispatcher begins a read."""
+        if not self._trace.enabled:
+            return
+        with self._in_flight_changed:
+            end = time.perf_counter()
+            idle = end if self._in_flight else max(begin, self._idle_since)
+        if end - idle >= _SHORTEST_S:
+            self._trace.add("wait for a slot", idle, end, labels)
 
     # -- reading
     # --------------------------------------------------------------------------------------------------------
@@ -250,6 +266,7 @@ class Loader:
             done(error)
             with self._in_flight_changed:
                 self._in_flight -= 1
+                self._idle_since = max(self._idle_since, now)
                 if self._in_flight == 0 and self._busy_since is not None:
                     self.counters.reading_s += now - self._busy_since
                     self._busy_since = None

@@ -25,6 +25,7 @@ import numpy as np
 
 from pipo_ray.pipeline import futex
 from pipo_ray.pipeline.slots import ROW_BYTES, U8, StoppedError
+from pipo_ray.pipeline.tracing import NO_TRACE
 
 _WAIT_SLICE_S = 0.5
 _WORDS = ROW_BYTES // 8
@@ -85,6 +86,7 @@ class PageTable:
             raise ValueError(f"page table needs {needed} bytes, got {memory.nbytes}")
         self.num_frames, self.num_pages = num_frames, num_pages
         self._memory, self._address, self._stopped = memory, memory.ctypes.data, stopped
+        self.trace = NO_TRACE
         self._words64 = memory[:needed].view(np.uint64)
         self._words32 = memory[:needed].view(np.uint32)
         ring = (2 + num_frames) * _WORDS
@@ -145,7 +147,9 @@ class PageTable:
                 raise StoppedError
             futex.wait(self._address + 8 * self._row(frame), int(state), _WAIT_SLICE_S)
             state = self.state(frame)
-        return time.perf_counter() - begin
+        end = time.perf_counter()
+        self.trace.add("wait for KV pages", begin, end, {"frame": frame})
+        return end - begin
 
     def error(self, frame: int) -> int:
         """The error number with which the frame's request has failed."""

@@ -175,8 +175,10 @@ class SchedulingLoop:
     async def _step(self) -> None:
         await self._forget_stale()
         if not self._running and not self._waiting and self._next is None:
+            begin = time.perf_counter()
             self._wake.clear()
             await self._wake.wait()
+            self._trace.add("no request", begin, time.perf_counter(), {})
         if not self._worker_ready:
             await self._revive()
         sent, self._next = self._next, None

@@ -51,13 +51,18 @@ def llm(checkpoint: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def check_trace(file: Path) -> None:
-    """One track per actor and kind of task, and loads that ran while something was computed."""
+    """One track per actor and kind of task or of waiting, and loads that ran while something was computed."""
     events = finished_trace(file)
     tracks = {(event.actor, event.kind) for event in events}
     assert tracks >= {
-        ("NvmeLoader", "weight load"), ("StagingPool", "lease"), ("Scheduler", "sweep"),
+        ("NvmeLoader", "weight load"), ("NvmeLoader", "wait for a slot"),
+        ("StagingPool", "lease"), ("StagingPool", "some slots ready"), ("StagingPool", "all slots ready"),
         ("ComputeWorker", "sweep"), ("ComputeWorker", "compute"), ("ComputeWorker", "wait for weights"),
+        ("ComputeWorker", "no sweep"), ("Scheduler", "sweep"),
     }  # fmt: skip
+    for busy, waiting in (("weight load", "wait for a slot"), ("compute", "no sweep")):
+        first, second = ([event for event in events if event.kind == kind] for kind in (busy, waiting))
+        assert overlap(first, second) < 1e-4  # microseconds are rounded
     loads = [event for event in events if event.kind == "weight load"]
     computes = [event for event in events if event.kind == "compute"]
     assert overlap(loads, computes) > 0.2 * sum(event.end - event.begin for event in loads) / 4  # 4 read threads
@@ -116,6 +121,31 @@ def test_score_is_transformers_logits(llm: LLM, checkpoint: Path) -> None:
         assert logits.dtype == np.float32
         error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
         assert error.max() <= 1e-4
+
+
+def test_the_next_sweep_loads_while_this_one_computes(llm: LLM) -> None:
+    """A load of the next sweep begins, and mostly ends, before the last piece of this one has been computed."""
+    before = max((event.end for event in live_events(llm)), default=0.0)
+    llm.generate([PROMPTS[0]], GREEDY)
+    events = live_events(llm)
+    per_sweep = llm._stage.memory.load_order(llm._stage._setup).loads_per_sweep
+    loads = {event.labels["load"]: event for event in events if event.kind == "weight load" and "load" in event.labels}
+    whole = [
+        number for number in sorted({load // per_sweep for load in loads})
+        if all(load in loads for load in range(number * per_sweep, (number + 1) * per_sweep))
+    ]  # fmt: skip
+    sweeps = [event for event in events if (event.actor, event.kind) == ("ComputeWorker", "sweep")]
+    begun, ended = [], []
+    for number, sweep in zip(whole, sweeps, strict=False):  # behind the last one loads go on, as far as slots are free
+        assert loads[number * per_sweep + per_sweep - 1].end < sweep.end, "these loads are not this sweep's"
+        computed = max(event.end for event in events if event.kind == "compute" and event.begin < sweep.end)
+        if sweep.begin > before and sweep is not sweeps[-1]:
+            first = loads[(number + 1) * per_sweep]
+            begun.append(first.begin < computed)
+            ended.append(first.end < computed)
+    assert len(begun) >= NUM_TOKENS - 2
+    assert sum(begun) >= 0.9 * len(begun)
+    assert sum(ended) >= 0.5 * len(ended)
 
 
 # --- requests that come and go ---------------------------------------------------------------------------------------

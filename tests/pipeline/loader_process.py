@@ -31,7 +31,7 @@ def loads_in(trace: Path) -> Iterator[int]:
             event = json.loads(line)
         except ValueError:
             continue  # torn by a kill, and the next process wrote behind it
-        if "load" in event.get("labels", {}):
+        if event["kind"] == "weight load" and "load" in event["labels"]:
             yield event["labels"]["load"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import random
@@ -29,6 +30,7 @@ from pipo_ray.pipeline.drive_watch import DriveWatch
 from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable, StoppedError
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.pipeline.weight_stream import HostStream
 
 # Blocks of one and of several pieces, small and up to a slot, tensors that end within a page.
@@ -48,6 +50,7 @@ class Pipeline:
         threads: int = 3,
         checked: bool = True,
         drive: Drive | None = None,
+        trace: TraceWriter = NO_TRACE,
     ) -> None:
         rows = {piece: row for row, piece in enumerate(resident)}
         self.store = store
@@ -58,7 +61,7 @@ class Pipeline:
         self.loader = Loader(
             drive, store.pieces, store.loads(num_slots, rows), self.table, self.slots, self.residents, threads=threads,
             checksums=BlockChecksums({b.name: b for b in store.blocks}, store.pieces, drive) if checked else None,
-            transfer_bytes=16 << 10,
+            transfer_bytes=16 << 10, trace=trace,
         )  # fmt: skip
         self.loader.start()
         self.stream = HostStream(
@@ -72,7 +75,9 @@ class Pipeline:
 
 
 @contextmanager
-def pipeline_of(store: FakeStore, *args: int | Sequence[int], **options: int | Drive) -> Iterator[Pipeline]:
+def pipeline_of(
+    store: FakeStore, *args: int | Sequence[int], **options: int | Drive | TraceWriter
+) -> Iterator[Pipeline]:
     pipeline = Pipeline(store, *args, **options)  # type: ignore[arg-type]
     try:
         yield pipeline
@@ -127,6 +132,24 @@ def test_reading_and_waiting_for_slots_do_not_overlap(store: FakeStore) -> None:
         found = pipeline.loader.snapshot()
         assert 0 < found.reading_s < found.running_s
         assert found.reading_s + found.waiting_for_slots_s <= found.running_s
+
+
+def test_waiting_for_slots_is_in_the_trace_as_it_is_counted(store: FakeStore, tmp_path: Path) -> None:
+    trace = TraceWriter(tmp_path / "trace.jsonl", "NvmeLoader")
+    with pipeline_of(store, 2, trace=trace) as pipeline:
+        for _ in range(3):
+            check_sweep(pipeline.stream, store, pause_s=0.01)
+        pipeline.close()
+        counted = pipeline.loader.snapshot()
+    events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    loads, waits = (
+        [(event["begin"], event["end"]) for event in events if event["kind"] == kind]
+        for kind in ("weight load", "wait for a slot")
+    )
+    assert len(waits) >= 3 * len(store.plan.order) - 4
+    assert sum(end - begin for begin, end in waits) == pytest.approx(counted.waiting_for_slots_s, abs=0.02)
+    for begin, end in waits:
+        assert all(end <= load_begin or load_end <= begin for load_begin, load_end in loads)
 
 
 def test_reading_has_no_part_of_the_pauses_that_give_way(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:

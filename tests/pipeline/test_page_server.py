@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import threading
@@ -20,6 +21,7 @@ from pipo_ray.pipeline.drive_watch import DriveWatch
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_table import FrameState, PageTable, Seal
 from pipo_ray.pipeline.slots import U8, SlotTable
+from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.session.kv_file import KVFile, read_key
 
 NUM_FRAMES, NUM_PAGES, PAGE_BYTES = 7, 40, 4 * PAGE
@@ -304,8 +306,13 @@ def test_a_drive_that_hangs_is_told_once_with_its_folder(
         "the/folder: the drive has not answered for 0 s; the run goes on as soon as it does (Ctrl-C ends it)"
     ]
     assert watch.news() == []
-    answer.set()
-    table.wait(0)
+    table.trace = TraceWriter(tmp_path / "trace.jsonl", "ComputeWorker")
+    threading.Timer(0.05, answer.set).start()
+    waited = table.wait(0)
+    (wait,) = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines() if "wait for" in line]
+    assert wait["kind"] == "wait for KV pages"
+    assert wait["end"] - wait["begin"] == pytest.approx(waited)
+    assert waited > 0
     while table.drive_silent_s and time.monotonic() < deadline:
         time.sleep(0.01)
     assert watch.news() == []

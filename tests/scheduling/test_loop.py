@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from pipo_ray.errors import StoreError, WorkerLostError
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.loop import SchedulingLoop
 
@@ -53,13 +56,15 @@ def request(name: str, prompt: int = 3, tokens: int = 4, **more: Any) -> Request
     return RequestSpec(name, tuple(range(prompt)), SamplingParams(max_tokens=tokens), 0, tokens, **more)
 
 
-def in_loop(body: Callable[[SchedulingLoop, Worker], Awaitable[None]], **limits: Any) -> tuple[SchedulingLoop, Worker]:
+def in_loop(
+    body: Callable[[SchedulingLoop, Worker], Awaitable[None]], trace: TraceWriter = NO_TRACE, **limits: Any
+) -> tuple[SchedulingLoop, Worker]:
     """Run `body` beside a loop with a worker."""
     worker = Worker()
 
     async def run() -> SchedulingLoop:
         loop = SchedulingLoop(
-            worker.run_sweep, worker.set_up, Limits(**{"kv_tokens": 100, "max_batch_tokens": 16, **limits})
+            worker.run_sweep, worker.set_up, Limits(**{"kv_tokens": 100, "max_batch_tokens": 16, **limits}), trace
         )
         task = asyncio.create_task(loop.run())
         try:
@@ -104,6 +109,23 @@ def test_a_request_joins_while_another_runs_and_both_end() -> None:
     assert loop.sweeps == len(worker.sweeps) == 6
     assert loop.bytes_streamed == 6000
     assert worker.set_ups == 1
+
+
+def test_the_trace_has_the_time_without_a_request(tmp_path: Path) -> None:
+    async def body(loop: SchedulingLoop, worker: Worker) -> None:
+        loop.submit("c", [request("a")])
+        await finished(loop, 1)
+        await asyncio.sleep(0.1)
+        loop.submit("d", [request("b")])
+        await finished(loop, 1, "d")
+
+    in_loop(body, TraceWriter(tmp_path / "trace.jsonl", "Scheduler"))
+    events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["start", *["no request", *["sweep"] * 4] * 2]
+    before, idle, after = events[5:8]
+    assert idle["end"] - idle["begin"] >= 0.09
+    assert before["end"] <= idle["begin"]
+    assert idle["end"] <= after["begin"]
 
 
 def test_one_waits_until_the_kv_cache_has_room_and_what_left_is_dropped() -> None:
