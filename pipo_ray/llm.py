@@ -169,7 +169,7 @@ class LLM:
             self._lines += cannot_give_way(folders)
         if self._facts.probe_reason:
             self._lines.append(self._facts.probe_reason)
-        limits = limits_of(self._plan, self._facts, chosen.kind, prefix_cache=prefix_cache)
+        limits = limits_of(self._plan, self._facts, prefix_cache=prefix_cache)
         self._lengths = Lengths(self._facts, self._plan, limits, max_model_len)
         if before_start is not None:
             before_start(self)

@@ -61,7 +61,8 @@ def ragged_attention(
     cache.rule = rule
     if cache.host is not None:
         return cache.host.attend_row(cache.segments, cache.layer, query[0], key[0], value[0], rule)[None], None
-    if (row := cache.fused_row) is not None and can_attend(query, value, softcap, s_aux):
+    row = cache.fused_row
+    if row is not None and can_attend(query, value, softcap, s_aux) and row.sees_whole_ranges(sliding_window):
         keys, values = cache.append_row(key, value)
         return attend_row(query[0].transpose(0, 1), keys, values, row, scale, sliding_window)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])

@@ -40,3 +40,13 @@ class SweepEntry:
     def begins(self) -> bool:
         """Whether the sequence begins with it."""
         return self.start == sum(part.num_tokens for part in self.prefix)
+
+    @property
+    def shared(self) -> tuple[PrefixPart, ...]:
+        """Of the prefix, what stays in others' caches."""
+        return tuple(part for part in self.prefix if part.use == "share")
+
+    @property
+    def own_capacity(self) -> int:
+        """The most tokens that its own cache can have."""
+        return self.capacity - sum(part.num_tokens for part in self.shared)

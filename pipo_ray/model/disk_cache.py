@@ -19,6 +19,9 @@ class DiskCache:
     why it cannot be used any more.
     """
 
+    start = 0
+    """Tokens in other sequences' caches."""
+
     def __init__(self, store: KVDisk, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self.layers: dict[int, list[Page]] = {}

@@ -29,10 +29,17 @@ from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
 
 class SequenceKV(Protocol):
-    """The KV cache of one sequence, which decides where it lies, in how many bits, and so how it attends."""
+    """The KV cache of one sequence, which decides where it lies, in how many bits, and so how it attends. `capacity`
+    and `length` are of its own tokens, which come behind `start` others in other sequences' caches.
+    """
 
     capacity: int
     length: int
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prefix; 0 where sequences share nothing."""
+        ...
 
     def attend(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: AttentionRule
@@ -217,7 +224,7 @@ class RaggedCache(Cache):
         A single token of a single sequence is left to the kernel that splits its keys over the whole GPU.
         """
         row = None if self._pool is None else self._pool.row
-        return row if row is not None and row.num_sequences + row.most_queries > 2 else None
+        return None if row is None or row.is_single_token else row
 
     def append_row(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the row's `key`, `value` [1, heads, tokens, head_dim] behind each sequence's tokens; the layer's pools,

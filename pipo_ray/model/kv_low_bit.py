@@ -48,6 +48,9 @@ class LowBitStore:
 class LowBitCache:
     """Keys and values of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
 
+    start = 0
+    """Tokens in other sequences' caches."""
+
     def __init__(self, store: LowBitStore, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self._store = store

@@ -2,7 +2,8 @@
 
 So the attention of a whole ragged row, prompts and single tokens of many sequences side by side, is one call of a
 fused kernel per layer, and writing its keys and values one more: with a call per sequence, 32 sequences kept an H100
-waiting for Python for longer than the weights of Llama-3-8B take to cross the link.
+waiting for Python for longer than the weights of Llama-3-8B take to cross the link. What a sequence has in common with
+others it reads in their ranges.
 """
 
 from __future__ import annotations
@@ -12,18 +13,30 @@ from collections.abc import Sequence
 import torch
 
 from pipo_ray.errors import ResourceError
+from pipo_ray.model.cascade import KeyRanges, RowPrefixes, Sharer
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import RowLayout
 from pipo_ray.model.host_values import to_device
-from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
+
+Prefix = tuple[tuple["PooledCache", int], ...]
+"""So many of the first tokens of each of these caches."""
 
 
 class PooledCache:
-    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
+    """The KV cache of one sequence: behind the tokens of `prefix` at most `capacity` of its own, `length` of which are
+    there in every layer, from `first` of the pool on. It may move between sweeps.
+    """
 
-    def __init__(self, pool: KVPool, capacity: int, first: int) -> None:
+    def __init__(self, pool: KVPool, capacity: int, first: int, prefix: Prefix = ()) -> None:
         self.capacity, self.first, self.length = capacity, first, 0
+        self.prefix = prefix
         self._pool = pool
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prefix."""
+        return sum(count for _, count in self.prefix)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SequenceCache.append`."""
@@ -40,7 +53,22 @@ class PooledCache:
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: AttentionRule
     ) -> torch.Tensor:
         """See `SequenceCache.attend`."""
-        return attend(query, *self.append(layer, keys, values), rule)
+        own = self.append(layer, keys, values)
+        if not self.prefix:
+            return attend(query, *own, rule)
+        pools = self._pool.layer(layer, keys, values)
+        spans = []
+        for first, count in self.prefix_ranges():
+            spans.append(DenseSpan(*(pool[first : first + count].transpose(0, 1) for pool in pools)))
+        return attend_spans(query, [*spans, DenseSpan(*own)], rule)
+
+    def prefix_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where its prefix lies in the pool: first token and number of each part. Raises ValueError if a part of it has
+        been given back.
+        """
+        if any(count > cache.capacity for cache, count in self.prefix):
+            raise ValueError("a sequence stands on a KV cache that is not there any more")
+        return tuple((cache.first, count) for cache, count in self.prefix)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
@@ -60,6 +88,7 @@ class PooledCache:
     def drop(self) -> None:
         """Give the range back."""
         self._pool.drop(self)
+        self.capacity = self.length = 0
 
     @property
     def nbytes(self) -> int:
@@ -79,14 +108,16 @@ class KVPool:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._live: list[PooledCache] = []  # in the order of their ranges
 
-    def open(self, capacity: int) -> PooledCache:
-        """A new sequence's cache. Raises ResourceError if fewer than `capacity` tokens are free."""
+    def open(self, capacity: int, prefix: Prefix = ()) -> PooledCache:
+        """The cache of a new sequence that has at most `capacity` tokens of its own, behind those of `prefix`. Raises
+        ResourceError if fewer are free.
+        """
         self._require(capacity)
         if (place := self._gap(capacity)) is None:
             self._close_up()
             place = self._gap(capacity)
         assert place is not None
-        cache = PooledCache(self, capacity, place[1])
+        cache = PooledCache(self, capacity, place[1], prefix)
         self._live.insert(place[0], cache)
         return cache
 
@@ -123,24 +154,19 @@ class KVPool:
 
     def begin_sweep(self, batch: Sequence[tuple[PooledCache, int]]) -> None:
         """A sweep adds so many tokens to each of these caches."""
-        counts = [count for _, count in batch]
         places = [cache.first + cache.length + step for cache, count in batch for step in range(count)]
-        firsts = [cache.first for cache, _ in batch]
-        lengths = [cache.length + count for cache, count in batch]
-        bounds = [0]
-        for count in counts:
-            bounds.append(bounds[-1] + count)
-        numbers = torch.tensor([*bounds, *firsts, self.num_tokens, *lengths], dtype=torch.int32)
-        on_device = to_device(numbers, self._device)
-        cut = len(batch) + 1
+        counts = [count for _, count in batch]
+        sharers, row = [], 0
+        for cache, count in batch:
+            if cache.prefix:
+                sharers.append(Sharer(row, count, cache.start + cache.length, cache.prefix_ranges()))
+            row += count
         self.row = RowLayout(
             places=to_device(torch.tensor(places), self._device),
-            query_bounds=on_device[:cut],
-            key_firsts=on_device[cut : 2 * cut],
-            key_lengths=on_device[2 * cut :],
-            most_queries=max(counts),
-            most_keys=max(lengths),
-            num_sequences=len(batch),
+            own=KeyRanges.of(
+                counts, [(cache.first, cache.length + count) for cache, count in batch], self.num_tokens, self._device
+            ),
+            prefixes=RowPrefixes(sharers, self.num_tokens, self._device) if sharers else None,
         )
 
     @property

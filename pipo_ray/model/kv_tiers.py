@@ -55,6 +55,9 @@ class _Run:
 class TieredCache:
     """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
 
+    start = 0
+    """Tokens in other sequences' caches."""
+
     def __init__(self, tiers: KVTiers, capacity: int) -> None:
         self.capacity, self.num_pages, self.length = capacity, pages_of(capacity), 0
         self.runs: dict[int, _Run] = {}

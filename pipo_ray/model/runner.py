@@ -20,6 +20,7 @@ from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV
 from pipo_ray.model.kv_disk import KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
+from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.lanes import Lanes
 
 
@@ -60,6 +61,8 @@ class ModelRunner:
         those that `take_lost` tells.
         """
         with torch.inference_mode():  # in which caches are written
+            for entry in entries:
+                self._shrink_what_is_taken(entry)
             for entry in entries:
                 self._check_step(entry)
         try:
@@ -104,10 +107,10 @@ class ModelRunner:
         return sum(cache.nbytes for cache in self._caches.values())
 
     def length(self, sequence: str) -> int:
-        """Number of tokens of `sequence` that are in its cache."""
+        """Number of tokens of `sequence` that are in its cache and in those that it stands on."""
         if self._ragged:
             cache = self._caches.get(sequence)
-            return 0 if cache is None else cache.length + (cache.start if isinstance(cache, SequenceCache) else 0)
+            return 0 if cache is None else cache.start + cache.length
         return self._own_caches[sequence][1] if sequence in self._own_caches else 0
 
     def _check_step(self, entry: SweepEntry) -> None:
@@ -122,22 +125,32 @@ class ModelRunner:
 
     def _open(self, entry: SweepEntry) -> Any:
         """The cache of a sequence that begins."""
-        shared = [part for part in entry.prefix if part.use == "share"]
-        own = entry.prefix[len(shared) :]
-        capacity = entry.capacity - sum(part.num_tokens for part in shared)
+        shared, own = entry.shared, entry.prefix[len(entry.shared) :]
         if own and own[0].use == "take":
             cache = self._kept(own[0].sequence)
             del self._caches[own[0].sequence]
-            cache.resize(capacity, own[0].num_tokens)
+            cache.resize(entry.own_capacity, own[0].num_tokens)
             return cache
-        if self._kv_store is None or isinstance(self._kv_store, HostKV):
-            prefix = tuple((self._kept(part.sequence), part.num_tokens) for part in shared)
-            cache = SequenceCache(capacity, prefix=prefix, compiled=self._attention)
+        prefix = tuple((self._kept(part.sequence), part.num_tokens) for part in shared)
+        store = self._kv_store
+        if store is None or isinstance(store, HostKV):
+            cache = SequenceCache(entry.own_capacity, prefix=prefix, compiled=self._attention)
+        elif prefix:
+            assert isinstance(store, KVPool), "in other stores each sequence is by itself: see scheduling/limits.py"
+            cache = store.open(entry.own_capacity, prefix)
         else:
-            cache = self._kv_store.open(capacity)
+            cache = store.open(entry.own_capacity)
         if own:
             cache.copy_from([(self._kept(part.sequence), part.num_tokens) for part in own])
         return cache
+
+    def _shrink_what_is_taken(self, entry: SweepEntry) -> None:
+        """A cache that `entry` will take gives back what it has too much: those who begin before may count on it."""
+        for part in entry.prefix:
+            if part.use == "take":
+                cache = self._kept(part.sequence)
+                if (capacity := max(entry.own_capacity, cache.length)) < cache.capacity:
+                    cache.resize(capacity, cache.length)
 
     def _kept(self, sequence: str) -> Any:
         """The cache, not in two tiers, of a sequence that another one is to begin with, or that is to be smaller."""

@@ -53,8 +53,8 @@ class Limits:
         return max(short, self.kv_tokens - self.state_tokens)
 
 
-def limits_of(plan: RunPlan, facts: ModelFacts, device: str, *, prefix_cache: bool) -> Limits:
-    """The limits of a run on `device`, "cpu" or "cuda"; with `prefix_cache` sequences share what they can."""
+def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits:
+    """The limits of a run; with `prefix_cache` sequences share what they can."""
     return Limits(
         kv_tokens=plan.kv_tokens,
         max_batch_tokens=plan.max_batch_tokens,
@@ -64,18 +64,18 @@ def limits_of(plan: RunPlan, facts: ModelFacts, device: str, *, prefix_cache: bo
         max_scored_tokens=plan.max_scored_tokens,
         state_tokens=plan.state_tokens,
         page_tokens=plan.kv_page_tokens,
-        sharing=_sharing(plan, facts, device) if prefix_cache else "none",
+        sharing=_sharing(plan, facts) if prefix_cache else "none",
         short_tokens=0 if plan.low_bit_kv is None else SHORT_TOKENS,
         short_share=0.0 if plan.low_bit_kv is None else plan.low_bit_kv.short_share,
     )
 
 
-def _sharing(plan: RunPlan, facts: ModelFacts, device: str) -> Sharing:
-    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. A pool on a GPU wants a
-    sequence's tokens in one place; pages in two tiers or in few bits belong to one sequence each.
+def _sharing(plan: RunPlan, facts: ModelFacts) -> Sharing:
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages in two tiers, on the
+    drive or in few bits belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
     if plan.kv is not None or plan.kv_disk is not None or plan.low_bit_kv is not None:
         return "none"
-    return "shared" if device == "cpu" or plan.kv_on_cpu else "copied"
+    return "shared"

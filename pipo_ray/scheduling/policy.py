@@ -63,8 +63,6 @@ def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | 
             prefixes.place(sequence)
         wanted = sequence.length - (sequence.cached or sequence.begins)
         room = min(left, scored_left) if sequence.score else left
-        if wanted > room and sequence.cached == 0 and prefixes.worth_waiting(sequence):
-            continue
         if limits.chunked and wanted > room:
             if room < min(wanted, _least_chunk(limits, sequence)) and steps:
                 break

@@ -20,8 +20,8 @@ from pipo_ray.messages import SequenceStep
 from pipo_ray.model.batch import PrefixPart
 from pipo_ray.scheduling.sequences import Sequence
 
-Sharing = Literal["none", "shared", "copied"]
-"""Whether sequences stand on each other's KV: not at all, or where it is, or on a copy that is made of it."""
+Sharing = Literal["none", "shared"]
+"""Whether sequences stand on each other's KV."""
 
 LEAST_SHARED = 32
 """Tokens below which a common prefix is computed again: each part of a prefix costs attention a call per layer."""
@@ -113,13 +113,12 @@ class PrefixCache:
             node = self._running[sequence.name] = _Node(sequence.name, sequence)
         if self._sharing == "none" or sequence.score or alone or node.computed > node.first:
             return
-        copied = self._sharing == "copied"
-        source, matched = self._longest(sequence, copied)
-        if source is not None and not copied and len(source.line(matched)) > MOST_PARTS:
+        source, matched = self._longest(sequence, stored=False)
+        copied = source is not None and len(source.line(matched)) > MOST_PARTS
+        if copied:
             if sequence.shared:  # it has reserved no more than what comes behind
                 return
-            copied = True
-            source, matched = self._longest(sequence, copied)
+            source, matched = self._longest(sequence, stored=True)
         if source is None or matched < LEAST_SHARED or matched <= sequence.begins:
             return
         self._touch(source.line(matched))
@@ -160,14 +159,6 @@ class PrefixCache:
             if node.parent is not None and node.attached > node.first and node.sequence is not None:
                 self._detach(node)
                 node.sequence.begins = 0
-
-    def worth_waiting(self, sequence: Sequence) -> bool:
-        """Whether the request that is being formed computes more of the prefix of `sequence`, which has not begun, than
-        it can use at once.
-        """
-        if self._sharing != "copied" or sequence.score or self._node(sequence).computed:
-            return False
-        return self._longest(sequence, stored=False)[1] >= sequence.begins + LEAST_SHARED
 
     def computes(self, step: SequenceStep) -> None:
         """`step`, which does not follow, is in the request that is being formed; or it has been done."""

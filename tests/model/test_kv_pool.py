@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import BY_SLUG
+from exact_kernel import exact_kernel
 from harness import CPU, Pipeline, pack_checkpoint, random_prompts
 
 from pipo_ray.errors import ResourceError
 from pipo_ray.model import attention
-from pipo_ray.model.dense_attention import attend
-from pipo_ray.model.fused_rows import RowLayout
+from pipo_ray.model.fused_rows import attend_row
 from pipo_ray.model.kv_pool import KVPool, PooledCache
-from pipo_ray.model.kv_spans import AttentionRule
 
 
 def _fill(pool: KVPool, cache: PooledCache, count: int, seed: float) -> None:
@@ -75,21 +76,6 @@ def test_a_cache_holds_no_more_than_its_capacity() -> None:
         cache.append(0, torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))
 
 
-def _by_sequence(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, row: RowLayout, scale: float, window: int | None
-) -> torch.Tensor:
-    """What the kernel does, from its arguments alone."""
-    parts = []
-    for i in range(row.num_sequences):
-        q = query[row.query_bounds[i] : row.query_bounds[i + 1]].transpose(0, 1)
-        first, length = int(row.key_firsts[i]), int(row.key_lengths[i])
-        assert q.shape[1] <= row.most_queries
-        assert length <= row.most_keys
-        k, v = (pool[first : first + length].transpose(0, 1) for pool in (keys, values))
-        parts.append(attend(q, k, v, AttentionRule(scale, window)).transpose(0, 1))
-    return torch.cat(parts)
-
-
 @pytest.mark.parametrize("slug", ["llama", "mistral"])
 def test_text_of_a_row_that_attends_in_one_call(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BY_SLUG[slug].save(tmp_path / "checkpoint")
@@ -99,11 +85,11 @@ def test_text_of_a_row_that_attends_in_one_call(slug: str, tmp_path: Path, monke
         wanted = pipeline.greedy(prompts, 6)
     calls: list[int] = []
 
-    def attend_row(*arguments: object) -> torch.Tensor:
+    def kernel(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
-        return _by_sequence(*arguments)  # type: ignore[arg-type]
+        return exact_kernel(*arguments, **options)
 
-    monkeypatch.setattr(attention, "attend_row", attend_row)
+    monkeypatch.setattr(attention, "attend_row", partial(attend_row, kernel=kernel))
     for at_once in (True, False):
         monkeypatch.setattr(attention, "can_attend", lambda *_, at_once=at_once: at_once)
         with Pipeline(packed, kv_pool=sum(len(prompt) + 6 for prompt in prompts)) as pipeline:

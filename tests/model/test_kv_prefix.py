@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from architectures import BY_SLUG
+from exact_kernel import exact_kernel
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pipo_ray
 from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
+from pipo_ray.model import attention
 from pipo_ray.model.batch import PrefixPart, PrefixUse, SweepEntry
+from pipo_ray.model.fused_rows import attend_row
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.runner import OutOfStepError
@@ -26,7 +30,6 @@ from pipo_ray.model.text import encode_prompt, load_tokenizer, render_chat
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.loop import SchedulingLoop
-from pipo_ray.scheduling.prefixes import Sharing
 
 TOLERANCE = 1e-5
 BUNDLED = Path(pipo_ray.__file__).with_name("bundled")
@@ -55,37 +58,62 @@ def close(got: torch.Tensor | None, wanted: torch.Tensor) -> None:
     assert max(relative_errors(got, wanted)) < TOLERANCE
 
 
-@pytest.mark.parametrize("pool", [None, 400])
-@pytest.mark.parametrize("slug", ["llama", "gemma2", "gpt-oss"])  # plain; windows and a soft cap; sinks
-def test_logits_behind_a_prefix(packed: Callable[[str], PackedModel], slug: str, pool: int | None) -> None:
+Way = Literal["cpu", "pool", "pool at once"]
+"""Where caches are and how a row attends: as on the CPU; in a pool, one by one; with a kernel for the whole row."""
+
+
+@contextmanager
+def pipeline_in(way: Way, model: PackedModel, kv_tokens: int) -> Iterator[Pipeline]:
+    calls: list[int] = []
+
+    def kernel(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return exact_kernel(*arguments, **options)
+
+    def can_attend(_query: object, _values: object, softcap: object, sinks: object) -> bool:
+        return way == "pool at once" and softcap is None and sinks is None
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Pipeline(model, kv_pool=None if way == "cpu" else kv_tokens) as pipeline,
+    ):
+        patch.setattr(attention, "attend_row", partial(attend_row, kernel=kernel))
+        patch.setattr(attention, "can_attend", can_attend)
+        yield pipeline
+    assert bool(calls) == (way == "pool at once")
+
+
+@pytest.mark.parametrize(
+    ("slug", "way"),
+    [
+        *((slug, way) for slug in ("llama", "gemma2", "gpt-oss") for way in ("cpu", "pool")),
+        *((slug, "pool at once") for slug in ("llama", "mistral")),
+    ],
+)  # plain; windows and a soft cap; sinks; windows
+def test_logits_behind_a_prefix(packed: Callable[[str], PackedModel], slug: str, way: Way) -> None:
     """A line of three caches, in the sweep that computes a part of it and behind it; a copy; and a cache that is
-    taken. With a pool every prefix is copied or taken.
+    taken.
     """
-    use: PrefixUse = "share" if pool is None else "copy"
     model = packed(slug)
     (tokens,) = random_prompts(model.facts.vocab_size, (90,))
     other = tokens[:50] + random_prompts(model.facts.vocab_size, (40,), seed=6)[0]
-    with Pipeline(model, kv_pool=pool) as pipeline:
+    with pipeline_in(way, model, 400) as pipeline:
         run = pipeline.runner.run
         (wanted,), (wanted_other,) = (run([step("x", one, 0, 90)]) for one in (tokens, other))
         assert wanted is not None
         assert wanted_other is not None
         pipeline.runner.drop(["x"])
         run([step("a", tokens, 0, 30)])
-        if pool is None:  # b begins in the sweep that computes some of what it begins with
-            _, got = run([step("a", tokens, 30, 50), step("b", other, 41, 60, (("a", 41, use),))])
-        else:
-            run([step("a", tokens, 30, 50)])
-            (got,) = run([step("b", other, 41, 60, (("a", 41, use),))])
+        # b begins in the sweep that computes some of what it begins with
+        _, got = run([step("a", tokens, 30, 50), step("b", other, 41, 60, (("a", 41, "share"),))])
         close(got, wanted_other[41:60])
-        line = (("a", 41, use), ("b", 15, use)) if pool is None else (("b", 56, use),)
+        line: tuple[tuple[str, int, PrefixUse], ...] = (("a", 41, "share"), ("b", 15, "share"))
         got_a, got_c = run([step("a", tokens, 50, 51), step("c", other, 56, 70, line)])
         close(got_a, wanted[50:51])
         close(got_c, wanted_other[56:70])
         (got_c,) = run([step("c", other, 70, 71)])
         close(got_c, wanted_other[70:71])
-        copied = (("a", 41, "copy"), ("b", 15, "copy")) if pool is None else (("b", 56, "copy"),)
-        (got,) = run([step("d", other, 56, 90, copied)])  # type: ignore[arg-type]
+        (got,) = run([step("d", other, 56, 90, (("a", 41, "copy"), ("b", 15, "copy")))])
         close(got, wanted_other[56:])
         pipeline.runner.cut([("a", 45), ("d", 80)])
         assert pipeline.runner.length("a") == 45
@@ -99,6 +127,17 @@ def test_logits_behind_a_prefix(packed: Callable[[str], PackedModel], slug: str,
         close(got_a, wanted[45:])
         pipeline.runner.drop_all()
         assert pipeline.runner.cache_bytes == 0
+
+
+def test_what_is_taken_gives_back_first_what_it_has_too_much(packed: Callable[[str], PackedModel]) -> None:
+    """To those who begin before, in a pool that has no room for both."""
+    model = packed("llama")
+    tokens, other = random_prompts(model.facts.vocab_size, (15, 7))
+    with pipeline_in("pool", model, 20) as pipeline:
+        run = pipeline.runner.run
+        run([step("a", tokens, 0, 5)])
+        run([step("b", other, 0, 7), step("c", tokens[:12], 5, 12, (("a", 5, "take"),))])
+        assert [pipeline.runner.length(name) for name in "abc"] == [0, 7, 12]
 
 
 class Stage:
@@ -167,34 +206,41 @@ def conversations(vocab_size: int, seed: int) -> list[list[RequestSpec]]:
 
 
 @pytest.mark.parametrize(
-    ("slug", "sharing", "kv_tokens", "seed"),
+    ("slug", "way", "kv_tokens", "seed"),
     [
-        ("llama", "shared", 600, 3),
-        ("llama", "copied", 600, 4),
-        ("gemma2", "shared", 240, 5),
+        ("llama", "cpu", 600, 3),
+        ("llama", "pool", 600, 4),
+        ("gemma2", "cpu", 240, 5),
+        ("mistral", "pool at once", 240, 6),
         *(
-            pytest.param(slug, sharing, kv_tokens, seed, marks=pytest.mark.slow)
-            for slug in ("llama", "gpt-oss")
-            for sharing in ("shared", "copied")
+            pytest.param(slug, way, kv_tokens, seed, marks=pytest.mark.slow)
+            for slug, way in (
+                ("llama", "cpu"),
+                ("gpt-oss", "cpu"),
+                ("llama", "pool"),
+                ("gpt-oss", "pool"),
+                ("llama", "pool at once"),
+                ("mistral", "pool at once"),
+            )
             for kv_tokens in (240, 400, 2000)
             for seed in range(10, 14)
         ),
     ],
 )
 def test_greedy_tokens_never_change(
-    packed: Callable[[str], PackedModel], slug: str, sharing: Sharing, kv_tokens: int, seed: int
+    packed: Callable[[str], PackedModel], slug: str, way: Way, kv_tokens: int, seed: int
 ) -> None:
     """With little KV, too, where what has ended is given up for those that wait."""
     model = packed(slug)
     turns = conversations(model.facts.vocab_size, seed)
     bounds: dict[str, Any] = {"kv_tokens": kv_tokens, "max_batch_tokens": 64}
-    with Pipeline(model, kv_pool=kv_tokens if sharing == "copied" else None) as pipeline:
+    with pipeline_in(way, model, kv_tokens) as pipeline:
         alone, together = Stage(pipeline), Stage(pipeline)
         wanted = asyncio.run(answers(alone, Limits(**bounds), turns))
-        got = asyncio.run(answers(together, Limits(**bounds, sharing=sharing), turns))
+        got = asyncio.run(answers(together, Limits(**bounds, sharing="shared"), turns))
     assert got == wanted
     assert together.computed < (0.8 if kv_tokens < 600 else 0.5) * alone.computed
-    assert "take" in together.uses
+    assert {"share", "take"} <= together.uses
 
 
 def test_a_chat_tells_what_was_said_as_it_was() -> None:

@@ -37,7 +37,7 @@ def with_low_bit(low: LowBitKV) -> RunPlan:
 
 
 def of_plan(found: RunPlan, facts: ModelFacts) -> Limits:
-    limits = limits_of(found, facts, "cpu", prefix_cache=True)
+    limits = limits_of(found, facts, prefix_cache=True)
     assert limits.sharing == "none"  # low-bit pages belong to one sequence each
     return limits
 

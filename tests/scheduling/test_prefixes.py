@@ -59,10 +59,14 @@ def test_samples_share_in_the_sweep_that_computes_their_prompt() -> None:
     ]  # fmt: skip
 
 
-def test_what_a_copy_is_made_of_is_there_before() -> None:
-    books = PrefixCache("copied")
-    assert run(books, sequence("a", *LONG), sequence("b", *LONG[:50])) == [[], []]
-    assert run(books, sequence("c", *LONG, 1)) == [[("a", 100, "copy")]]
+def test_what_a_copy_is_made_of_is_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix in more parts than attention is to read from."""
+    monkeypatch.setattr(prefixes_module, "MOST_PARTS", 1)
+    books = PrefixCache("shared")
+    a, b, c = sequence("a", *LONG), sequence("b", *LONG[:50], *range(40)), sequence("c", *LONG[:50], *range(40), 1)
+    assert run(books, a, b, c) == [[], [("a", 50, "share")], []]
+    books.end(c)
+    assert run(books, sequence("d", *LONG[:50], *range(35), 2)) == [[("a", 50, "copy"), ("b", 35, "copy")]]
 
 
 @pytest.mark.parametrize(("behind", "wanted"), [(1, [("a", 90, "take")]), (50, [("a", 90, "share")])])
@@ -163,7 +167,7 @@ class Worker:
         self.caches: dict[str, Cache] = {}
         self.last: dict[str, int] = {}
         self.ends: dict[str, int] = {}
-        self.most = self.computed = self.sweeps = 0
+        self.computed = self.sweeps = 0
         self.uses: set[str] = set()
         self._turn = asyncio.Lock()
 
@@ -190,9 +194,17 @@ class Worker:
             left_out = {step.sequence for step in request.steps if step.follows and self._has_ended(step)}
             steps = [step for step in request.steps if step.sequence not in left_out]
             for step in steps:
+                for part in step.prefix:
+                    if part.use == "take":  # what it has too much, others may get before it is taken
+                        cache = self.caches[part.sequence]
+                        cache.capacity = min(cache.capacity, max(_own_capacity(step), len(cache.own)))
+            for step in steps:
                 if step.spec is not None:
                     self._open(step)
-            self._check_room()
+                    self._check_capacity()
+            alive = {id(cache) for cache in self.caches.values()}
+            for cache in self.caches.values():
+                assert all(id(other) in alive for other, _ in cache.prefix), "a cache was dropped that others stand on"
             results = {step.sequence: self._compute(step) for step in steps}
             return SweepResult(
                 request.number,
@@ -207,14 +219,18 @@ class Worker:
     def _open(self, step: SequenceStep) -> None:
         assert step.spec is not None
         shared = [part for part in step.prefix if part.use == "share"]
-        capacity = step.capacity - sum(part.num_tokens for part in shared)
+        capacity = _own_capacity(step)
         cache = Cache([(self.caches[part.sequence], part.num_tokens) for part in shared], capacity)
         for part in step.prefix[len(shared) :]:
             source = self.caches[part.sequence]
             assert part.num_tokens <= len(source.own), "tokens that are not there cannot be copied"
-            cache.own += source.own[: part.num_tokens]
-            if part.use == "take":
-                del self.caches[part.sequence]
+            if part.use == "take":  # it stays what it is to those that have come to stand on it since it was given
+                assert [(id(one), count) for one, count in source.prefix] == [(id(o), n) for o, n in cache.prefix]
+                cache = self.caches.pop(part.sequence)
+                del cache.own[part.num_tokens :]
+                cache.capacity = capacity
+            else:
+                cache.own += source.own[: part.num_tokens]
         self.caches[step.sequence] = cache
         self.last[step.sequence] = -2
         self.ends[step.sequence] = len(step.spec.prompt_token_ids) + step.spec.max_tokens
@@ -222,13 +238,10 @@ class Worker:
         most = prefixes_module.MOST_PARTS
         assert len(shared) <= most
 
-    def _check_room(self) -> None:
-        alive = {id(cache) for cache in self.caches.values()}
-        for cache in self.caches.values():
-            assert all(id(other) in alive for other, _ in cache.prefix), "a cache was dropped that others stand on"
+    def _check_capacity(self) -> None:
+        """A pool has no room for a moment that it has not got for good."""
         pages = [-(-cache.capacity // self.limits.page_tokens) for cache in self.caches.values()]
         assert sum(pages) * self.limits.page_tokens <= self.limits.kv_tokens, "more KV than the budget"
-        self.most = max(self.most, sum(pages) * self.limits.page_tokens)
 
     def _compute(self, step: SequenceStep) -> StepResult:
         assert step.num_tokens > 0
@@ -252,6 +265,10 @@ class Worker:
         if reason:
             self.last[name] = -1
         return StepResult(name, token, finish_reason=reason)  # type: ignore[arg-type]
+
+
+def _own_capacity(step: SequenceStep) -> int:
+    return step.capacity - sum(part.num_tokens for part in step.prefix if part.use == "share")
 
 
 @dataclass(frozen=True)
@@ -357,7 +374,7 @@ failures = st.dictionaries(st.integers(1, 25), st.sampled_from([WorkerLostError(
 @hypothesis.settings(max_examples=150, deadline=None)
 @given(
     st.lists(requests, min_size=1, max_size=9),
-    st.sampled_from(["shared", "copied", "none"]),
+    st.sampled_from(["shared", "shared", "none"]),
     st.integers(20, 90),
     st.integers(1, 24),
     st.sampled_from([1, 1, 4]),
@@ -384,3 +401,22 @@ def test_random_clients(
         patch.setattr(prefixes_module, "MOST_PARTS", most_parts)
         patch.setattr(loop_module, "admit", admit_all_that_fit)
         asyncio.run(asyncio.wait_for(play(worker, script, limits), 60))
+
+
+def test_who_takes_a_cache_gives_back_beforehand_what_it_has_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request ends early, with room for ten tokens more; the second one begins in the same sweep as the
+    third, which takes the first one's cache, and before it: the budget holds both.
+    """
+    monkeypatch.setattr(prefixes_module, "LEAST_SHARED", 3)
+    first, other = (0, 0, 0, 1), (2, 2, 2)
+    assert continuation(first, 12) == [1, 0]
+    limits = Limits(20, 24, sharing="shared")
+    worker = Worker(limits, {})
+    common = {"wait": 0, "n": 1, "abort_after": None, "score": False}
+    script = [
+        Request(behind=0, tokens=0, more=first, max_tokens=12, **common),  # type: ignore[arg-type]
+        Request(behind=0, tokens=0, more=other, max_tokens=4, **common),  # type: ignore[arg-type]
+        Request(behind=0, tokens=40, more=(1,), max_tokens=3, **common),  # type: ignore[arg-type]
+    ]
+    asyncio.run(asyncio.wait_for(play(worker, script, limits), 60))
+    assert worker.uses == {"take"}
