@@ -219,12 +219,13 @@ class RaggedCache(Cache):
 
     @property
     def fused_row(self) -> RowLayout | None:
-        """How the row lies in a pool, if several sequences do, or several tokens: then one call attends for all.
+        """How the row lies in a pool, if one call is to attend for all: of several sequences, or several tokens.
 
-        A single token of a single sequence is left to the kernel that splits its keys over the whole GPU.
+        A single token of a single sequence is left to the kernel that splits its keys over the whole GPU, unless they
+        lie in several places.
         """
         row = None if self._pool is None else self._pool.row
-        return None if row is None or row.is_single_token else row
+        return None if row is None or (row.is_single_token and row.prefixes is None) else row
 
     def append_row(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the row's `key`, `value` [1, heads, tokens, head_dim] behind each sequence's tokens; the layer's pools,

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.support import obstacle
-from pipo_ray.model.batch import PrefixPart, SweepEntry
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_host import HostKV
@@ -76,30 +75,6 @@ def test_a_failed_sweep_is_begun_anew(tmp_path: Path) -> None:
             pipeline.greedy(prompts, 2)
         handle.remove()
         assert pipeline.greedy(prompts, 6) == undisturbed
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_sequences_begin_on_what_others_have_in_the_pool(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
-    """A copy, and a cache that is taken and has to grow, for which the copy must move."""
-    _CHOSEN[0].save(tmp_path / "checkpoint")
-    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", dtype)
-    tokens, more = random_prompts(packed.facts.vocab_size, (60, 40))
-    other = tokens[:40] + more
-    with Pipeline(packed, device=torch.device("cuda", 0), kv_pool=200) as pipeline:
-        run = pipeline.runner.run
-
-        def step(name: str, tokens: list[int], start: int, stop: int, *prefix: PrefixPart) -> SweepEntry:
-            return SweepEntry(name, tuple(tokens[start:stop]), start, len(tokens), "all", prefix)
-
-        wanted, wanted_other = run([step("a", tokens, 0, 60), step("x", other, 0, 80)])
-        pipeline.runner.drop(["x"])
-        pipeline.runner.cut([("a", 50)])
-        (copied,) = run([step("b", other, 40, 80, PrefixPart("a", 40, "copy"))])
-        (taken,) = run([step("c", tokens, 50, 60, PrefixPart("a", 50, "take"))])
-    for got, expected, start in ((copied, wanted_other, 40), (taken, wanted, 50)):
-        assert got is not None
-        assert expected is not None
-        assert max(relative_errors(got.cpu(), expected[start:].cpu())) <= tolerance
 
 
 def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:

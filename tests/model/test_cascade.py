@@ -3,95 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import Any
 
 import hypothesis
 import pytest
 import torch
-from exact_kernel import exact_kernel
 from harness import CPU
 from hypothesis import given
 from hypothesis import strategies as st
+from pool_sweeps import DIM, HEADS, KV_HEADS, Sweeps, Written
 
 from pipo_ray.model import cascade
-from pipo_ray.model.cascade import KeyRanges, Sharer
-from pipo_ray.model.dense_attention import attend
-from pipo_ray.model.fused_rows import attend_row
-from pipo_ray.model.kv_cache import RaggedCache, Segment
-from pipo_ray.model.kv_pool import KVPool, PooledCache
-from pipo_ray.model.kv_spans import AttentionRule
-
-HEADS, KV_HEADS, DIM = 4, 2, 8
-AT_ONCE, ONE_BY_ONE = 0, 1  # layers that hold the same, and attend either way
-
-
-@dataclass(eq=False)
-class Written:
-    """A sequence behind so many of others' own tokens; its own keys and values [kv_heads, tokens, head_dim]."""
-
-    cache: PooledCache
-    prefix: tuple[tuple[Written, int], ...]
-    keys: torch.Tensor = field(default_factory=lambda: torch.empty(KV_HEADS, 0, DIM))
-    values: torch.Tensor = field(default_factory=lambda: torch.empty(KV_HEADS, 0, DIM))
-
-    @classmethod
-    def behind(cls, pool: KVPool, capacity: int, *prefix: tuple[Written, int]) -> Written:
-        """A new one."""
-        return cls(pool.open(capacity, tuple((one.cache, count) for one, count in prefix)), prefix)
-
-    def whole(self, name: str) -> torch.Tensor:
-        """All its keys, or values, in one piece."""
-        return torch.cat([*(getattr(one, name)[:, :count] for one, count in self.prefix), getattr(self, name)], dim=1)
-
-
-@dataclass
-class Sweeps:
-    """Sweeps over a pool, each attended in both ways and compared; `calls` are the kernel's: its ranges, and whether
-    causal.
-    """
-
-    pool: KVPool
-    window: int | None = None
-    calls: list[tuple[KeyRanges, bool]] = field(default_factory=list)
-    at_once: int = 0
-
-    def run(self, batch: list[tuple[Written, int]]) -> None:
-        """So many random tokens to each of `batch`, in this order."""
-        count = sum(new for _, new in batch)
-        query, keys, values = (torch.randn(1, heads, count, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-        segments, column = [], 0
-        for one, new in batch:
-            segments.append(Segment(one.cache, column, column + new))
-            column += new
-        row = RaggedCache(tuple(segments), self.pool)
-        row.begin_sweep()
-        layout = self.pool.row
-        assert layout is not None
-        row.update(keys, values, AT_ONCE)
-        pools = row.append_row(keys, values)
-        at_once = None
-        if layout.sees_whole_ranges(self.window):
-            at_once = attend_row(query[0].transpose(0, 1), *pools, layout, 0.3, self.window, self._kernel)
-            self.at_once += 1
-        else:
-            assert self.window is not None
-            assert any(new > 1 and one.cache.start + one.cache.length + new > self.window for one, new in batch)
-        rule = AttentionRule(0.3, self.window)
-        for (one, _), segment in zip(batch, segments, strict=True):
-            own = slice(segment.start, segment.stop)
-            one.keys = torch.cat([one.keys, keys[0, :, own]], dim=1)
-            one.values = torch.cat([one.values, values[0, :, own]], dim=1)
-            wanted = attend(query[0, :, own].double(), one.whole("keys").double(), one.whole("values").double(), rule)
-            alone = one.cache.attend(ONE_BY_ONE, query[0, :, own], keys[0, :, own], values[0, :, own], rule)
-            torch.testing.assert_close(alone.double(), wanted, rtol=1e-5, atol=1e-5)
-            if at_once is not None:
-                torch.testing.assert_close(at_once[own].transpose(0, 1).double(), wanted, rtol=1e-5, atol=1e-5)
-        row.advance()
-
-    def _kernel(self, *arguments: Any, causal: bool, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        self.calls.append((arguments[3], causal))
-        return exact_kernel(*arguments, causal=causal, window=window)
+from pipo_ray.model.cascade import Sharer
+from pipo_ray.model.kv_pool import KVPool
 
 
 @hypothesis.settings(max_examples=40, deadline=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -17,19 +16,17 @@ from exact_kernel import exact_kernel
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
 from hypothesis import given
 from hypothesis import strategies as st
+from prefix_runs import Stage, answers, conversations, step
 
 import pipo_ray
-from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.model import attention
-from pipo_ray.model.batch import PrefixPart, PrefixUse, SweepEntry
+from pipo_ray.model.batch import PrefixUse
 from pipo_ray.model.fused_rows import attend_row
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.runner import OutOfStepError
 from pipo_ray.model.text import encode_prompt, load_tokenizer, render_chat
-from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
-from pipo_ray.scheduling.loop import SchedulingLoop
 
 TOLERANCE = 1e-5
 BUNDLED = Path(pipo_ray.__file__).with_name("bundled")
@@ -44,13 +41,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PackedMo
         return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
 
     return pack
-
-
-def step(
-    name: str, tokens: list[int], start: int, stop: int, prefix: tuple[tuple[str, int, PrefixUse], ...] = ()
-) -> SweepEntry:
-    parts = tuple(PrefixPart(*part) for part in prefix)
-    return SweepEntry(name, tuple(tokens[start:stop]), start, len(tokens), "all", parts)
 
 
 def close(got: torch.Tensor | None, wanted: torch.Tensor) -> None:
@@ -138,71 +128,6 @@ def test_what_is_taken_gives_back_first_what_it_has_too_much(packed: Callable[[s
         run([step("a", tokens, 0, 5)])
         run([step("b", other, 0, 7), step("c", tokens[:12], 5, 12, (("a", 5, "take"),))])
         assert [pipeline.runner.length(name) for name in "abc"] == [0, 7, 12]
-
-
-class Stage:
-    """Sweeps of greedy sequences; with no more KV than the limits say."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._runner = pipeline.runner
-        self.computed = 0
-        self.uses: set[str] = set()
-
-    async def set_up(self) -> None:
-        self._runner.drop_all()
-
-    async def run_sweep(self, request: SweepRequest) -> SweepResult:
-        self._runner.drop(request.drop)
-        self._runner.cut(request.cut)
-        entries = [SweepEntry(s.sequence, s.token_ids, s.start, s.capacity, s.logits, s.prefix) for s in request.steps]
-        outputs = self._runner.run(entries)
-        self.computed += sum(s.num_tokens for s in request.steps)
-        self.uses |= {part.use for s in request.steps for part in s.prefix}
-        results = []
-        for one, logits in zip(request.steps, outputs, strict=True):
-            if logits is None or not one.sample:
-                results.append(StepResult(one.sequence))
-                continue
-            ends = one.start + one.num_tokens == one.capacity
-            results.append(StepResult(one.sequence, int(logits[-1].argmax()), finish_reason="length" if ends else None))
-        return SweepResult(request.number, tuple(results), 0.0, 0.0, 0)
-
-
-async def answers(stage: Stage, limits: Limits, turns: list[list[RequestSpec]]) -> dict[tuple[str, int], list[int]]:
-    """Each turn's requests together, when those of the turn before have ended."""
-    loop = SchedulingLoop(stage.run_sweep, stage.set_up, limits)
-    task = asyncio.get_running_loop().create_task(loop.run())
-    result: dict[tuple[str, int], list[int]] = {}
-    events: list[TokenEvent] = []
-    for requests in turns:
-        loop.submit("c", requests)
-        left = sum(request.params.n for request in requests)
-        while left:
-            events = await loop.poll("c", events[-1].number if events else 0, 20.0)
-            for event in events:
-                assert event.error is None, event.error
-                result.setdefault((event.request_id, event.index), []).append(event.result.token_id)  # type: ignore[arg-type]
-                left -= event.result.finish_reason is not None
-    task.cancel()
-    return result
-
-
-def conversations(vocab_size: int, seed: int) -> list[list[RequestSpec]]:
-    """Three turns of four conversations with one beginning, some of whose requests want several samples. What was
-    answered is told anew, and not always as it was.
-    """
-    chance = random.Random(seed)
-    system = random_prompts(vocab_size, (60,), seed)[0]
-    said = [system + [chance.randrange(3, vocab_size) for _ in range(chance.randrange(1, 9))] for _ in range(4)]
-    turns = []
-    for turn in range(3):
-        requests = []
-        for number, tokens in enumerate(said):
-            params = SamplingParams(max_tokens=6, n=chance.choice([1, 1, 3]))
-            requests.append(RequestSpec(f"{turn}/{number}", tuple(tokens), params, 0, 6))
-            tokens += [chance.randrange(3, vocab_size) for _ in range(chance.randrange(5, 40))]
-        turns.append(requests)
-    return turns
 
 
 @pytest.mark.parametrize(
