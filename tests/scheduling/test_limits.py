@@ -1,0 +1,35 @@
+"""Which runs share prefixes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan.budget_models import GIB, model, plan
+
+from pipo_ray.scheduling.limits import limits_of
+
+ONE = model(2, 64, 100)
+GPU = {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "wanted"),
+    [({}, "shared"), (GPU, "shared"), (GPU | {"kv_on_cpu": True}, "shared"), (GPU | {"kv_in_ram": True}, "none")],
+)
+def test_prefixes_are_shared_where_a_sequence_can_read_anothers_cache(budgets: dict[str, Any], wanted: str) -> None:
+    found = plan(ONE, **budgets)
+    assert (found.kv is not None) == (wanted == "none")
+    assert limits_of(found, ONE[1], prefix_cache=True).sharing == wanted
+    assert limits_of(found, ONE[1], prefix_cache=False).sharing == "none"
+
+
+@pytest.mark.parametrize("change", [{"ragged": False}, {"chunked": False}, {"rebuild_length": 100}])
+@pytest.mark.parametrize("budgets", [{}, GPU])
+def test_nothing_is_shared_where_a_prompt_cannot_begin_in_the_middle(
+    budgets: dict[str, Any], change: dict[str, Any]
+) -> None:
+    manifest, facts = ONE
+    changed = replace(facts, **change)
+    assert limits_of(plan((manifest, changed), **budgets), changed, prefix_cache=True).sharing == "none"
