@@ -2,12 +2,14 @@
 
 How to run (half a minute; --quick: 15 s):
 
-    python benchmarks/footprint.py [--model FOLDER] [--starts 3] [--against OTHER_PIPO] [--quick] [--json FILE]
+    python benchmarks/footprint.py [--model FOLDER] [--starts 3] [--against OTHER_PIPO] [--device cuda] [--quick]
+                                   [--json FILE]
 
 The bundled model runs with a weight budget smaller than itself, so that all four actors work. For every process of the
 session: private memory, mapped files, and PSS without the buffers in /dev/shm, idle (everything is loaded, nothing
 was generated) and after a run. The sum is the footprint. The KV cache of such a small model is a few hundred KB and
-counts as footprint.
+counts as footprint. With --device cuda the GPU computes (a GPU budget of 2 GiB), and the time to the first token is not
+taken.
 
 PSS divides a file's pages among all who map it: another pipo on the machine makes it look smaller. "Alone" is the upper
 bound that nobody can change: private memory, and every mapped file once and in full.
@@ -87,9 +89,12 @@ def name_of(pid: int) -> str:
     return next((name for key, name in NAMES.items() if any(word.endswith(key) for word in words)), words[0][-30:])
 
 
-def measure_memory(model: Path) -> dict[str, Any]:
+def measure_memory(model: Path, device: str) -> dict[str, Any]:
     """Idle, and after a run."""
-    with LLM(model, memory="1536MiB", weight_memory="3MiB", device="cpu", ray_address="local") as llm:
+    options: dict[str, Any] = {"memory": "1536MiB", "weight_memory": "3MiB"}
+    if device == "cuda":
+        options = {"memory": "8GiB", "gpu_memory": "2GiB"}
+    with LLM(model, device=device, ray_address="local", **options) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=64)
         idle = look(llm._session.pids())
         llm.generate([PROMPT], params)
@@ -145,12 +150,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--starts", type=int, default=3, help="starts of `pipo run`")
     parser.add_argument("--against", help="another pipo program, started in turns with this one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one start")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
-    result = measure_memory(arguments.model)
+    result = measure_memory(arguments.model, arguments.device)
     pipos = [str(Path(sys.executable).with_name("pipo")), *([arguments.against] if arguments.against else [])]
-    result["first_token_s"] = measure_starts(pipos, arguments.model, 1 if arguments.quick else arguments.starts)
+    starts = 0 if arguments.device == "cuda" else 1 if arguments.quick else arguments.starts
+    result["first_token_s"] = measure_starts(pipos, arguments.model, starts) if starts else {}
     show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

@@ -21,6 +21,7 @@ from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
+from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import find_facts, trace_of
 from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_disk import KVDisk
@@ -330,8 +331,8 @@ class Pipeline:
 
     def _read_rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         reader = self._readers.setdefault(name, RowReader(self.packed.folder, self.packed.manifest, name))
-        rows = torch.from_numpy(reader.read(ids.cpu().numpy()))
-        return rows.view(TORCH_DTYPES[reader.dtype]).view(len(ids), -1).to(self.device)
+        rows = torch.from_numpy(reader.read(host_values(ids)))
+        return to_device(rows.view(TORCH_DTYPES[reader.dtype]).view(len(ids), -1), self.device)
 
     def close(self) -> None:
         """End all threads and close all files. Raises what the loader could not cure."""
