@@ -194,7 +194,7 @@ def run_row(
                 watch_kernels(llm)
                 llm.generate(prompts, one)
             else:
-                decode(llm, prompts, sweeps, watched=True)
+                decode(llm, prompts, min(sweeps, 4), watched=True)
         kernels_s = worker_times(llm)["kernels_s"]
     shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
     return {

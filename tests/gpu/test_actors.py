@@ -1,0 +1,30 @@
+"""The real actors with a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipo_ray import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+BUNDLED = Path(__file__).parents[2] / "pipo_ray" / "bundled"
+PROMPTS = [list(range(5, stop)) for stop in (400, 205, 95)]
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def tokens(device: str, **options: Any) -> list[tuple[int, ...]]:
+    with LLM(BUNDLED, device=device, max_model_len=1024, **options) as llm:
+        return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_tokens_are_the_processors_with_few_bits_of_kv_too(bits: int) -> None:
+    """Rounding may turn a choice between two tokens that are as good, and all behind it: of each prompt most agree."""
+    precision = {} if bits == 16 else {"kv_precision": bits}
+    pairs = zip(tokens("cuda", gpu_memory="2GiB", **precision), tokens("cpu", **precision), strict=True)
+    same = [sum(one == other for one, other in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+    assert sum(same) >= 0.8 * len(PROMPTS) * 24, same
