@@ -17,6 +17,7 @@ INTS = "<16 x i32>"
 DECLARATIONS = f"""
 declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @llvm.usub.sat.i64(i64, i64)
+declare {WORDS} @llvm.usub.sat.v32i16({WORDS}, {WORDS})
 declare float @llvm.vector.reduce.fadd.v16f32(float, {FLOATS})
 declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
 declare {WORDS} @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, {WORDS})
@@ -171,6 +172,17 @@ class Function:
         bits = self.value(f"trunc i64 {self.add(self.value(f'shl i64 1, {count}'), -1)} to i32")
         arguments = f"ptr {place}, i32 2, <32 x i1> {self.cast('i32', bits, '<32 x i1>')}, {WORDS} zeroinitializer"
         return self.cast(WORDS, self.value(f"call {WORDS} @llvm.masked.load.v32i16.p0({arguments})"), HALVES)
+
+    def halves_of(self, low: str, high: str, times: int) -> str:
+        """In bf16 the numbers 2^`times` times smaller than those of the i32 vectors `low` and `high`, which bf16 has to
+        hold exactly: each of `low` and then that of `high`.
+        """
+        floats = [self.cast(FLOATS, self.value(f"sitofp {INTS} {one} to {FLOATS}"), INTS) for one in (low, high)]
+        lower = self.value(f"lshr {INTS} {floats[0]}, splat (i32 16)")
+        words = self.cast(INTS, self.value(f"or {INTS} {lower}, {floats[1]}"), WORDS)
+        # From the exponent; a zero stays one.
+        arguments = f"{WORDS} {words}, {WORDS} splat (i16 {times << 7})"
+        return self.cast(WORDS, self.value(f"call {WORDS} @llvm.usub.sat.v32i16({arguments})"), HALVES)
 
     def dot(self, sums: str, left: str, right: str) -> str:
         """`sums` plus the products of each two neighbours of two vectors in bf16; the sums are float32."""

@@ -1,4 +1,4 @@
-"""Our own kernels for low-bit weights on the CPU."""
+"""Our own kernels for low-bit weights on the CPU, of each width."""
 
 from __future__ import annotations
 
@@ -9,22 +9,45 @@ import torch
 
 from pipo_ray.compiled.int8_products import CompiledInt8
 from pipo_ray.compiled.products import CompiledInt4
+from pipo_ray.compiled.steps import Steps
+from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import Panels
 
 
 class CompiledLowBit:
-    """Those of each width. `folder` is where machine code is kept (see `MachineCode`)."""
+    """Multiplies bf16 inputs with panels of int8, or of int4 in the layout `pipo_ray.compiled.support.LAYOUT`.
+
+    One caller at a time. `folder` is where machine code is kept (see `MachineCode`).
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.int4, self.int8 = CompiledInt4(folder), CompiledInt8(folder)
+        self._int4, self._int8 = CompiledInt4(folder), CompiledInt8(folder)
 
     def product(
-        self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int
+        self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int, *, blocks: bool = False
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """See `CompiledInt4.product`."""
-        kernels = self.int8 if panels.low_bit.bits == 8 else self.int4
-        return kernels.product(memory, panels, num_rows, num_inputs)
+        """See `CompiledInt8.product`; int4 has one kernel."""
+        if panels.low_bit.bits == 8:
+            return self._int8.product(memory, panels, num_rows, num_inputs, blocks=blocks)
+        return self._int4.product(memory, panels, num_rows, num_inputs)
+
+    def add_sums(self, steps: Steps, row: torch.Tensor, low_bit: LowBitFormat) -> torch.Tensor | None:
+        """What `add_product` wants to know of a row of inputs, bf16 [columns], filled by a step."""
+        return self._int4.add_sums(steps, row, low_bit.group) if low_bit.bits == 4 else None
+
+    def add_product(
+        self, steps: Steps, memory: torch.Tensor, panels: Panels, num_rows: int, row: torch.Tensor,
+        sums: torch.Tensor | None, output: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """See `CompiledInt4.add_product`; `sums` are what `add_sums` gave."""
+        if sums is None:
+            self._int8.add_product(steps, memory, panels, num_rows, row, output)
+        else:
+            self._int4.add_product(steps, memory, panels, num_rows, row, sums, output)
 
     def stay_awake(self, on: bool) -> None:
-        """See `CompiledInt4.stay_awake`."""
-        self.int4.stay_awake(on)
+        """Whether threads wait awake for a little after a product with few inputs. For weights that stay where they
+        are: the next product comes soon.
+        """
+        self._int4.stay_awake(on)
+        self._int8.stay_awake(on)

@@ -1,8 +1,9 @@
 """Decoder layers that compute one token of one sequence as a list of machine code.
 
-With int4 weights that stay in memory a product of one row takes as long as reading the weight, and between two of them
-Python and torch's small operations run with cold caches: a fourth of a token's time (2 cores AMD EPYC). A layer built
-of the parts below is one call instead, if that computes what the module computes: it is compared with it first.
+With low-bit weights that stay in memory a product of one row takes as long as reading the weight, and between two of
+them Python and torch's small operations run with cold caches: a fourth of a token's time in int4 (2 cores AMD EPYC). A
+layer built of the parts below is one call instead, if that computes what the module computes: it is compared with it
+first.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import nn
 from pipo_ray.compiled import row_steps, steps
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.crew import run_steps
+from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.machine import MachineCode, context_of
-from pipo_ray.compiled.products import CompiledInt4
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
@@ -101,7 +102,7 @@ class _Code:
         self.run = self._modules[1].address(steps.RUN)
 
 
-_Matrices = dict[str, list[tuple[CompiledInt4, int, int, LowBitMatrix]]]
+_Matrices = dict[str, list[tuple[CompiledLowBit, int, int, LowBitMatrix]]]
 """Of each matrix its parts: what multiplies it, its first row and the one behind its last, and the part."""
 
 
@@ -225,14 +226,14 @@ class _Layer:
 
     def _multiply(self, names: Sequence[str], row: torch.Tensor, holder: nn.Module) -> None:
         """Products of one row with these matrices, into the buffers of their names."""
-        sums: dict[int, torch.Tensor] = {}
+        sums: dict[int, torch.Tensor | None] = {}
         for name in names:
             output = self._row(name, self._rows(name))
             for products, start, stop, part in self._matrices[name]:
                 memory, panels = part.packed
                 group = panels.low_bit.group
                 if group not in sums:
-                    sums[group] = products.add_sums(self._steps, row, group)
+                    sums[group] = products.add_sums(self._steps, row, panels.low_bit)
                 products.add_product(self._steps, memory, panels, stop - start, row, sums[group], output[start:stop])
             bias = getattr(holder, name).bias
             if bias is not None:
@@ -285,7 +286,7 @@ def _epsilon(norm: nn.Module) -> Any:
 
 
 def _matrices(module: Any, products: LowBitProducts) -> _Matrices | None:
-    """Where a layer's matrices are; None if one is not in int4, or not for our own kernel."""
+    """Where a layer's matrices are; None if one is not in low bits, or not for our own kernel."""
     found: _Matrices = {}
     for holder, names in ((module.self_attn, _ATTENTION), (module.mlp, _MLP - {"act_fn"})):
         for name in names:

@@ -31,7 +31,7 @@ KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
     "linear": ("native", "wide", "tall", "compiled"),
     "matmul": ("native", "wide"),
     "int4": ("packed", "compiled", "native", "wide"),
-    "int8": ("packed", "blocks", "native", "wide"),
+    "int8": ("packed", "compiled", "blocks", "native", "wide"),
     "cuda-int4": ("vector", "tiles", "native"),
     "cuda-int8": ("vector", "tiles", "native"),
 }

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from pipo_ray.compiled.low_bit import CompiledLowBit
-from pipo_ray.compiled.products import CompiledInt4
 from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
@@ -85,11 +84,9 @@ class LowBitProducts:
         """Whether kernels are compiled here."""
         return self._compiled is not None
 
-    def compiled_for(self, panels: Panels, num_rows: int) -> CompiledInt4 | None:
+    def compiled_for(self, panels: Panels, num_rows: int) -> CompiledLowBit | None:
         """What multiplies one row of inputs with `num_rows` rows in such panels, if that is our own kernel."""
-        if self._compiled is None or self._kernel(1, panels, num_rows) != "compiled":
-            return None
-        return self._compiled.int4
+        return self._compiled if self._kernel(1, panels, num_rows) == "compiled" else None
 
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledLowBit.stay_awake`."""
@@ -147,7 +144,7 @@ class LowBitProducts:
             return self._triton.product(memory, panels, num_rows, num_inputs, kernel)
         if kernel in _OWN:
             assert self._compiled is not None  # `_choose`
-            return self._compiled.product(memory, panels, num_rows, num_inputs)
+            return self._compiled.product(memory, panels, num_rows, num_inputs, blocks=kernel == "blocks")
         if kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
             views = views_of(memory[0], panels)
             return lambda rows: self._packed(rows, views, panels)

@@ -127,13 +127,25 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(architecture: Archi
         assert torch.equal(got, logits(opened, tokens, 8, modules=True))
 
 
-def test_a_matrix_in_other_bits_leaves_its_layer_to_the_modules(tmp_path: Path) -> None:
-    policy = Precision((Rule("*.layers.1.mlp.up_proj.*", "int8"), Rule("*", "int4-g32")))
+def test_a_matrix_at_16_bits_leaves_its_layer_to_the_modules(tmp_path: Path) -> None:
+    policy = Precision((Rule("*.layers.1.mlp.up_proj.*", "16bit"), Rule("*", "int4-g32")))
     packed = pack(TAKEN[1], tmp_path, policy)
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
     with pipeline(packed) as opened:
         logits(opened, tokens, 8)
         assert in_use(opened) == 2
+
+
+@pytest.mark.parametrize("policy", [(Rule("*", "int8"),), (Rule("*.[qk]_proj.*", "int8"), Rule("*", "int4-g32"))])
+def test_matrices_in_int8_and_both_widths_in_one_layer(policy: tuple[Rule, ...], tmp_path: Path) -> None:
+    packed = pack(TAKEN[3], tmp_path, Precision(policy))
+    (tokens,) = random_prompts(VOCAB_SIZE, (20,))
+    with pipeline(packed) as opened:
+        logits(opened, tokens, 8)  # compared
+        assert in_use(opened) == 3
+        got = logits(opened, tokens, 8)
+        expected = logits(opened, tokens, 8, modules=True)
+    assert float((got - expected).norm() / expected.norm()) < 0.01
 
 
 def test_weights_that_go_and_come_again_are_looked_for_anew(tmp_path: Path) -> None:

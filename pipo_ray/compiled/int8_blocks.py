@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, WORDS, Function, vector
+from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, Function, vector
 
 FIELDS = (
     "inputs", "codes", "scales", "output", "num_inputs", "columns", "rows", "next", "panel_bytes", "panel_blocks",
@@ -37,12 +37,11 @@ _COLUMNS = 2048
 _INPUTS = 6
 _KEPT_INPUTS = 512
 _SUMS_BYTES = 4 * _BLOCK  # of one row of inputs
-_EXPONENT = 24
 
 
 def module() -> str:
     """The function."""
-    return f"{DECLARATIONS}\ndeclare {WORDS} @llvm.usub.sat.v32i16({WORDS}, {WORDS})\n{_product()}"
+    return f"{DECLARATIONS}\n{_product()}"
 
 
 def _product() -> str:
@@ -88,7 +87,7 @@ def _unpack(f: Function, codes: str, length: str, weights: str, near: str) -> No
             to = f.at(weights, f.add(f.multiply(column, 2 * _BLOCK), 64 * quarter))
             for number, four in enumerate(_transposed(f, [f.load(INTS, place, align=1) for place in places])):
                 for half, pair in enumerate(_widened(f, four)):
-                    f.store(INTS, pair, f.at(to, (2 * number + half) * 64 * _VECTORS), align=64)
+                    f.store(HALVES, pair, f.at(to, (2 * number + half) * 64 * _VECTORS), align=64)
 
 
 def _transposed(f: Function, rows: Sequence[str]) -> list[str]:
@@ -122,17 +121,11 @@ def _transposed(f: Function, rows: Sequence[str]) -> list[str]:
 
 def _widened(f: Function, four: str) -> list[str]:
     """Of four codes in each lane the first two in bf16, and the last two."""
-    floats = []
+    alone = []
     for number in range(4):
         moved = f.value(f"shl {INTS} {four}, splat (i32 {24 - 8 * number})") if number < 3 else four
-        alone = f.value(f"and {INTS} {moved}, splat (i32 {-1 << 24})") if number else moved
-        floats.append(f.cast(FLOATS, f.value(f"sitofp {INTS} {alone} to {FLOATS}"), INTS))
-    pairs = []
-    for low, high in (floats[:2], floats[2:]):
-        both = f.cast(INTS, f.value(f"or {INTS} {f.value(f'lshr {INTS} {low}, splat (i32 16)')}, {high}"), WORDS)
-        less = f"{WORDS} splat (i16 {_EXPONENT << 7})"
-        pairs.append(f.cast(WORDS, f.value(f"call {WORDS} @llvm.usub.sat.v32i16({WORDS} {both}, {less})"), INTS))
-    return pairs
+        alone.append(f.value(f"and {INTS} {moved}, splat (i32 {-1 << 24})") if number else moved)
+    return [f.halves_of(low, high, 24) for low, high in (alone[:2], alone[2:])]
 
 
 def _multiply(f: Function, inputs: str, count: str, length: str, weights: str, sums: str) -> None:
