@@ -68,8 +68,24 @@ def test_make_bench_names_scripts_that_exist() -> None:
     names = _make_variable("BENCHMARKS").split()
     assert names, "make bench would run nothing"
     assert not [name for name in names if not (ROOT / name).is_file()]
-    slow = [name for name in names if '"--quick"' not in (ROOT / name).read_text()]
+    slow = [name for name in names if "--quick" not in (ast.get_docstring(ast.parse((ROOT / name).read_text())) or "")]
     assert not slow, f"make bench calls them with --quick, which they do not have: {slow}"
+
+
+def test_make_bench_goes_on_behind_a_script_that_fails_and_names_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $*"\ntest "$1" != second.py\n')
+    python.chmod(0o755)
+    installed = f"{tmp_path}/venv/installed"
+    done = subprocess.run(
+        ["make", "-s", "-o", installed, "bench", "BENCHMARKS=first.py second.py third.py", f"BIN={tmp_path}",
+         f"VENV={tmp_path}/venv"],
+        cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+    )  # fmt: skip
+    ran = [line for line in done.stdout.splitlines() if line.startswith("ran")]
+    assert ran == ["ran first.py --quick", "ran second.py --quick", "ran third.py --quick"]
+    assert done.returncode != 0
+    assert "failed: second.py" in done.stderr
 
 
 def test_readme_names_the_two_commands() -> None:
