@@ -219,7 +219,7 @@ class Pipeline:
             if kv_pool is not None:
                 store = KVPool(kv_pool, device)
             if kv_bits is not None:
-                store = LowBitStore(kv_bits)
+                store = LowBitStore(kv_bits, attention)
             if kv_store is not None:
                 store = kv_store(packed.dtype, self._device_ops())
             self.runner = ModelRunner(

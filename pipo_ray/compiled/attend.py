@@ -1,8 +1,9 @@
-"""Attention of one token by the kernel in `attention.py`."""
+"""Attention of one token by the kernels in `attention.py` and `packed_attention.py`."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipo_ray.compiled import attention
+from pipo_ray.compiled import attention, packed_attention
 from pipo_ray.compiled.crew import CALLED_AT, add_on_threads, deferred_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.steps import Steps
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.low_bit_pages import PageLayout
 
 _BYTES_ON_THREADS = 1 << 20  # of keys and values: with fewer the other threads are better off bringing weights near
 
@@ -48,7 +51,9 @@ class CompiledAttention:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._codes: dict[tuple[int, int], tuple[MachineCode, int, int]] = {}
+        self._packed_codes: dict[tuple[int, int, int], tuple[MachineCode, int]] = {}
         self._context = context_of([0] * len(attention.FIELDS))
+        self._packed_context = context_of([0] * len(packed_attention.FIELDS))
 
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether these are for the kernel: `query` [heads, 1, dim], `keys` and `values` [kv_heads, 1, dim] in bf16 on
@@ -79,6 +84,34 @@ class CompiledAttention:
         one, _ = self._functions(dim, heads // kv_heads)
         self._context[:] = _words(query, new, memory, output.data_ptr(), 0, first, length, scale)
         self.run(Call(one, self._context, 4 * kv_heads * dim * (length - first)))
+        return output
+
+    def attend_packed(
+        self, query: Tensor, new: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor], length: int, pages: Tensor,
+        layout: PageLayout, first: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Attention of `query` to the tokens from number `first` on of all in `pages`, uint8 [pages, page_bytes], and
+        behind them the first `length` in `window`, as `memory` in `attend`, whose last becomes `new`. Returns [heads,
+        1, dim]. `takes` and `packed_attention.takes` say what may come.
+        """
+        heads, kv_heads, dim = query.shape[0], layout.heads, query.shape[2]
+        output = query.new_empty(heads, 1, dim)
+        at_once = attention.heads_at_once(heads // kv_heads)
+        key = dim, layout.bits, at_once
+        if key not in self._packed_codes:
+            code = MachineCode(packed_attention.module(layout, at_once), self._folder)
+            self._packed_codes[key] = code, code.address(packed_attention.NAME)
+        whole, unseen = divmod(min(first, len(pages) * PAGE_TOKENS), PAGE_TOKENS)
+        count = len(pages) - whole
+        ahead = max(0, first - len(pages) * PAGE_TOKENS)
+        value_codes, *scales = itertools.accumulate(layout.parts[:-1])
+        self._packed_context[:] = (
+            *_words(query, new, window, output.data_ptr(), 0, ahead, length, scale),
+            pages.data_ptr() + whole * layout.page_bytes, count, unseen, layout.page_bytes, value_codes, *scales,
+            layout.heads_per_group,
+        )  # fmt: skip
+        nbytes = count * layout.page_bytes + 4 * kv_heads * dim * (length - ahead)
+        self.run(Call(self._packed_codes[key][1], self._packed_context, nbytes))
         return output
 
     def each(

@@ -9,7 +9,9 @@ Needs AVX512F, BW and BF16. The one instruction by name: VDPBF16PS.
 
 from __future__ import annotations
 
-from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, Function, vector
+from dataclasses import dataclass
+
+from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, Function, vector
 from pipo_ray.compiled.row_steps import exponential
 
 FIELDS = (
@@ -29,6 +31,8 @@ EACH_FIELDS = ("contexts", "count")
 behind the other. Threads share out each sequence's heads.
 """
 MOST_DIM = 256
+LEAST = "0xFFF0000000000000"
+"""Less than any score."""
 
 _TOKENS = 16
 _MOST_HEADS = 4
@@ -36,17 +40,20 @@ _COLUMNS = 64  # of the values that are summed at once
 _EVEN = vector("i32", range(0, 32, 2))
 _ODD = vector("i32", range(1, 32, 2))
 _NUMBERS = vector("i64", range(_TOKENS))
-_MORE = f"""
-declare {FLOATS} @llvm.roundeven.v16f32({FLOATS})
-declare {INTS} @llvm.fptosi.sat.v16i32.v16f32({FLOATS})
-declare float @llvm.vector.reduce.fmax.v16f32({FLOATS})
+MORE_DECLARATIONS = f"""
+declare {FLOATS} @llvm.fabs.v16f32({FLOATS})
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 """
 
 
 def module(dim: int, group: int) -> str:
     """The function for heads of `dim` columns, a multiple of 64, of which `group` share keys."""
-    return "\n".join([DECLARATIONS, _MORE, _attend(dim, -(-group // -(-group // _MOST_HEADS))), _attend_each()])
+    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, _attend(dim, heads_at_once(group)), _attend_each()])
+
+
+def heads_at_once(group: int) -> int:
+    """Of `group` heads that share keys, so many are computed at once: about the same every time."""
+    return -(-group // -(-group // _MOST_HEADS))
 
 
 def _attend_each() -> str:
@@ -57,59 +64,98 @@ def _attend_each() -> str:
     return f.text()
 
 
+@dataclass(frozen=True)
+class HeadSoFar:
+    """What has come of a head's tokens so far. Variables with the largest score in all lanes, and with the sum of
+    exponentials over it, whose lanes are to be added; places of the sums of values by those weights, 16 channels each;
+    and room for the weights at work.
+    """
+
+    largest: str
+    total: str
+    sums: list[str]
+    weights: str
+
+    @staticmethod
+    def rooms(f: Function, dim: int) -> tuple[list[str], str]:
+        """Places for `sums` and `weights`."""
+        return [f.room(64) for _ in range(dim // 16)], f.room(64)
+
+    @staticmethod
+    def empty(f: Function, rooms: tuple[list[str], str]) -> HeadSoFar:
+        """Of no token."""
+        sums, weights = rooms
+        for part in sums:
+            f.store(FLOATS, "zeroinitializer", part)
+        return HeadSoFar(f.variable(FLOATS, f"splat (float {LEAST})"), f.variable(FLOATS), sums, weights)
+
+    def store_mean(self, f: Function, row: str) -> None:
+        """The mean of the values, rounded to bf16."""
+        whole = f.splat("float", f.total(f.load(FLOATS, self.total)))
+        for at, part in enumerate(self.sums):
+            mean = f.value(f"fdiv {FLOATS} {f.load(FLOATS, part)}, {whole}")
+            f.store_rounded(mean, f.at(row, 32 * at), "16")
+
+
 def _attend(dim: int, at_once: int) -> str:
     f = Function(NAME, FIELDS)
-    group, length = f.field("group"), f.field("length")
+    group = f.field("group")
     scale = f.splat("float", f.value(f"bitcast i32 {f.load('i32', f.place_of('scale'))} to float"))
-    weights = [f.room(64) for _ in range(at_once)]
-    sums = [[f.room(64) for _ in range(dim // 16)] for _ in range(at_once)]
+    rooms = [HeadSoFar.rooms(f, dim) for _ in range(at_once)]
     with f.tasks(f.place_of("next"), f.field("kv_heads")) as number:
-        keys, values = (f.at(f.field(w, "ptr"), f.multiply(number, f.field(f"{w}_stride"))) for w in ("keys", "values"))
-        for place, what in ((keys, "new_keys"), (values, "new_values")):
-            new = f.at(f.field(what, "ptr"), f.multiply(number, f.field(f"{what}_stride")))
-            last = f.at(place, f.multiply(f.add(length, -1), 2 * dim))
-            f.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {last}, ptr {new}, i64 {2 * dim}, i1 false)")
+        keys, values = append_token(f, dim, number)
         with f.loop(group, at_once) as first:
-            # Past the end the last head is computed again.
-            inside = [f.least(f.add(first, one), f.add(group, -1)) for one in range(at_once)]
-            heads = [f.add(f.multiply(number, group), one) for one in inside]
-            queries = [f.at(f.field("query", "ptr"), f.multiply(head, f.field("query_stride"))) for head in heads]
-            largest = [f.variable("float", "0xFFF0000000000000") for _ in heads]
-            totals = [f.variable(FLOATS) for _ in heads]
-            for parts in sums:
-                for part in parts:
-                    f.store(FLOATS, "zeroinitializer", part)
-            with f.loop(length, _TOKENS) as token:
-                left = f.value(f"sub i64 {length}, {token}")
-                changes = []
-                for query, most, total, weight in zip(queries, largest, totals, weights, strict=True):
-                    scores = _scores(f, dim, query, keys, token, length)
-                    scores = f.value(f"fmul {FLOATS} {scores}, {scale}")
-                    there = f.value(f"icmp ult <16 x i64> {_NUMBERS}, {f.splat('i64', left)}")
-                    scores = f.value(
-                        f"select <16 x i1> {there}, {FLOATS} {scores}, {FLOATS} splat (float 0xFFF0000000000000)"
-                    )
-                    before = f.load("float", most)
-                    here = f.value(f"call float @llvm.vector.reduce.fmax.v16f32({FLOATS} {scores})")
-                    more = f.value(f"fcmp ogt float {here}, {before}")
-                    now = f.value(f"select i1 {more}, float {here}, float {before}")
-                    f.store("float", now, most)
-                    base = f.splat("float", now)
-                    exponentials = exponential(f, f.value(f"fsub {FLOATS} {scores}, {base}"))
-                    change = exponential(f, f.value(f"fsub {FLOATS} {f.splat('float', before)}, {base}"))
-                    f.store(FLOATS, exponentials, weight)
-                    f.store(FLOATS, f.multiply_add(f.load(FLOATS, total), change, exponentials), total)
-                    changes.append(change)
-                _add_values(
-                    f, dim, f.at(values, f.multiply(token, 2 * dim)), f.least(left, _TOKENS), weights, changes, sums
-                )
-            for head, total, parts in zip(heads, totals, sums, strict=True):
-                whole = f.splat("float", f.total(f.load(FLOATS, total)))
-                row = f.at(f.field("output", "ptr"), f.multiply(head, 2 * dim))
-                for at, part in enumerate(parts):
-                    mean = f.value(f"fdiv {FLOATS} {f.load(FLOATS, part)}, {whole}")
-                    f.store_rounded(mean, f.at(row, 32 * at), "16")
+            heads, queries = heads_at(f, number, first, at_once)
+            so_far = [HeadSoFar.empty(f, room) for room in rooms]
+            add_tokens(f, dim, queries, so_far, keys, values, scale)
+            for head, one in zip(heads, so_far, strict=True):
+                one.store_mean(f, f.at(f.field("output", "ptr"), f.multiply(head, 2 * dim)))
     return f.text()
+
+
+def append_token(f: Function, dim: int, number: str) -> tuple[str, str]:
+    """Fill in the last token of key head `number`. Addresses of its keys and values."""
+    keys, values = (f.at(f.field(w, "ptr"), f.multiply(number, f.field(f"{w}_stride"))) for w in ("keys", "values"))
+    for place, what in ((keys, "new_keys"), (values, "new_values")):
+        new = f.at(f.field(what, "ptr"), f.multiply(number, f.field(f"{what}_stride")))
+        last = f.at(place, f.multiply(f.add(f.field("length"), -1), 2 * dim))
+        f.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {last}, ptr {new}, i64 {2 * dim}, i1 false)")
+    return keys, values
+
+
+def heads_at(f: Function, number: str, first: str, at_once: int) -> tuple[list[str], list[str]]:
+    """Numbers and queries of `at_once` heads from `first` on of those that share key head `number`. Past the end the
+    last one is computed again.
+    """
+    group = f.field("group")
+    inside = [f.least(f.add(first, one), f.add(group, -1)) for one in range(at_once)]
+    heads = [f.add(f.multiply(number, group), one) for one in inside]
+    return heads, [f.at(f.field("query", "ptr"), f.multiply(head, f.field("query_stride"))) for head in heads]
+
+
+def add_tokens(
+    f: Function, dim: int, queries: list[str], so_far: list[HeadSoFar], keys: str, values: str, scale: str
+) -> None:
+    """Add `length` tokens, as the context has it, of one key head to several heads."""
+    length = f.field("length")
+    with f.loop(length, _TOKENS) as token:
+        left = f.value(f"sub i64 {length}, {token}")
+        changes = []
+        for query, one in zip(queries, so_far, strict=True):
+            scores = _scores(f, dim, query, keys, token, length)
+            scores = f.value(f"fmul {FLOATS} {scores}, {scale}")
+            there = f.value(f"icmp ult <16 x i64> {_NUMBERS}, {f.splat('i64', left)}")
+            scores = f.value(f"select <16 x i1> {there}, {FLOATS} {scores}, {FLOATS} splat (float {LEAST})")
+            before = f.load(FLOATS, one.largest)
+            now = f.largest([before, f.largest_lane(scores)])
+            f.store(FLOATS, now, one.largest)
+            exponentials = exponential(f, f.value(f"fsub {FLOATS} {scores}, {now}"))
+            change = exponential(f, f.value(f"fsub {FLOATS} {before}, {now}"))
+            f.store(FLOATS, exponentials, one.weights)
+            f.store(FLOATS, f.multiply_add(f.load(FLOATS, one.total), change, exponentials), one.total)
+            changes.append(change)
+        place = f.at(values, f.multiply(token, 2 * dim))
+        _add_values(f, dim, place, f.least(left, _TOKENS), so_far, changes)
 
 
 def _scores(f: Function, dim: int, query: str, keys: str, token: str, length: str) -> str:
@@ -135,12 +181,10 @@ def _neighbours(f: Function, one: str, other: str) -> str:
     return f.value(f"fadd {FLOATS} {even}, {odd}")
 
 
-def _add_values(
-    f: Function, dim: int, values: str, count: str, weights: list[str], changes: list[str], sums: list[list[str]]
-) -> None:
-    """Multiply `sums` with `changes`, and add the values of `count` tokens by their weights."""
+def _add_values(f: Function, dim: int, values: str, count: str, so_far: list[HeadSoFar], changes: list[str]) -> None:
+    """Multiply the sums with `changes`, and add the values of `count` tokens by their weights."""
     for first in range(0, dim, _COLUMNS):
-        places = [parts[first // 16 : (first + _COLUMNS) // 16] for parts in sums]
+        places = [one.sums[first // 16 : (first + _COLUMNS) // 16] for one in so_far]
         running = [[f.variable(FLOATS) for _ in parts] for parts in places]
         for parts, current, change in zip(places, running, changes, strict=True):
             for part, variable in zip(parts, current, strict=True):
@@ -148,8 +192,8 @@ def _add_values(
         with f.loop(count) as token:
             row = f.at(values, f.add(f.multiply(token, 2 * dim), 2 * first))
             columns = [f.widened(f.at(row, 32 * at)) for at in range(_COLUMNS // 16)]
-            for weight, current in zip(weights, running, strict=True):
-                factor = f.everywhere(f.at(weight, f.multiply(token, 4)), FLOATS)
+            for one, current in zip(so_far, running, strict=True):
+                factor = f.everywhere(f.at(one.weights, f.multiply(token, 4)), FLOATS)
                 for column, variable in zip(columns, current, strict=True):
                     f.store(FLOATS, f.multiply_add(factor, column, f.load(FLOATS, variable)), variable)
         for parts, current in zip(places, running, strict=True):

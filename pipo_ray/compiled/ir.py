@@ -197,6 +197,22 @@ class Function:
         """The sum of 16 floats: always in the same order."""
         return self.value(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {FLOATS} {floats})")
 
+    def largest(self, vectors: Sequence[str]) -> str:
+        """The largest floats of several vectors in each lane."""
+        most, *others = vectors
+        for other in others:
+            more = self.value(f"fcmp ogt {FLOATS} {other}, {most}")
+            most = self.value(f"select <16 x i1> {more}, {FLOATS} {other}, {FLOATS} {most}")
+        return most
+
+    def largest_lane(self, floats: str) -> str:
+        """The largest of 16 floats, in all lanes."""
+        for distance in (8, 4, 2, 1):
+            mask = vector("i32", [lane ^ distance for lane in range(16)])
+            moved = self.value(f"shufflevector {FLOATS} {floats}, {FLOATS} poison, {INTS} {mask}")
+            floats = self.largest([floats, moved])
+        return floats
+
     def store_rounded(self, floats: str, place: str, count: str) -> None:
         """The first `count` (i64, may be more than 16) of 16 floats, rounded to bf16."""
         halves = self.value(f"fptrunc {FLOATS} {floats} to <16 x bfloat>")

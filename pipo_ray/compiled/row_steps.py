@@ -21,14 +21,14 @@ GATE, GATE_FIELDS = "gate", ("gate", "up", "output", "size")
 
 _LOG2_E = float_bits(1.4426950408889634)
 _LEAST = float_bits(-126.0)
+_SHIFT = float_bits(1.5 * 2**23)
+"""Plus a number of less than 2^22: rounded, and its lowest bits are the whole number's."""
 _EXP2 = (0.0013333558, 0.0096181291, 0.0555041087, 0.2402265070, 0.6931471806, 1.0)
 """2^x between -0.5 and 0.5, highest power first: Taylor's series, off by 2e-6 at most."""
 
 MORE_DECLARATIONS = f"""
 declare float @llvm.sqrt.f32(float)
 declare {FLOATS} @llvm.fabs.v16f32({FLOATS})
-declare {FLOATS} @llvm.roundeven.v16f32({FLOATS})
-declare {INTS} @llvm.fptosi.sat.v16i32.v16f32({FLOATS})
 """
 
 
@@ -109,11 +109,13 @@ def exponential(f: Function, x: str) -> str:
     y = f.value(f"fmul {FLOATS} {x}, splat (float {_LOG2_E})")
     low = f.value(f"fcmp olt {FLOATS} {y}, splat (float {_LEAST})")  # false for what is no number, which stays so
     y = f.value(f"select <16 x i1> {low}, {FLOATS} splat (float {_LEAST}), {FLOATS} {y}")
-    whole = f.value(f"call {FLOATS} @llvm.roundeven.v16f32({FLOATS} {y})")
+    # Not by a conversion: LLVM makes it number by number.
+    shifted = f.value(f"fadd {FLOATS} {y}, splat (float {_SHIFT})")
+    whole = f.value(f"fsub {FLOATS} {shifted}, splat (float {_SHIFT})")
     rest = f.value(f"fsub {FLOATS} {y}, {whole}")
     result = f"splat (float {float_bits(_EXP2[0])})"
     for factor in _EXP2[1:]:
         result = f.multiply_add(result, rest, f"splat (float {float_bits(factor)})")
-    power = f.value(f"call {INTS} @llvm.fptosi.sat.v16i32.v16f32({FLOATS} {whole})")
-    power = f.value(f"shl {INTS} {f.value(f'add {INTS} {power}, splat (i32 127)')}, splat (i32 23)")
+    power = f.value(f"add {INTS} {f.cast(FLOATS, shifted, INTS)}, splat (i32 127)")
+    power = f.value(f"shl {INTS} {power}, splat (i32 23)")
     return f.value(f"fmul {FLOATS} {result}, {f.cast(INTS, power, FLOATS)}")

@@ -11,7 +11,7 @@ from pipo_ray.quant.panels import machine_layout, processor_flags
 LAYOUT = "avx512"
 """The int4 layout that the compiled kernels read."""
 
-_NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512vbmi"}
+_NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
 
 def obstacle(flags: Set[str] | None = None) -> str | None:

@@ -124,8 +124,6 @@ class ComputeEngine:
             )  # fmt: skip
             if setup.kv_disk is not None:
                 kv_store = self._kv_disk = self._open_kv_disk(setup.kv_disk, memory, dtype)
-        if compute.kv_bits is not None:
-            kv_store = LowBitStore(compute.kv_bits)
         self._readers: dict[str, tuple[RowReader, torch.dtype, tuple[int, ...]]] = {}
         for unit in self._facts.units:
             if unit.kind == "lookup":
@@ -146,11 +144,14 @@ class ComputeEngine:
         low_bit = products_for(setup.plan, profile, self._device, code_folder)
         if low_bit is not None and low_bit.obstacle is not None:
             notes.append(_unpacked_note(low_bit.obstacle))
-        self.notes = tuple(notes)
-        attention = layers = None
+        attention: CompiledAttention | None = None
+        layers: CompiledLayers | None = None
         if low_bit is not None and low_bit.compiles:  # where low-bit weights have brought a compiler along
             attention = CompiledAttention(code_folder)
             layers = CompiledLayers(graph, low_bit, attention, code_folder)
+        if compute.kv_bits is not None:
+            kv_store = LowBitStore(compute.kv_bits, attention or self._attention_to_pages(dtype, code_folder, notes))
+        self.notes = tuple(notes)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,
             low_bit, layers,
@@ -167,12 +168,22 @@ class ComputeEngine:
         self._started = self._idle_since = time.perf_counter()
 
     def _host_kv(self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]) -> HostKV:
-        reason = obstacle() if dtype is torch.bfloat16 else f"the model is computed in {str(dtype)[6:]}"
+        reason = _not_compiled(dtype)
         if reason is not None:
             notes.append(f"attention on the processor is torch's, which is slower: {reason}")
-        if reason is not None:
             return HostKV(self._device)
         return HostKV(self._device, CompiledAttention(code_folder), HostFunctions(self._device))
+
+    def _attention_to_pages(
+        self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]
+    ) -> CompiledAttention | None:
+        if self._device.type != "cpu":
+            return None
+        reason = _not_compiled(dtype)
+        if reason is not None:
+            notes.append(f"the KV cache is unpacked for every token, which is slower: {reason}")
+            return None
+        return CompiledAttention(code_folder)
 
     def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
         kv = KVMemory.attach(setup, memory.table)
@@ -382,6 +393,11 @@ class ComputeEngine:
 
 def _left_out(step: SequenceStep) -> StepResult:
     return StepResult(step.sequence, left_out=True)
+
+
+def _not_compiled(dtype: torch.dtype) -> str | None:
+    """Why attention on the processor is not compiled, in words for the user; None if it is."""
+    return obstacle() if dtype is torch.bfloat16 else f"the model is computed in {str(dtype)[6:]}"
 
 
 def _unpacked_note(obstacle: str) -> str:

@@ -3,6 +3,9 @@
 When a page's tokens have all left the window, they are rounded once, from their 16 bits. A token always sees the same
 pages packed, whichever tokens are computed with it: so the cache is the same for a prompt at once, in chunks, token by
 token, or rebuilt.
+
+A token that comes alone attends to packed pages as they are, where that can be compiled; otherwise they are unpacked,
+a few MiB at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pipo_ray.compiled import packed_attention
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import CHUNK_TOKENS, AttentionRule, OnlineAttention
@@ -25,11 +30,11 @@ _SCRATCH_BYTES = 4 << 20
 
 class LowBitStore:
     """Opens sequences' caches at `bits` per layer (16, 8 or 4), and has the scratch that they share. All of it belongs
-    to the thread that computes.
+    to the thread that computes. What `compiled` takes it does: a token that comes alone.
     """
 
-    def __init__(self, bits: tuple[int, ...]) -> None:
-        self.bits = bits
+    def __init__(self, bits: tuple[int, ...], compiled: CompiledAttention | None = None) -> None:
+        self.bits, self.compiled = bits, compiled
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def open(self, capacity: int) -> LowBitCache:
@@ -55,7 +60,7 @@ class LowBitCache:
         self.capacity, self.length = capacity, 0
         self._store = store
         self._layers: dict[int, _Layer] = {}
-        self._wide = SequenceCache(capacity)
+        self._wide = SequenceCache(capacity, compiled=store.compiled)
         """Layers at 16 bits."""
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
@@ -70,6 +75,8 @@ class LowBitCache:
         if layer not in self._layers:
             self._layers[layer] = _Layer(self._store, self.capacity, self._store.bits[layer], keys, values)
         memory = self._layers[layer]
+        if rule.is_plain and memory.compiles(query, keys, values):
+            return memory.attend_alone(start, query, keys, values, rule)
         attention = OnlineAttention(query, stop, rule)
         before = packed_pages(start) * PAGE_TOKENS
         for first, unpacked_keys, unpacked_values in memory.unpacked(attention.first_seen(), before):
@@ -114,7 +121,7 @@ class _Layer:
         # The last token that there can be sees so many.
         self._pages = keys.new_empty(packed_pages(capacity - 1), self._layout.page_bytes, dtype=torch.uint8)
         room = min(capacity, SHORT_TOKENS)
-        self._window = tuple(tensor.new_empty(heads, room, tensor.shape[2]) for tensor in (keys, values))
+        self._window = keys.new_empty(heads, room, dim), values.new_empty(heads, room, values.shape[2])
         self._length = 0
         # Torch's ways in 16 bits on the CPU are no faster, and unpacking to them is slower.
         self._dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
@@ -125,11 +132,7 @@ class _Layer:
         """Write the tokens from `start` on, and pack the pages that leave the window. Returns keys and values of the
         window as it was, with all new tokens behind it; valid until the next call.
         """
-        if start != self._length:
-            raise ValueError(f"the cache holds {self._length} tokens of this layer, not {start}")
-        stop = self._length = start + keys.shape[1]
-        old, new = packed_pages(start), min(packed_pages(stop), len(self._pages))
-        held, size = start - old * PAGE_TOKENS, stop - old * PAGE_TOKENS
+        held, size = self._grow(start, keys)
         if size <= self._window[0].shape[1]:
             for window, tensor in zip(self._window, (keys, values), strict=True):
                 window[:, held:size] = tensor
@@ -139,15 +142,50 @@ class _Layer:
                 torch.cat([window[:, :held], tensor], dim=1)
                 for window, tensor in zip(self._window, (keys, values), strict=True)
             )
-        if new > old:
-            leaving = (new - old) * PAGE_TOKENS
-            views = views_of(self._pages[old:new], self._layout)
-            pack_pages(window_keys[:, :leaving], window_values[:, :leaving], views, self._layout)
-            if size <= self._window[0].shape[1]:  # what is returned is not to change
-                window_keys, window_values = window_keys.clone(), window_values.clone()
-            for window, tensor in zip(self._window, (window_keys, window_values), strict=True):
-                window[:, : size - leaving] = tensor[:, leaving:]
+        if self._leaving(start) and size <= self._window[0].shape[1]:  # what is returned is not to change
+            window_keys, window_values = window_keys.clone(), window_values.clone()
+        self._let_go(start, window_keys, window_values)
         return window_keys, window_values
+
+    def compiles(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether `attend_alone` is for these."""
+        compiled = self._store.compiled
+        return compiled is not None and packed_attention.takes(self._layout) and compiled.takes(query, keys, values)
+
+    def attend_alone(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
+        """Append a token, number `start`, and let it attend to what it sees of all."""
+        assert self._store.compiled is not None
+        _, size = self._grow(start, keys)
+        first = rule.first_visible(self._length)
+        output = self._store.compiled.attend_packed(
+            query, (keys, values), self._window, size, self._pages[: packed_pages(start)], self._layout, first,
+            rule.scale,
+        )  # fmt: skip
+        if self._leaving(start):
+            self._let_go(start, *(window[:, :size].clone() for window in self._window))
+        return output
+
+    def _grow(self, start: int, keys: Tensor) -> tuple[int, int]:
+        """Count new tokens from `start` on. How many tokens the window held, and holds with them."""
+        if start != self._length:
+            raise ValueError(f"the cache holds {self._length} tokens of this layer, not {start}")
+        self._length += keys.shape[1]
+        before = packed_pages(start) * PAGE_TOKENS
+        return start - before, self._length - before
+
+    def _leaving(self, start: int) -> int:
+        """Pages that leave the window with the tokens from `start` on."""
+        return min(packed_pages(self._length), len(self._pages)) - packed_pages(start)
+
+    def _let_go(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Pack the pages that leave the window, which has these keys and values with the tokens from `start` on."""
+        old, tokens = packed_pages(start), self._leaving(start) * PAGE_TOKENS
+        if not tokens:
+            return
+        views = views_of(self._pages[old : old + tokens // PAGE_TOKENS], self._layout)
+        pack_pages(keys[:, :tokens], values[:, :tokens], views, self._layout)
+        for window, tensor in zip(self._window, (keys, values), strict=True):
+            window[:, : tensor.shape[1] - tokens] = tensor[:, tokens:]
 
     def unpacked(self, first: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Tokens from `first` to before `stop`, which are packed, chunk by chunk: number of the first, keys, values. A

@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_to_does_not_matter(tmp_path: Path) -> N
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512vbmi"}
+    everything = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
     assert obstacle(everything) is None
     assert obstacle(everything - {"avx512_bf16"}) == "this processor has no AVX512_BF16"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -41,6 +41,7 @@ def test_text_is_that_of_one_process(dies: bool, checkpoint: Path, tmp_path: Pat
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(checkpoint, memory="3GiB", ray_address="local", kv_precision=str(file)) as llm:
         assert any("tokens at 16 and 4 bits, " in line for line in llm.describe())
+        assert any("the KV cache is unpacked for every token" in line for line in llm.describe())  # in float32
         newest: dict[str, list[int]] = {}
         worker = llm.pids()["ComputeWorker"]
         killed = not dies

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model import kv_low_bit
 from pipo_ray.model.dense_attention import attend
@@ -17,7 +19,7 @@ from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS, packed_pages
-from pipo_ray.quant.kv_rounding import PageViews, round_along
+from pipo_ray.quant.kv_rounding import PageViews, round_along, views_of
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
 
@@ -102,6 +104,45 @@ def test_in_16_bits_it_is_the_same_within_their_rounding(dtype: torch.dtype) -> 
     assert got.dtype == dtype
     expected = reference(*tensors, rule, 4)
     assert float((got.double() - expected).abs().max()) < 4 * torch.finfo(dtype).eps * float(tensors[2].abs().max())
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.parametrize("window", [None, 3, 150, 300])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_token_that_comes_alone_attends_to_pages_as_they_are(
+    window: int | None, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a page leaves the window with it, and where the cache ends."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((8, 64), (2, 64), (2, 64))
+    tensors = [torch.randn(heads, 400, dim, generator=generator).bfloat16() for heads, dim in shapes]
+    rule, chunks = AttentionRule(0.2, window), [1, 1, 187, 1, 1, 1, 61, *[1] * 70, 68, *[1] * 9]
+    unpacking, packed = (LowBitStore((bits,), one).open(400) for one in (None, CompiledAttention()))
+    wanted = in_chunks(unpacking, tensors, rule, chunks)
+    unpacked: list[int] = []
+    real = kv_low_bit.unpack_pages
+    monkeypatch.setattr(kv_low_bit, "unpack_pages", lambda *given: unpacked.append(1) or real(*given))
+    got = in_chunks(packed, tensors, rule, chunks)
+    assert len(unpacked) <= 2 * sum(chunk > 1 for chunk in chunks)  # for the others nothing is
+    torch.testing.assert_close(got, wanted, rtol=2**-7, atol=6e-3)  # torch rounds weights to bf16
+    assert packed.nbytes == unpacking.nbytes
+    for one, other in zip(packed._layers[0]._window, unpacking._layers[0]._window, strict=True):
+        assert torch.equal(one[:, : 400 - 4 * PAGE_TOKENS], other[:, : 400 - 4 * PAGE_TOKENS])
+    assert torch.equal(
+        *(views_of(cache._layers[0]._pages, cache._layers[0]._layout).key_codes[:4] for cache in (packed, unpacking))
+    )
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_what_is_not_for_the_kernel_is_unpacked() -> None:
+    for dim, rule in (
+        (64, AttentionRule(0.2, softcap=5.0)),
+        (64, AttentionRule(0.2, sinks=torch.ones(4))),
+        (32, AttentionRule(0.2)),
+    ):
+        tensors = [torch.randn(heads, 260, dim).bfloat16() for heads in (4, 2, 2)]
+        caches = (LowBitStore((4,), one).open(260) for one in (None, CompiledAttention()))
+        assert torch.equal(*(in_chunks(cache, tensors, rule, [250, *[1] * 10]) for cache in caches))
 
 
 def test_up_to_the_window_nothing_is_rounded() -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BY_SLUG, VOCAB_SIZE
+from architectures import BASE, BY_SLUG, VOCAB_SIZE, Architecture
 from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_prompts
+
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
 
 FOUR = (4, 4, 4)
 LENGTHS = (251, 30)
@@ -39,6 +42,25 @@ def test_logits_stay_near_and_depend_on_no_chunk_and_no_neighbour(packed: Packed
     torch.testing.assert_close(few[1].logits, wide[1].logits, rtol=1e-4, atol=1e-4)
     alone = follow(packed, FOUR, 37, LENGTHS[:1])
     torch.testing.assert_close(alone[0].logits, few[0].logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_attention_to_packed_pages_changes_logits_by_bf16s_rounding_alone(tmp_path: Path) -> None:
+    wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    llama = Architecture("llama", "", "llama", {**BASE, **wide})
+    checkpoint = llama.save(tmp_path / "checkpoint", dtype="bfloat16")
+    (tokens,), found = random_prompts(VOCAB_SIZE, (266,)), []
+    for dtype, attention in (
+        (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, CompiledAttention())
+    ):  # fmt: skip
+        packed = pack_checkpoint(checkpoint, tmp_path / f"store-{dtype}", dtype)
+        with Pipeline(packed, kv_bits=(4, 8, 16), attention=attention, chunk=100) as pipeline:
+            found.append(pipeline.follow([tokens], [258])[0].logits[258:].float())
+    exact, unpacked, got = found
+    assert not torch.equal(got, unpacked)
+    errors = [float((one - exact).norm()) for one in (unpacked, got)]
+    assert errors[1] < 1.1 * errors[0]
+    assert float((got - unpacked).norm()) < errors[0] / 2
 
 
 def test_a_sequence_that_begins_anew_has_a_new_cache(tmp_path: Path) -> None:

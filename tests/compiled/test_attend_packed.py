@@ -1,0 +1,139 @@
+"""Attention of one token to packed pages, compiled, against float64 over what the pages stand for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipo_ray.compiled import packed_attention
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout
+from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
+
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+
+ATTENTION = CompiledAttention()
+
+
+class Case:
+    """Pages, window, and the token that comes: random, with some channels of keys far off and some far apart."""
+
+    def __init__(self, kv_heads: int, group: int, dim: int, bits: int, pages: int, length: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.layout, self.length = PageLayout(kv_heads, dim, dim, bits), length
+        keys, values = normal(kv_heads, pages * PAGE_TOKENS, dim), normal(kv_heads, pages * PAGE_TOKENS, dim)
+        keys = keys * torch.exp(normal(dim)) + 4 * normal(dim)
+        self.pages = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8)
+        pack_pages(keys, values, views_of(self.pages, self.layout), self.layout)
+        self.window = normal(kv_heads, SHORT_TOKENS, dim).bfloat16(), normal(kv_heads, SHORT_TOKENS, dim).bfloat16()
+        self.query = normal(kv_heads * group, 1, dim).bfloat16()
+        self.new = normal(kv_heads, 1, dim).bfloat16(), normal(kv_heads, 1, dim).bfloat16()
+
+    def attend(self, first: int, scale: float) -> Tensor:
+        return ATTENTION.attend_packed(
+            self.query, self.new, self.window, self.length, self.pages, self.layout, first, scale
+        )
+
+    def exact(self, first: int, scale: float) -> Tensor:
+        """In float64."""
+        layout = self.layout
+        shape = layout.heads, len(self.pages) * PAGE_TOKENS
+        packed = torch.empty(*shape, layout.key_dim), torch.empty(*shape, layout.value_dim)
+        scratch = torch.empty(packed[0].numel(), dtype=torch.uint8)
+        unpack_pages(views_of(self.pages, layout), layout, *packed, scratch)
+        whole = []
+        for pages, window, new in zip(packed, self.window, self.new, strict=True):
+            parts = pages.double(), window[:, : self.length - 1].double(), new.double()
+            whole.append(torch.cat(parts, 1)[:, first:].repeat_interleave(len(self.query) // layout.heads, 0))
+        scores = self.query.double() @ whole[0].transpose(1, 2) * scale
+        return torch.softmax(scores, dim=-1) @ whole[1]
+
+
+SHAPES = st.sampled_from([(64, 5), (128, 4), (128, 7), (128, 8), (256, 1)])
+"""Columns of a head, and heads that share keys."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SHAPES, st.integers(1, 4), st.sampled_from([8, 4]), st.integers(0, 12), st.integers(1, SHORT_TOKENS),
+    st.floats(0, 1), st.floats(0.01, 0.15), st.integers(0, 99),
+)  # fmt: skip
+def test_it_is_exact_to_the_last_bits_of_bf16(
+    shape: tuple[int, int], kv_heads: int, bits: int, pages: int, length: int, unseen: float, scale: float, seed: int
+) -> None:
+    case = Case(kv_heads, shape[1], shape[0], bits, pages, length, seed)
+    first = round(unseen * (pages * PAGE_TOKENS + length - 1))
+    got = case.attend(first, scale)
+    assert torch.equal(case.window[0][:, length - 1 : length], case.new[0])
+    assert torch.equal(case.window[1][:, length - 1 : length], case.new[1])
+    torch.testing.assert_close(got.double(), case.exact(first, scale), rtol=2**-8, atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_its_own_error_is_far_below_that_of_rounding_the_result(bits: int) -> None:
+    squares, of_rounding = 0.0, 0.0
+    for seed in range(4):
+        case = Case(2, 4, 128, bits, 20, 150, seed)
+        exact = case.exact(0, 0.1)
+        squares += float((case.attend(0, 0.1).double() - exact).square().sum())
+        of_rounding += float((exact.bfloat16().double() - exact).square().sum())
+    assert of_rounding <= squares < 1.05 * of_rounding
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scores_of_any_size(bits: int) -> None:
+    case = Case(2, 4, 128, bits, 4, 130, 1)
+    for scale in (0.0, 1e-6, 0.1, 3.0):  # with the last one, scores are some hundreds apart
+        torch.testing.assert_close(case.attend(7, scale).double(), case.exact(7, scale), rtol=2**-7, atol=2e-2)
+    case.query.zero_()
+    torch.testing.assert_close(case.attend(0, 1.0).double(), case.exact(0, 1.0), rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_number_of_threads_and_what_lies_behind_change_no_bit(bits: int) -> None:
+    case = Case(8, 4, 128, bits, 70, 130, 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(case.attend(5, 0.1))
+    finally:
+        torch.set_num_threads(before)
+    for window in case.window:
+        window[:, 130:] = math.nan
+    results.append(case.attend(5, 0.1))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_values_that_are_no_numbers_stay_so() -> None:
+    for broken in ("query", "key scale", "value zero", "new"):
+        case = Case(2, 1, 64, 4, 3, 130, 3)
+        views = views_of(case.pages, case.layout)
+        if broken == "query":
+            case.query[0, 0, 5] = math.nan
+        elif broken == "key scale":
+            views.key_zeros[1, 0, 0, 5] = math.nan
+        elif broken == "value zero":
+            views.value_zeros[1, 0, 20, 0] = math.nan  # of both heads: they share it
+        else:
+            case.new[0][0, 0, 5] = math.nan
+        got = case.attend(0, 0.1)
+        assert got[0].isnan().all()
+        assert got[1].isnan().any() == (broken == "value zero")
+
+
+def test_pages_of_other_shapes_are_not_for_it() -> None:
+    assert all(packed_attention.takes(PageLayout(2, dim, dim, 4)) for dim in (64, 128, 256))
+    assert not any(packed_attention.takes(PageLayout(2, dim, dim, 4)) for dim in (32, 80, 96, 192, 512))
+    assert not packed_attention.takes(PageLayout(2, 128, 64, 8))
