@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,16 +100,15 @@ class CompiledAttention:
         if key not in self._packed_codes:
             code = MachineCode(packed_attention.module(layout, at_once), self._folder)
             self._packed_codes[key] = code, code.address(packed_attention.NAME)
+        page_bytes, *_ = places = packed_attention.places(layout)
         whole, unseen = divmod(min(first, len(pages) * PAGE_TOKENS), PAGE_TOKENS)
         count = len(pages) - whole
         ahead = max(0, first - len(pages) * PAGE_TOKENS)
-        value_codes, *scales = itertools.accumulate(layout.parts[:-1])
         self._packed_context[:] = (
             *_words(query, new, window, output.data_ptr(), 0, ahead, length, scale),
-            pages.data_ptr() + whole * layout.page_bytes, count, unseen, layout.page_bytes, value_codes, *scales,
-            layout.heads_per_group,
+            pages.data_ptr() + whole * page_bytes, count, unseen, *places,
         )  # fmt: skip
-        nbytes = count * layout.page_bytes + 4 * kv_heads * dim * (length - ahead)
+        nbytes = count * page_bytes + 4 * kv_heads * dim * (length - ahead)
         self.run(Call(self._packed_codes[key][1], self._packed_context, nbytes))
         return output
 

@@ -15,8 +15,10 @@ Needs AVX512F, BW, VNNI and BF16. The instructions by name: VPDPBUSD, VDPBF16PS.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from pipo_ray.compiled import attention
 from pipo_ray.compiled.attention import HeadSoFar, add_tokens, append_token, heads_at
@@ -51,10 +53,17 @@ declare {INTS} @llvm.x86.avx512.vpdpbusd.512({INTS}, {INTS}, {INTS})
 """
 
 
+@cache
 def takes(layout: PageLayout) -> bool:
     """Whether there is a function for such pages."""
     dim = layout.value_dim
     return layout.key_dim == dim <= attention.MOST_DIM and dim // layout.value_groups % _COLUMNS == 0
+
+
+@cache
+def places(layout: PageLayout) -> tuple[int, ...]:
+    """The context's last words, from `page_bytes` on."""
+    return (layout.page_bytes, *itertools.accumulate(layout.parts[:-1]), layout.heads_per_group)
 
 
 def module(layout: PageLayout, at_once: int) -> str:
