@@ -73,7 +73,7 @@ class LowBitProducts:
     @classmethod
     def for_run(cls, layouts: Collection[Layout], file: Path | None, code_folder: Path | None = None) -> LowBitProducts:
         """On the CPU, with the profile in `file`; measured (and written there) if there is none for these layouts and
-        this number of threads. It takes 0.15 s for each of them. Machine code is kept in `code_folder`.
+        this number of threads. It takes 0.2 s for each of them. Machine code is kept in `code_folder`.
         """
         compiled = compiled_low_bit(code_folder)
         profile = kept_profile(file, layouts, lambda: measure_low_bit(layouts, compiled))
