@@ -210,7 +210,7 @@ class Pipeline:
             layers = None
             if compile_layers:
                 assert attention is not None
-                layers = CompiledLayers(self.model, low_bit, attention)
+                layers = CompiledLayers(self.model, products, low_bit, attention)
             self.binder = Binder(
                 self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products, low_bit, layers
             )

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from pipo_ray.compiled import bf16
-from pipo_ray.compiled.crew import run_on_threads
+from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.steps import Steps
 
 _TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
 
@@ -35,24 +36,39 @@ class CompiledBf16:
         [out] or None; bf16 [n, out]. Nothing may be empty.
         """
         rows = rows.contiguous()
-        num_inputs, (num_rows, columns) = len(rows), weight.shape
-        output = rows.new_empty(num_inputs, num_rows)
-        few = num_inputs <= bf16.MOST_INPUTS
-        of_bias, bias_stride = (self._no_bias, 0) if bias is None else (bias, 2 * bias.stride(0))
-        self._context[:] = (
-            rows.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output.data_ptr(), num_inputs, columns, num_rows, 0,
-            2 * weight.stride(0), bias_stride, _rows_at_once(columns),
-            -(-columns // 32) * 64 if few else bf16.BLOCK_BYTES,
-        )  # fmt: skip
+        num_inputs = len(rows)
+        output = rows.new_empty(num_inputs, len(weight))
+        self._context[:] = self._words(rows, weight, bias, output)
         function = self._functions[bf16.inputs_at_once(num_inputs) - 1]
-        run_on_threads(function, self._address, few and self._awake, self._folder)
+        run_on_threads(function, self._address, num_inputs <= bf16.MOST_INPUTS and self._awake, self._folder)
         return output
+
+    def add_product(
+        self, steps: Steps, row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> None:
+        """A step, on all threads, that fills `output`, bf16 [out] and contiguous, with the product of a `row` of
+        inputs, bf16 [columns] and contiguous. See `linear`.
+        """
+        context = context_of(self._words(row[None], weight, bias, output))
+        owned = row, weight, bias, output, self
+        add_on_threads(steps, self._functions[0], context, bf16.FIELDS.index("next"), self._folder, *owned)
 
     def stay_awake(self, on: bool) -> None:
         """Whether threads wait awake for a little after a product with few inputs. For weights that stay where they
         are: the next product comes soon.
         """
         self._awake = on
+
+    def _words(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> tuple[int, ...]:
+        num_inputs, (num_rows, columns) = len(rows), weight.shape
+        block = -(-columns // 32) * 64 if num_inputs <= bf16.MOST_INPUTS else bf16.BLOCK_BYTES
+        of_bias, bias_stride = (self._no_bias, 0) if bias is None else (bias, 2 * bias.stride(0))
+        return (
+            rows.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output.data_ptr(), num_inputs, columns, num_rows, 0,
+            2 * weight.stride(0), bias_stride, _rows_at_once(columns), block,
+        )  # fmt: skip
 
 
 def _rows_at_once(columns: int) -> int:

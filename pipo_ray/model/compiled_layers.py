@@ -1,9 +1,9 @@
 """Decoder layers that compute one token of one sequence as a list of machine code.
 
-With low-bit weights that stay in memory a product of one row takes as long as reading the weight, and between two of
-them Python and torch's small operations run with cold caches: a fourth of a token's time in int4 (2 cores AMD EPYC). A
-layer built of the parts below is one call instead, if that computes what the module computes: it is compared with it
-first.
+With weights that stay in memory a product of one row takes as long as reading the weight, and between two of them
+Python and torch's small operations run with cold caches: a fourth of a token's time in int4 (2 cores AMD
+EPYC). A layer built of the parts below is one call instead, if that computes what the module computes: it is compared
+with it first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import logging
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from torch import nn
 
 from pipo_ray.compiled import row_steps, steps
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.crew import run_steps
 from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.steps import Steps
+from pipo_ray.model.cpu_linear import CpuProducts, HalfMatrix
 from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.low_bit import LowBitProducts
@@ -43,15 +46,16 @@ _TOLERANCE = 0.02
 
 class CompiledLayers:
     """The layers of `model` that are built of RMS norms, attention with rotary embedding (with norms of its heads and
-    biases, if any), and an MLP with a gate and SiLU; all matrices in int4 for our own kernel.
+    biases, if any), and an MLP with a gate and SiLU; all matrices in bf16 or low bits for our own kernels.
 
     While `settled`, those compute by machine code in sweeps of one token of the sequence that `begin` tells.
     """
 
     def __init__(
-        self, model: nn.Module, products: LowBitProducts, attention: CompiledAttention, folder: Path | None = None
-    ) -> None:
-        self._products, self._attention, self._folder = products, attention, folder
+        self, model: nn.Module, products: CpuProducts | None, low_bit: LowBitProducts | None,
+        attention: CompiledAttention, folder: Path | None = None,
+    ) -> None:  # fmt: skip
+        self._products, self._low_bit, self._attention, self._folder = products, low_bit, attention, folder
         self._candidates = [module for module in model.modules() if _is_built_so(module)]
         self._layers: list[_Layer] = []
         self._cache: SequenceCache | None = None
@@ -61,7 +65,7 @@ class CompiledLayers:
         shared: dict[str, torch.Tensor] = {}
         code = None
         for module in self._candidates:
-            matrices = _matrices(module, self._products)
+            matrices = _matrices(module, self._products, self._low_bit)
             if matrices is not None:
                 code = code or _Code(self._folder)
                 layer = _Layer(module, matrices, self._attention, code, shared)
@@ -102,8 +106,18 @@ class _Code:
         self.run = self._modules[1].address(steps.RUN)
 
 
-_Matrices = dict[str, list[tuple[CompiledLowBit, int, int, LowBitMatrix]]]
-"""Of each matrix its parts: what multiplies it, its first row and the one behind its last, and the part."""
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a matrix, from `start` to before `stop`, low-bit or bf16, and what multiplies them."""
+
+    start: int
+    stop: int
+    weight: Any
+    products: CompiledLowBit | CompiledBf16
+
+
+_Matrices = dict[str, list[_Part]]
+"""Of each matrix its parts, all of one kind."""
 
 
 class _Layer:
@@ -229,21 +243,26 @@ class _Layer:
         sums: dict[int, torch.Tensor | None] = {}
         for name in names:
             output = self._row(name, self._rows(name))
-            for products, start, stop, part in self._matrices[name]:
-                memory, panels = part.packed
+            bias = getattr(holder, name).bias
+            bias = None if bias is None else bias.detach()
+            for part in self._matrices[name]:
+                rows = slice(part.start, part.stop)
+                if isinstance(part.products, CompiledBf16):
+                    of_part = None if bias is None else bias[rows]
+                    part.products.add_product(self._steps, row, part.weight, of_part, output[rows])
+                    continue
+                memory, panels = part.weight.packed
                 group = panels.low_bit.group
                 if group not in sums:
-                    sums[group] = products.add_sums(self._steps, row, panels.low_bit)
-                products.add_product(self._steps, memory, panels, stop - start, row, sums[group], output[start:stop])
-            bias = getattr(holder, name).bias
-            if bias is not None:
-                self._add(
-                    self._code.add, [output.data_ptr(), bias.data_ptr(), output.data_ptr(), output.numel()], output,
-                    bias.detach(),
-                )  # fmt: skip
+                    sums[group] = part.products.add_sums(self._steps, row, panels.low_bit)
+                count = part.stop - part.start
+                part.products.add_product(self._steps, memory, panels, count, row, sums[group], output[rows])
+            if bias is not None and isinstance(part.products, CompiledLowBit):
+                words = [output.data_ptr(), bias.data_ptr(), output.data_ptr(), output.numel()]
+                self._add(self._code.add, words, output, bias)
 
     def _rows(self, name: str) -> int:
-        return self._matrices[name][-1][2]
+        return self._matrices[name][-1].stop
 
     def _row(self, name: str, size: int) -> torch.Tensor:
         """The buffer of this name and size."""
@@ -285,19 +304,28 @@ def _epsilon(norm: nn.Module) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) if "RMSNorm" in type(norm).__name__ else None
 
 
-def _matrices(module: Any, products: LowBitProducts) -> _Matrices | None:
-    """Where a layer's matrices are; None if one is not in low bits, or not for our own kernel."""
+def _matrices(module: Any, products: CpuProducts | None, low_bit: LowBitProducts | None) -> _Matrices | None:
+    """Where a layer's matrices are; None if one is not for our own kernels."""
     found: _Matrices = {}
     for holder, names in ((module.self_attn, _ATTENTION), (module.mlp, _MLP - {"act_fn"})):
         for name in names:
             weight = getattr(holder, name)._parameters["weight"]
             whole = [(0, weight.shape[0], weight)]
-            found[name] = []
-            for start, stop, part in weight.parts() if isinstance(weight, SplitMatrix) else whole:
-                if not isinstance(part, LowBitMatrix) or part.packed is None:
-                    return None
-                compiled = products.compiled_for(part.packed[1], stop - start)
-                if compiled is None:
-                    return None
-                found[name].append((compiled, start, stop, part))
+            parts = weight.parts() if isinstance(weight, SplitMatrix) else whole
+            made = [_part(start, stop, part, products, low_bit) for start, stop, part in parts]
+            found[name] = [part for part in made if part is not None]
+            if len(found[name]) < len(made):
+                return None
     return found if all(norm.weight.dtype is torch.bfloat16 for norm in _norms(module)) else None
+
+
+def _part(
+    start: int, stop: int, weight: torch.Tensor, products: CpuProducts | None, low_bit: LowBitProducts | None
+) -> _Part | None:
+    compiled: CompiledLowBit | CompiledBf16 | None = None
+    if isinstance(weight, LowBitMatrix) and weight.packed is not None and low_bit is not None:
+        compiled = low_bit.compiled_for(weight.packed[1], stop - start)
+    elif isinstance(weight, HalfMatrix) and products is not None:
+        weight = weight.as_subclass(torch.Tensor)
+        compiled = products.compiled_for(weight)
+    return None if compiled is None else _Part(start, stop, weight, compiled)

@@ -74,6 +74,16 @@ class CpuProducts:
                 profile.save(file)
         return cls(profile, compiled)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled here."""
+        return self._compiled is not None
+
+    def compiled_for(self, weight: torch.Tensor) -> CompiledBf16 | None:
+        """What multiplies one row of inputs with `weight` [out, in], if that is our own kernel."""
+        row = weight.new_empty(1, weight.shape[1])
+        return self._compiled if self._decide("linear", row, weight, None) == "compiled" else None
+
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledBf16.stay_awake`."""
         if self._compiled is not None:

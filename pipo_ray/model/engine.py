@@ -146,9 +146,9 @@ class ComputeEngine:
             notes.append(_unpacked_note(low_bit.obstacle))
         attention: CompiledAttention | None = None
         layers: CompiledLayers | None = None
-        if low_bit is not None and low_bit.compiles:  # where low-bit weights have brought a compiler along
+        if any(used is not None and used.compiles for used in (products, low_bit)):
             attention = CompiledAttention(code_folder)
-            layers = CompiledLayers(graph, low_bit, attention, code_folder)
+            layers = CompiledLayers(graph, products, low_bit, attention, code_folder)
         if compute.kv_bits is not None:
             kv_store = LowBitStore(compute.kv_bits, attention or self._attention_to_pages(dtype, code_folder, notes))
         self.notes = tuple(notes)

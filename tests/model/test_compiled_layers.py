@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from architectures import BASE, VOCAB_SIZE, Architecture
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.compiled_layers import CompiledLayers
+from pipo_ray.model.cpu_linear import CpuProducts, always, compiled_bf16
+from pipo_ray.model.kernel_profile import Kernel
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit
 from pipo_ray.quant.policy import Precision, Rule
 
@@ -38,7 +42,7 @@ OTHERS = (
 )
 
 
-INT4 = Precision.parse("int4-g32")
+INT4, BF16 = Precision.parse("int4-g32"), Precision.parse("16bit")
 
 
 def pack(architecture: Architecture, folder: Path, precision: Precision = INT4) -> PackedModel:
@@ -46,13 +50,20 @@ def pack(architecture: Architecture, folder: Path, precision: Precision = INT4) 
     return pack_checkpoint(checkpoint, folder / "store", torch.bfloat16, precision, panel_bytes=4096, layout=LAYOUT)
 
 
-def pipeline(packed: PackedModel, **options: Any) -> Pipeline:
+def pipeline(packed: PackedModel, kernel: Kernel = "compiled", **options: Any) -> Pipeline:
     compiled = compiled_low_bit()
     low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled)
+    products = CpuProducts(always(kernel), bf16())
     return Pipeline(
-        packed, resident_pieces=None, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True, chunk=None,
-        **options,
+        packed, resident_pieces=None, products=products, low_bit=low_bit, attention=CompiledAttention(),
+        compile_layers=True, chunk=None, **options,
     )  # fmt: skip
+
+
+@cache
+def bf16() -> CompiledBf16 | None:
+    """Compiled once for all tests."""
+    return compiled_bf16()
 
 
 @pytest.fixture(params=[1, 2])
@@ -88,9 +99,12 @@ def logits(opened: Pipeline, tokens: list[int], prompt: int, modules: bool = Fal
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("precision", [INT4, BF16], ids=["int4", "bf16"])
 @pytest.mark.parametrize("architecture", TAKEN, ids=lambda one: one.slug)
-def test_a_layer_is_one_call_and_computes_the_same(architecture: Architecture, threads: int, tmp_path: Path) -> None:
-    packed = pack(architecture, tmp_path)
+def test_a_layer_is_one_call_and_computes_the_same(
+    architecture: Architecture, precision: Precision, threads: int, tmp_path: Path
+) -> None:
+    packed = pack(architecture, tmp_path, precision)
     (tokens,) = random_prompts(VOCAB_SIZE, (60,))
     with pipeline(packed) as opened:
         got = logits(opened, tokens, 20)
@@ -127,17 +141,27 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(architecture: Archi
         assert torch.equal(got, logits(opened, tokens, 8, modules=True))
 
 
-def test_a_matrix_at_16_bits_leaves_its_layer_to_the_modules(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "taken"), [("compiled", 3), ("native", 2)])
+def test_a_matrix_for_another_kernel_leaves_its_layer_to_the_modules(
+    kernel: Kernel, taken: int, tmp_path: Path
+) -> None:
     policy = Precision((Rule("*.layers.1.mlp.up_proj.*", "16bit"), Rule("*", "int4-g32")))
     packed = pack(TAKEN[1], tmp_path, policy)
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
-    with pipeline(packed) as opened:
+    with pipeline(packed, kernel) as opened:
         logits(opened, tokens, 8)
-        assert in_use(opened) == 2
+        assert in_use(opened) == taken
 
 
-@pytest.mark.parametrize("policy", [(Rule("*", "int8"),), (Rule("*.[qk]_proj.*", "int8"), Rule("*", "int4-g32"))])
-def test_matrices_in_int8_and_both_widths_in_one_layer(policy: tuple[Rule, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [
+        (Rule("*", "int8"),),
+        (Rule("*.[qk]_proj.*", "int8"), Rule("*", "int4-g32")),
+        (Rule("*.[qk]_proj.*", "int8"), Rule("*.v_proj.*", "16bit"), Rule("*", "int4-g32")),
+    ],
+)
+def test_matrices_in_int8_and_all_widths_in_one_layer(policy: tuple[Rule, ...], tmp_path: Path) -> None:
     packed = pack(TAKEN[3], tmp_path, Precision(policy))
     (tokens,) = random_prompts(VOCAB_SIZE, (20,))
     with pipeline(packed) as opened:
