@@ -1,4 +1,4 @@
-"""Measuring a drive: how fast it reads with how much in flight. At most 9.4 seconds, once per machine and drive.
+"""Measuring a drive: how fast it reads with how much in flight. At most 8.7 seconds, once per machine and drive.
 
 What was measured is kept as JSON in the cache folder, `profiles/drive-<key>.json`; the key names machine and drive.
 """
@@ -42,10 +42,10 @@ memory a virtual drive, whose reads are copies, gave 3.3 GB/s for 1 MiB, 8 in fl
 what was seen so of the size of a transfer was the cache (2 cores AMD EPYC).
 """
 _ROUNDS = 3
-_READING_S = 8.0
-_DEADLINE_S = 9.4
+_READING_S = 7.6
+_DEADLINE_S = 8.7
 """Of the ten seconds that a machine's first configuration may take. The compute worker has the rest for its kernels:
-those of 16-bit and of int4 and int8 weights together take 0.35 s (2 cores AMD EPYC).
+those of 16-bit, int4 and int8 weights together take 1.2 s the first time, 0.35 s later (2 cores AMD EPYC).
 """
 
 
@@ -63,7 +63,7 @@ def drive_profile(
     share: float = 1.0,
 ) -> tuple[ReadRate, ...]:
     """The profile of the drive that the block store in `folder` is on: from the cache, else measured now, in `share` of
-    9.4 seconds, of which `on_progress("measure", 0, 0)` hears.
+    8.7 seconds, of which `on_progress("measure", 0, 0)` hears.
 
     Empty for a store that is too small to measure with.
     """

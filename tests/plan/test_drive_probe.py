@@ -64,7 +64,7 @@ def test_every_drive_is_measured_by_itself(store: Path, tmp_path: Path, monkeypa
     (second / "large.safetensors").write_bytes(bytes(3 * MIB))
     profiles = drive_profiles([store, second], tmp_path / "cache")
     assert [profile[0].bytes_per_s for profile in profiles] == [1e9, 3e9]
-    assert budgets == [(0.005, 4.7), (0.005, 4.7)]
+    assert budgets == [(0.005, 4.35), (0.005, 4.35)]
     assert drive_profiles([store, second], tmp_path / "cache") == profiles
     chosen = choose_transfer(slowest(profiles), num_drives=2)
     assert describe_drive(profiles[0], chosen, *profiles[1:]) == (
@@ -150,7 +150,7 @@ def measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[_S
 
 Measure = Callable[[_SlowDrive], tuple[ReadRate, ...]]
 CONFIGURED_S = 10.0
-KERNELS_S = 0.6  # what the compute worker measures behind it
+KERNELS_S = 1.3  # what the compute worker measures behind it
 
 
 @pytest.mark.parametrize("bytes_per_s", [20e9, 2e9, 500e6, 150e6, 60e6, 20e6, 2e6, 0.5e6])
