@@ -53,7 +53,10 @@ def test_the_table_says_how_long_it_gave_way_if_it_did(
     assert "gave way" not in capsys.readouterr().err
     loader = {"stage": "NvmeLoader", "busy": 0.1, "waiting": 0.2, "starved": 0.1, "paused": 0.6}
     monkeypatch.setitem(REPORT, "stages", [loader])
+    lowered: list[list[int]] = []  # this process cannot raise its priority again
+    monkeypatch.setattr("pipo_ray.cli.options.give_way", lowered.append)
     assert main(["run", ".", "-p", "hello", "--background"]) == 0
+    assert lowered == [[os.getpid()]]
     assert "busy 10 %, waiting 20 %, starved 10 %, gave way 60 %" in capsys.readouterr().err
 
 
