@@ -15,6 +15,7 @@ Needs AVX512F, BW, VL and BF16. VDPBF16PS takes numbers below 2^-126 for zero.
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, Function
+from pipo_ray.compiled.row_products import product_name
 
 FIELDS = (
     "inputs", "weight", "bias", "output", "num_inputs", "columns", "rows", "next", "stride", "bias_stride",
@@ -42,16 +43,6 @@ _SUMS_BYTES = _VECTOR * ROWS  # of one row of inputs
 def module() -> str:
     """All functions."""
     return "\n".join([DECLARATIONS, *(_product(inputs) for inputs in range(1, MOST_INPUTS + 1))])
-
-
-def product_name(num_inputs: int) -> str:
-    """The function that computes `num_inputs` rows at once, or fewer where they do not divide all rows of inputs."""
-    return f"product{num_inputs}"
-
-
-def inputs_at_once(num_inputs: int) -> int:
-    """Rows of inputs that are computed at once: about the same every time."""
-    return -(-num_inputs // -(-num_inputs // MOST_INPUTS))
 
 
 def _product(at_once: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from pipo_ray.compiled import bf16
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.row_products import inputs_at_once, product_name
 from pipo_ray.compiled.steps import Steps
 
 _TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
@@ -25,7 +26,7 @@ class CompiledBf16:
         self._folder = folder
         code = MachineCode(bf16.module(), folder)
         self._code = code
-        self._functions = [code.address(bf16.product_name(count + 1)) for count in range(bf16.MOST_INPUTS)]
+        self._functions = [code.address(product_name(count + 1)) for count in range(bf16.MOST_INPUTS)]
         self._context = context_of([0] * len(bf16.FIELDS))
         self._address = ctypes.addressof(self._context)
         self._no_bias = torch.tensor([-0.0], dtype=torch.bfloat16)  # added to it every number stays what it is
@@ -39,7 +40,7 @@ class CompiledBf16:
         num_inputs = len(rows)
         output = rows.new_empty(num_inputs, len(weight))
         self._context[:] = self._words(rows, weight, bias, output)
-        function = self._functions[bf16.inputs_at_once(num_inputs) - 1]
+        function = self._functions[inputs_at_once(num_inputs, bf16.MOST_INPUTS) - 1]
         run_on_threads(function, self._address, num_inputs <= bf16.MOST_INPUTS and self._awake, self._folder)
         return output
 

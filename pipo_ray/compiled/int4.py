@@ -19,6 +19,7 @@ Needs AVX512F, BW, VL, VBMI and BF16. The instructions by name: VPERMB, VPTERNLO
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, WORDS, Function, bf16_bits, float_bits, vector
+from pipo_ray.compiled.row_products import product_name
 
 FIELDS = (
     "inputs", "sums", "codes", "scales", "output", "num_inputs", "groups", "rows", "next", "panel_bytes",
@@ -51,18 +52,8 @@ def module(group: int) -> str:
     return "\n".join([DECLARATIONS, _sums(group), _stream(group), *parts])
 
 
-def product_name(num_inputs: int) -> str:
-    """The function that computes `num_inputs` rows at once, or fewer where they do not divide all rows of inputs."""
-    return f"product{num_inputs}"
-
-
 SUMS_NAME = "sums"
 """The function that fills the inputs' sums, which comes before."""
-
-
-def inputs_at_once(num_inputs: int) -> int:
-    """Rows of inputs that are computed at once: about the same every time."""
-    return -(-num_inputs // -(-num_inputs // MOST_INPUTS))
 
 
 def _sums(group: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from pipo_ray.compiled import int8_blocks, int8_rows
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.row_products import inputs_at_once, product_name
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
 
@@ -71,7 +72,7 @@ class CompiledInt8:
         self._awake = on
 
     def _rows_product(self, num_inputs: int) -> int:
-        return self._code(int8_rows).address(int8_rows.product_name(int8_rows.inputs_at_once(num_inputs)))
+        return self._code(int8_rows).address(product_name(inputs_at_once(num_inputs, int8_rows.MOST_INPUTS)))
 
     def _code(self, kernel: Any) -> MachineCode:
         code = self._codes.get(kernel)

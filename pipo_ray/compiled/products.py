@@ -12,6 +12,7 @@ import torch
 from pipo_ray.compiled import int4
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
+from pipo_ray.compiled.row_products import inputs_at_once, product_name
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels
 
@@ -37,7 +38,10 @@ class CompiledInt4:
         bf16 [num_inputs, columns] and contiguous, and gives bf16 [num_inputs, num_rows].
         """
         code = self._code(panels.low_bit.group)
-        sums, product = code.address(int4.SUMS_NAME), code.address(int4.product_name(int4.inputs_at_once(num_inputs)))
+        sums, product = (
+            code.address(int4.SUMS_NAME),
+            code.address(product_name(inputs_at_once(num_inputs, int4.MOST_INPUTS))),
+        )
         run_sums = run_on_threads if num_inputs >= _ROWS_ON_THREADS else run_here
         groups = panels.columns // panels.low_bit.group
         if self._sums.numel() < num_inputs * groups:
@@ -77,7 +81,7 @@ class CompiledInt4:
         """
         context = _context(memory, panels, num_rows, 1)
         context[_INPUTS], context[_SUMS], context[_OUTPUT] = row.data_ptr(), sums.data_ptr(), output.data_ptr()
-        product = self._code(panels.low_bit.group).address(int4.product_name(1))
+        product = self._code(panels.low_bit.group).address(product_name(1))
         add_on_threads(steps, product, context, _NEXT, self._folder, memory, row, sums, output)
 
     def stay_awake(self, on: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from pipo_ray.compiled import int4
 from pipo_ray.compiled.ir import Function, bf16_bits
+from pipo_ray.compiled.row_products import inputs_at_once
 
 
 def test_every_name_is_used_once() -> None:
@@ -31,7 +32,7 @@ def test_numbers_that_bf16_has_not() -> None:
 
 @pytest.mark.parametrize("num_inputs", range(1, 40))
 def test_inputs_are_divided_into_few_parts_of_about_the_same_size(num_inputs: int) -> None:
-    at_once = int4.inputs_at_once(num_inputs)
+    at_once = inputs_at_once(num_inputs, int4.MOST_INPUTS)
     parts = -(-num_inputs // at_once)
     assert 1 <= at_once <= int4.MOST_INPUTS
     assert parts == -(-num_inputs // int4.MOST_INPUTS)
