@@ -36,9 +36,31 @@ class Call:
         """Of a call that `each` made, for spans from the first token on, and that is over: have it do the same with
         spans up to these lengths.
         """
-        contexts = np.frombuffer(self.owns, np.int64).reshape(-1, len(attention.FIELDS))
-        contexts[:, _NEXT] = 0
+        self._contexts(len(attention.FIELDS))[:, _LENGTH] = lengths
+
+    def repeat_packed(self, lengths: Sequence[int], num_pages: Sequence[int]) -> None:
+        """The same of one that `each_packed` made, with windows of these lengths behind so many pages."""
+        contexts = self._contexts(len(packed_attention.FIELDS))
         contexts[:, _LENGTH] = lengths
+        contexts[:, _NUM_PAGES] = num_pages
+
+    def _contexts(self, num_fields: int) -> Any:
+        """Of each sequence a row, whose heads are all to be done again."""
+        contexts = np.frombuffer(self.owns, np.int64).reshape(-1, num_fields)
+        contexts[:, _NEXT] = 0
+        return contexts
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """What a token attends to: from number `first` on of all that are in `pages`, uint8 [pages, page_bytes], and behind
+    them the first `length` of the keys and values in `window`, [kv_heads, capacity, dim] each, whose last is its own.
+    """
+
+    pages: Tensor
+    window: tuple[Tensor, Tensor]
+    length: int
+    first: int = 0
 
 
 class CompiledAttention:
@@ -50,7 +72,7 @@ class CompiledAttention:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._codes: dict[tuple[int, int], tuple[MachineCode, int, int]] = {}
-        self._packed_codes: dict[tuple[int, int, int], tuple[MachineCode, int]] = {}
+        self._packed_codes: dict[tuple[int, int, int], tuple[MachineCode, int, int]] = {}
         self._context = context_of([0] * len(attention.FIELDS))
         self._packed_context = context_of([0] * len(packed_attention.FIELDS))
 
@@ -86,31 +108,35 @@ class CompiledAttention:
         return output
 
     def attend_packed(
-        self, query: Tensor, new: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor], length: int, pages: Tensor,
-        layout: PageLayout, first: int, scale: float,
-    ) -> Tensor:  # fmt: skip
-        """Attention of `query` to the tokens from number `first` on of all in `pages`, uint8 [pages, page_bytes], and
-        behind them the first `length` in `window`, as `memory` in `attend`, whose last becomes `new`. Returns [heads,
-        1, dim]. `takes` and `packed_attention.takes` say what may come.
+        self, query: Tensor, new: tuple[Tensor, Tensor], memory: PackedTokens, layout: PageLayout, scale: float
+    ) -> Tensor:
+        """Attention of `query` to the tokens in `memory`, whose last becomes `new`. Returns [heads, 1, dim]. `takes` and
+        `packed_attention.takes` say what may come.
         """
-        heads, kv_heads, dim = query.shape[0], layout.heads, query.shape[2]
+        heads, dim = query.shape[0], query.shape[2]
         output = query.new_empty(heads, 1, dim)
-        at_once = attention.heads_at_once(heads // kv_heads)
-        key = dim, layout.bits, at_once
-        if key not in self._packed_codes:
-            code = MachineCode(packed_attention.module(layout, at_once), self._folder)
-            self._packed_codes[key] = code, code.address(packed_attention.NAME)
-        page_bytes, *_ = places = packed_attention.places(layout)
-        whole, unseen = divmod(min(first, len(pages) * PAGE_TOKENS), PAGE_TOKENS)
-        count = len(pages) - whole
-        ahead = max(0, first - len(pages) * PAGE_TOKENS)
-        self._packed_context[:] = (
-            *_words(query, new, window, output.data_ptr(), 0, ahead, length, scale),
-            pages.data_ptr() + whole * page_bytes, count, unseen, *places,
-        )  # fmt: skip
-        nbytes = count * page_bytes + 4 * kv_heads * dim * (length - ahead)
-        self.run(Call(self._packed_codes[key][1], self._packed_context, nbytes))
+        one, _ = self._packed_functions(layout, heads)
+        words, nbytes = _packed_words(query, new, memory, layout, output.data_ptr(), 0, scale)
+        self._packed_context[:] = words
+        self.run(Call(one, self._packed_context, nbytes))
         return output
+
+    def each_packed(
+        self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[PackedTokens], layout: PageLayout,
+        scale: float, output: Tensor,
+    ) -> Call:  # fmt: skip
+        """The same for tokens of different sequences, number i with `memories[i]`; otherwise as `each`."""
+        heads, dim = query.shape[0], query.shape[2]
+        _, each = self._packed_functions(layout, heads)
+        words: list[int] = []
+        nbytes = 0
+        for number, memory in enumerate(memories):
+            row = output.data_ptr() + 2 * dim * heads * number
+            more, read = _packed_words(query, new, memory, layout, row, number, scale)
+            words += more
+            nbytes += read
+        contexts = context_of(words)
+        return Call(each, context_of([ctypes.addressof(contexts), len(memories)]), nbytes, contexts)
 
     def each(
         self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
@@ -178,10 +204,22 @@ class CompiledAttention:
             self._codes[dim, group] = found
         return found[1:]
 
+    def _packed_functions(self, layout: PageLayout, heads: int) -> tuple[int, int]:
+        """The same for packed pages."""
+        at_once = attention.heads_at_once(heads // layout.heads)
+        key = layout.key_dim, layout.bits, at_once
+        found = self._packed_codes.get(key)
+        if found is None:
+            code = MachineCode(packed_attention.module(layout, at_once), self._folder)
+            found = code, code.address(packed_attention.NAME), code.address(packed_attention.EACH)
+            self._packed_codes[key] = found
+        return found[1:]
+
 
 _NEXT, _KEYS, _VALUES, _LENGTH, _KEYS_STRIDE, _VALUES_STRIDE = map(
     attention.FIELDS.index, ("next", "keys", "values", "length", "keys_stride", "values_stride")
 )
+_NUM_PAGES = packed_attention.FIELDS.index("num_pages")
 
 
 def _words(
@@ -198,3 +236,20 @@ def _words(
         length - first, struct.unpack("<i", struct.pack("<f", scale))[0], 2 * query.stride(0), 2 * new[0].stride(0),
         2 * new[1].stride(0), 2 * keys.stride(0), 2 * values.stride(0),
     )  # fmt: skip
+
+
+def _packed_words(
+    query: Tensor, new: tuple[Tensor, Tensor], memory: PackedTokens, layout: PageLayout, output: int, column: int,
+    scale: float,
+) -> tuple[tuple[int, ...], int]:  # fmt: skip
+    """The packed kernel's context in the same way, and the bytes that it reads."""
+    page_bytes, *_ = places = packed_attention.places(layout)
+    pages, packed = memory.pages, len(memory.pages) * PAGE_TOKENS
+    whole, unseen = divmod(min(memory.first, packed), PAGE_TOKENS)
+    count = len(pages) - whole
+    ahead = max(0, memory.first - packed)
+    words = (
+        *_words(query, new, memory.window, output, column, ahead, memory.length, scale),
+        pages.data_ptr() + whole * page_bytes, count, unseen, *places,
+    )  # fmt: skip
+    return words, count * page_bytes + 4 * layout.heads * layout.key_dim * (memory.length - ahead)

@@ -48,7 +48,7 @@ declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 def module(dim: int, group: int) -> str:
     """The function for heads of `dim` columns, a multiple of 64, of which `group` share keys."""
-    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, _attend(dim, heads_at_once(group)), _attend_each()])
+    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, _attend(dim, heads_at_once(group)), each(EACH, NAME, len(FIELDS))])
 
 
 def heads_at_once(group: int) -> int:
@@ -56,11 +56,12 @@ def heads_at_once(group: int) -> int:
     return -(-group // -(-group // _MOST_HEADS))
 
 
-def _attend_each() -> str:
-    f = Function(EACH, EACH_FIELDS)
+def each(name: str, one: str, num_fields: int) -> str:
+    """The function `name`, with the context of EACH_FIELDS, that calls `one` for each of its contexts."""
+    f = Function(name, EACH_FIELDS)
     contexts = f.field("contexts", "ptr")
     with f.loop(f.field("count")) as number:
-        f.do(f"call void @{NAME}(ptr {f.at(contexts, f.multiply(number, 8 * len(FIELDS)))})")
+        f.do(f"call void @{one}(ptr {f.at(contexts, f.multiply(number, 8 * num_fields))})")
     return f.text()
 
 

@@ -37,6 +37,8 @@ a value's scale.
 """
 
 NAME = "attend_packed"
+EACH = "attend_each_packed"
+"""As in `attention.py`."""
 
 _LANES = 16
 _VECTORS = PAGE_TOKENS // _LANES
@@ -67,10 +69,12 @@ def places(layout: PageLayout) -> tuple[int, ...]:
 
 
 def module(layout: PageLayout, at_once: int) -> str:
-    """The function for such pages, whatever the number of key heads; so many heads that share keys are computed at once
-    (`attention.heads_at_once`).
+    """The functions for such pages, whatever the number of key heads; so many heads that share keys are computed at
+    once (`attention.heads_at_once`).
     """
-    return "\n".join([DECLARATIONS, attention.MORE_DECLARATIONS, _MORE, _Code(layout, at_once).text()])
+    one = _Code(layout, at_once).text()
+    each = attention.each(EACH, NAME, len(FIELDS))
+    return "\n".join([DECLARATIONS, attention.MORE_DECLARATIONS, _MORE, one, each])
 
 
 @dataclass(frozen=True)

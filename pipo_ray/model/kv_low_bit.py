@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipo_ray.compiled import packed_attention
-from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.attend import CompiledAttention, PackedTokens
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import CHUNK_TOKENS, AttentionRule, OnlineAttention
@@ -157,10 +157,8 @@ class _Layer:
         assert self._store.compiled is not None
         _, size = self._grow(start, keys)
         first = rule.first_visible(self._length)
-        output = self._store.compiled.attend_packed(
-            query, (keys, values), self._window, size, self._pages[: packed_pages(start)], self._layout, first,
-            rule.scale,
-        )  # fmt: skip
+        seen = PackedTokens(self._pages[: packed_pages(start)], self._window, size, first)
+        output = self._store.compiled.attend_packed(query, (keys, values), seen, self._layout, rule.scale)
         if self._leaving(start):
             self._let_go(start, *(window[:, :size].clone() for window in self._window))
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipo_ray.compiled import packed_attention
-from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.attend import CompiledAttention, PackedTokens
+from pipo_ray.compiled.machine import run_here
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout
@@ -41,9 +43,8 @@ class Case:
         self.new = normal(kv_heads, 1, dim).bfloat16(), normal(kv_heads, 1, dim).bfloat16()
 
     def attend(self, first: int, scale: float) -> Tensor:
-        return ATTENTION.attend_packed(
-            self.query, self.new, self.window, self.length, self.pages, self.layout, first, scale
-        )
+        memory = PackedTokens(self.pages, self.window, self.length, first)
+        return ATTENTION.attend_packed(self.query, self.new, memory, self.layout, scale)
 
     def exact(self, first: int, scale: float) -> Tensor:
         """In float64."""
@@ -139,3 +140,43 @@ def test_pages_of_other_shapes_are_not_for_it() -> None:
     assert all(packed_attention.takes(PageLayout(2, dim, dim, 4)) for dim in (64, 128, 256))
     assert not any(packed_attention.takes(PageLayout(2, dim, dim, 4)) for dim in (32, 80, 96, 192, 512))
     assert not packed_attention.takes(PageLayout(2, 128, 64, 8))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_of_several_sequences_are_as_each_alone(
+    bits: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the call is put off, and when it is made again behind more pages."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cases = [Case(2, 4, 128, bits, pages, length, pages) for pages, length in ((0, 5), (60, 130), (3, SHORT_TOKENS))]
+    query = torch.cat([case.query for case in cases], 1)
+    new = torch.cat([case.new[0] for case in cases], 1), torch.cat([case.new[1] for case in cases], 1)
+
+    def memories(pages: int, less: int, firsts: tuple[int, ...]) -> list[PackedTokens]:
+        return [
+            PackedTokens(case.pages[: len(case.pages) - pages], case.window, case.length - less, first)
+            for case, first in zip(cases, firsts, strict=True)
+        ]
+
+    def alone(firsts: tuple[int, ...]) -> list[Tensor]:
+        return [case.attend(first, 0.1)[:, 0] for case, first in zip(cases, firsts, strict=True)]
+
+    output = torch.zeros(3, 8, 128, dtype=torch.bfloat16)
+    for deferred in (False, True):
+        output.zero_()
+        firsts = (2, 1000, 250)
+        call = ATTENTION.each_packed(query, new, memories(0, 0, firsts), cases[0].layout, 0.1, output)
+        if deferred:
+            call = ATTENTION.deferred(call)
+            assert not output.any()
+            run_here(call.function, ctypes.addressof(call.context))
+        else:
+            ATTENTION.run(call)
+        assert all(torch.equal(*pair) for pair in zip(output, alone(firsts), strict=True))
+    call = ATTENTION.each_packed(query, new, memories(1, 2, (0, 0, 0)), cases[0].layout, 0.1, output)
+    run = ATTENTION.deferred(call)
+    run_here(run.function, ctypes.addressof(run.context))
+    call.repeat_packed([case.length for case in cases], [len(case.pages) for case in cases])
+    run_here(run.function, ctypes.addressof(run.context))
+    assert all(torch.equal(*pair) for pair in zip(output, alone((0, 0, 0)), strict=True))
