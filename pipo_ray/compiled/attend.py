@@ -110,8 +110,8 @@ class CompiledAttention:
     def attend_packed(
         self, query: Tensor, new: tuple[Tensor, Tensor], memory: PackedTokens, layout: PageLayout, scale: float
     ) -> Tensor:
-        """Attention of `query` to the tokens in `memory`, whose last becomes `new`. Returns [heads, 1, dim]. `takes` and
-        `packed_attention.takes` say what may come.
+        """Attention of `query` to the tokens in `memory`, whose last becomes `new`. Returns [heads, 1, dim]. `takes`
+        and `packed_attention.takes` say what may come.
         """
         heads, dim = query.shape[0], query.shape[2]
         output = query.new_empty(heads, 1, dim)

@@ -48,7 +48,9 @@ declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 def module(dim: int, group: int) -> str:
     """The function for heads of `dim` columns, a multiple of 64, of which `group` share keys."""
-    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, _attend(dim, heads_at_once(group)), each(EACH, NAME, len(FIELDS))])
+    return "\n".join(
+        [DECLARATIONS, MORE_DECLARATIONS, _attend(dim, heads_at_once(group)), each(EACH, NAME, len(FIELDS))]
+    )
 
 
 def heads_at_once(group: int) -> int:

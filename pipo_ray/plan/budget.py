@@ -16,16 +16,26 @@ from pipo_ray.plan.activations import (
     loose_bytes,
     scored_tokens,
 )
+from pipo_ray.plan.kv_budget import (
+    LEAST_KV_TOKENS,
+    WANTED_KV_TOKENS,
+    earlier_bytes,
+    kv_room,
+    kv_tiers,
+    kv_tokens_of,
+    low_bit_line,
+    on_cpu_line,
+    tiers_line,
+    wanted_kv_bytes,
+)
 from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
 from pipo_ray.plan.kv_pages import (
     PAGE_TOKENS,
     KVPlacement,
     in_flight_pages,
-    most_pages_per_layer,
     page_bytes,
     pages_of,
-    ram_pages_for,
     sweep_pages,
 )
 from pipo_ray.plan.lookups import looked_up_bytes, lookups_line
@@ -61,10 +71,6 @@ LOADER_BYTES = 60 * MIB
 _WANTED_GPU_SLOTS = 4
 _WANTED_GPU_SLOTS_BESIDE_CPU = 8
 """Where the processor attends, the link goes on in each layer only as long as there are slots to fill."""
-
-_KV_SHARE = 0.2
-_WANTED_KV_TOKENS = 16384
-_LEAST_KV_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def plan_run(
     activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
     whole = whole_bytes(manifest, facts)
     least_weights = min(whole, least_weight_bytes(manifest, facts))
-    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
+    least_kv = LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     if kv_on_disk is not None:
         least_kv = least_ram_bytes(facts)
     fixed = processes + activations
@@ -195,25 +201,25 @@ def plan_run(
         raise BudgetError(
             f"--memory {format_size(memory_bytes)} is too low: at least "
             f"{format_least(fixed + least_kv + wanted_weights)} would do: processes {format_size(processes)}, "
-            f"activations {format_size(activations)}, KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
+            f"activations {format_size(activations)}, KV cache of {LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
             f"weights {format_size(wanted_weights)}{lower}"
         )
     spare = memory_bytes - fixed - wanted_weights
-    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
+    wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
-        wanted_kv = ram_bytes_for(facts, max_kv_tokens or max(_WANTED_KV_TOKENS, context))
-    kv_bytes = max(least_kv, min(_kv_room(spare, max_kv_tokens), wanted_kv))
+        wanted_kv = ram_bytes_for(facts, max_kv_tokens or max(WANTED_KV_TOKENS, context))
+    kv_bytes = max(least_kv, min(kv_room(spare, max_kv_tokens), wanted_kv))
     weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
     sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes, transfer)
     if weight_memory_bytes is not None:
         kv_bytes = min(spare, max(kv_bytes, 0))
     elif used < weight_bytes:  # the whole model fits: what is left may hold KV
-        most = max(_WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token
+        most = max(WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token
         kv_bytes = min(memory_bytes - fixed - used, max(kv_bytes, most))
-    kv_tokens, state_tokens = _tokens(facts, kv_bytes)
+    kv_tokens, state_tokens = kv_tokens_of(facts, kv_bytes)
     kv_disk = None
     if kv_on_disk is not None:
-        kv_disk = place_kv(facts, kv_bytes, max_kv_tokens or max(_WANTED_KV_TOKENS, context), kv_on_disk)
+        kv_disk = place_kv(facts, kv_bytes, max_kv_tokens or max(WANTED_KV_TOKENS, context), kv_on_disk)
         kv_bytes, kv_tokens, rows = kv_disk.ram_bytes, kv_disk.kv_tokens, min(rows, kv_disk.max_sequences)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     return RunPlan(
@@ -235,7 +241,7 @@ def plan_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
-            f"{format_size(kv_bytes)} ({kv_tokens} tokens{_low_bit_line(kv_bytes, low_bit_kv)}), activations "
+            f"{format_size(kv_bytes)} ({kv_tokens} tokens{low_bit_line(kv_bytes, low_bit_kv)}), activations "
             f"{format_size(activations)}, processes "
             f"{format_size(processes)}",
             f"model {format_size(manifest.total_bytes)}: "
@@ -278,16 +284,16 @@ def _plan_gpu_run(
     if low_bit_weights:
         activations += GPU_SCRATCH_BYTES
     if kv_on_cpu:
-        activations += _earlier_bytes(facts, context, max_kv_tokens)
+        activations += earlier_bytes(facts, context, max_kv_tokens)
     least_slot = least_slot_bytes(manifest)
     least_sweep = sweep_plan(manifest, facts, least_slot)
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
     least_gpu = (least_sweep.max_held + 1) * least_slot + always
-    least_kv = _LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
+    least_kv = LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     pages_of_sweep, sweep_kv = sweep_pages(max_batch_tokens, context), 0
     if kv_in_ram and facts.ragged and facts.kv_bytes_per_token:
         nbytes = page_bytes(facts.kv_bytes_per_token, facts.num_layers)
-        least_kv = pages_of(_LEAST_KV_TOKENS) * facts.num_layers * nbytes
+        least_kv = pages_of(LEAST_KV_TOKENS) * facts.num_layers * nbytes
         sweep_kv = in_flight_pages(pages_of_sweep) * nbytes
     if kv_on_disk is not None:
         least_kv = gpu_bytes_for(facts, 1)
@@ -299,13 +305,13 @@ def _plan_gpu_run(
         raise BudgetError(
             f"--gpu-memory {format_size(gpu_memory_bytes)} is too low: at least "
             f"{format_least(fixed + least_kv + least_gpu)} would do: CUDA context {format_size(gpu_context_bytes)}, "
-            f"activations {format_size(activations)}, KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
+            f"activations {format_size(activations)}, KV cache of {LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
             f"weights {format_size(least_gpu)}; or lower --max-batch-tokens"
         )
     spare = gpu_memory_bytes - fixed - least_gpu
     loose = min(loose_bytes(facts, max_batch_tokens, itemsize, place), (spare - least_kv) // 2)
     activations, fixed, spare = activations + loose, fixed + loose, spare - loose
-    wanted_kv = _wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
+    wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         # The newest pages of those that run at the same time: what is beyond them is never used, and the weights'.
         wanted_kv = gpu_bytes_for(facts, rows if max_kv_tokens is None else min(rows, max_kv_sequences))
@@ -313,7 +319,7 @@ def _plan_gpu_run(
     if kv_on_cpu:
         wanted_kv, wanted_host_kv = 0, wanted_kv
     # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
-    kv_bytes = max(least_kv, min(_kv_room(spare, None if kv_on_disk is not None else max_kv_tokens), wanted_kv))
+    kv_bytes = max(least_kv, min(kv_room(spare, None if kv_on_disk is not None else max_kv_tokens), wanted_kv))
     # Prompts that take two sweeps for want of pages load all weights twice: more than what these pages take from them.
     kv_bytes = max(kv_bytes, min(spare // 2, sweep_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
@@ -328,21 +334,21 @@ def _plan_gpu_run(
             f"--memory {format_size(memory_bytes)} is too low: at least "
             f"{format_least(processes + least_host + least_host_kv)} would do: processes with CUDA "
             f"{format_size(processes)}, slots {format_size(least_host)}"
-            + (f", KV cache of {_LEAST_KV_TOKENS} tokens {format_size(least_host_kv)}" if kv_on_cpu else "")
+            + (f", KV cache of {LEAST_KV_TOKENS} tokens {format_size(least_host_kv)}" if kv_on_cpu else "")
         )
     # Weights that were asked for have their room before keys and values in RAM, as on the CPU.
     wanted_host = max(least_host, min(weight_memory_bytes or 0, sum(p.read_bytes for p in least_sweep.pieces)))
     spare_ram = max(0, memory_bytes - processes - wanted_host)
     kv = None
     if kv_in_ram:
-        kv = _kv_tiers(manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep)
+        kv = kv_tiers(manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep)
     kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
     if kv_on_cpu:
-        kv_ram_bytes = max(least_host_kv, min(_kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
+        kv_ram_bytes = max(least_host_kv, min(kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
     kv_disk = None
     if kv_on_disk is not None:
-        wanted_tokens = max_kv_tokens or max(_WANTED_KV_TOKENS, context)
-        room = _kv_room(spare_ram, max_kv_tokens)
+        wanted_tokens = max_kv_tokens or max(WANTED_KV_TOKENS, context)
+        room = kv_room(spare_ram, max_kv_tokens)
         kv_ram_bytes = max(min(room, ram_bytes_for(facts, wanted_tokens)), least_ram_bytes(facts))
         if memory_bytes - processes - least_host < kv_ram_bytes:
             raise BudgetError(
@@ -375,7 +381,7 @@ def _plan_gpu_run(
     kept = set(on_gpu) | set(in_ram)
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
     copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
-    kv_tokens, state_tokens = _tokens(facts, kv_ram_bytes if kv_on_cpu else kv_bytes)
+    kv_tokens, state_tokens = kv_tokens_of(facts, kv_ram_bytes if kv_on_cpu else kv_bytes)
     if kv is not None:
         kv_tokens = kv.kv_tokens
     if kv_disk is not None:
@@ -400,7 +406,7 @@ def _plan_gpu_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, used - num_slots * slot_bytes)}, "
-            + (f"KV cache {format_size(kv_ram_bytes)}{_on_cpu_line(kv_on_cpu, kv_tokens)}, " if kv_ram_bytes else "")
+            + (f"KV cache {format_size(kv_ram_bytes)}{on_cpu_line(kv_on_cpu, kv_tokens)}, " if kv_ram_bytes else "")
             + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
@@ -408,7 +414,7 @@ def _plan_gpu_run(
                 ""
                 if kv_on_cpu
                 else f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens"
-                f"{_tiers_line(facts, kv_bytes, kv)}{_low_bit_line(kv_bytes, low_bit_kv)}), "
+                f"{tiers_line(facts, kv_bytes, kv)}{low_bit_line(kv_bytes, low_bit_kv)}), "
             )
             + f"activations {format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
@@ -424,72 +430,7 @@ def _plan_gpu_run(
     )
 
 
-def _earlier_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -> int:
-    """Of a layer's keys and values that a chunk of a prompt attends to on the GPU, and which are in RAM otherwise."""
-    return -(-facts.kv_bytes_per_token // facts.num_layers) * min(context, max_kv_tokens or context)
-
-
-def _kv_tiers(
-    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int, pages_of_sweep: int
-) -> KVPlacement | None:
-    """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them, a full sweep's pages at
-    least: of `spare_ram_bytes` a share, or what the whole model leaves. None where transformers keeps the cache
-    (requests in lanes).
-    """
-    if not facts.ragged or not facts.kv_bytes_per_token:
-        return None
-    layers, nbytes = facts.num_layers, page_bytes(facts.kv_bytes_per_token, facts.num_layers)
-    gpu_pages = gpu_bytes // nbytes
-    beside_model = spare_ram_bytes - manifest.total_bytes
-    contexts = 4 if beside_model > 0 else 1
-    wanted = max(pages_of_sweep, pages_of(max(_WANTED_KV_TOKENS, contexts * context)))
-    wanted = min(wanted, max(gpu_pages // 2, gpu_pages // layers))
-    most_ram_pages = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
-    ram_pages = min(most_ram_pages, ram_pages_for(layers, wanted, gpu_pages))
-    if most_pages_per_layer(layers, gpu_pages, ram_pages) == gpu_pages // layers:
-        ram_pages = 0  # too little to hold more than the GPU does
-    return KVPlacement(layers, nbytes, gpu_pages, ram_pages)
-
-
-def _tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> str:
-    if kv is None or not kv.ram_pages:
-        return ""
-    return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
-
-
-def _on_cpu_line(kv_on_cpu: bool, kv_tokens: int) -> str:
-    return f" ({kv_tokens} tokens, for which the processor attends)" if kv_on_cpu else ""
-
-
-def _low_bit_line(kv_bytes: int, low_bit_kv: LowBitKV | None) -> str:
-    if low_bit_kv is None:
-        return ""
-    return f" at {low_bit_kv.label}, {kv_bytes // low_bit_kv.wide_token_bytes} at 16"
-
-
 def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> str:
     if not num_slots:
         return f"{format_size(used)} (all resident)"
     return f"{format_size(used)} ({num_slots} slots of {format_size(slot_bytes)}, {format_size(resident)} resident)"
-
-
-def _wanted_kv_bytes(
-    facts: ModelFacts, context: int, max_kv_tokens: int | None, num_sequences: int, low_bit_kv: LowBitKV | None
-) -> int:
-    wanted = max(_WANTED_KV_TOKENS, context) if max_kv_tokens is None else max_kv_tokens
-    nbytes = wanted * facts.kv_bytes_per_token + num_sequences * facts.state_bytes
-    # However short the sequences are, no token takes more than one at 16 bits.
-    return nbytes if low_bit_kv is None else min(nbytes, wanted * low_bit_kv.wide_token_bytes)
-
-
-def _kv_room(spare_bytes: int, max_kv_tokens: int | None) -> int:
-    """What the KV cache may take of what is spare: a share, or all of it for a number of tokens that the user named.
-    With less, requests would wait for each other, and each wait costs sweeps over all weights.
-    """
-    return int(spare_bytes * _KV_SHARE) if max_kv_tokens is None else spare_bytes
-
-
-def _tokens(facts: ModelFacts, kv_bytes: int) -> tuple[int, int]:
-    """Tokens of KV cache that `kv_bytes` hold, and what a sequence's recurrent state takes in such tokens."""
-    per_token = max(1, facts.kv_bytes_per_token)
-    return max(1, kv_bytes // per_token), -(-facts.state_bytes // per_token)
