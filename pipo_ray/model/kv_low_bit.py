@@ -10,7 +10,11 @@ a few MiB at a time.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +22,9 @@ from torch import Tensor
 from pipo_ray.compiled import packed_attention
 from pipo_ray.compiled.attend import CompiledAttention, PackedTokens
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.kv_cache import SequenceCache
+from pipo_ray.model.kv_cache import SequenceCache, SequenceKV
 from pipo_ray.model.kv_spans import CHUNK_TOKENS, AttentionRule, OnlineAttention
+from pipo_ray.model.packed_pages import MemoryPages, PackedPages
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout, packed_pages
 from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
@@ -28,13 +33,32 @@ from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
 _SCRATCH_BYTES = 4 << 20
 
 
+class PagedSequence(SequenceKV, Protocol):
+    """A sequence's cache at 16 bits, in pages that may be elsewhere, which has room for packed pages among them."""
+
+    def packed_pages(self, layer: int, layout: PageLayout) -> PackedPages:
+        """Where the packed pages of a layer that is not at 16 bits lie; called once, with the layer's first tokens."""
+        ...
+
+
+class PagedStore(Protocol):
+    """Where sequences' pages lie, at 16 bits and packed."""
+
+    def open(self, capacity: int) -> PagedSequence:
+        """A new sequence's cache, of at most `capacity` tokens."""
+        ...
+
+
 class LowBitStore:
     """Opens sequences' caches at `bits` per layer (16, 8 or 4), and has the scratch that they share. All of it belongs
-    to the thread that computes. What `compiled` takes it does: a token that comes alone.
+    to the thread that computes. What `compiled` takes it does: a token that comes alone. Packed pages, and the layers
+    at 16 bits, are in `paged`; without it each sequence's are by themselves in the memory of its keys and values.
     """
 
-    def __init__(self, bits: tuple[int, ...], compiled: CompiledAttention | None = None) -> None:
-        self.bits, self.compiled = bits, compiled
+    def __init__(
+        self, bits: tuple[int, ...], compiled: CompiledAttention | None = None, paged: PagedStore | None = None
+    ) -> None:
+        self.bits, self.compiled, self.paged = bits, compiled, paged
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def open(self, capacity: int) -> LowBitCache:
@@ -60,20 +84,21 @@ class LowBitCache:
         self.capacity, self.length = capacity, 0
         self._store = store
         self._layers: dict[int, _Layer] = {}
-        self._wide = SequenceCache(capacity, compiled=store.compiled)
-        """Layers at 16 bits."""
+        self._paged = None if store.paged is None else store.paged.open(capacity)
+        self.wide: SequenceKV = self._paged or SequenceCache(capacity, compiled=store.compiled)
+        """Layers at 16 bits, and what moves pages."""
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `SequenceCache.attend`. A token sees at least WINDOW_TOKENS before it at 16 bits."""
         if layer >= len(self._store.bits):
             raise UnsupportedModelError(f"layer {layer} has a KV cache, but its model's facts say {layer} layers")
         if self._store.bits[layer] == 16:
-            return self._wide.attend(layer, query, keys, values, rule)
+            return self.wide.attend(layer, query, keys, values, rule)
         start, stop = self.length, self.length + keys.shape[1]
         if stop > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self._layers:
-            self._layers[layer] = _Layer(self._store, self.capacity, self._store.bits[layer], keys, values)
+            self._layers[layer] = self._open(layer, keys, values)
         memory = self._layers[layer]
         if rule.is_plain and memory.compiles(query, keys, values):
             return memory.attend_alone(start, query, keys, values, rule)
@@ -94,33 +119,59 @@ class LowBitCache:
             attention.add(packed, window[0][:, inside], window[1][:, inside], (begin - start, end - start))
         return attention.result()
 
+    def _open(self, layer: int, keys: Tensor, values: Tensor) -> _Layer:
+        layout = PageLayout(keys.shape[0], keys.shape[2], values.shape[2], self._store.bits[layer])
+        # The last token that there can be sees so many.
+        most = packed_pages(self.capacity - 1)
+        if self._paged is not None:
+            pages = self._paged.packed_pages(layer, layout)
+        else:
+            pages = MemoryPages(keys.new_empty(most, layout.page_bytes, dtype=torch.uint8))
+        return _Layer(self._store, min(self.capacity, SHORT_TOKENS), pages, most, layout, keys, values)
+
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
         self.length += num_tokens
-        self._wide.advance(num_tokens)
+        self.wide.advance(num_tokens)
 
     def drop(self) -> None:
         """Give the memory back."""
         self._layers.clear()
-        self._wide.drop()
+        self.wide.drop()
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return self._wide.nbytes + sum(memory.nbytes for memory in self._layers.values())
+        return self.wide.nbytes + sum(memory.nbytes for memory in self._layers.values())
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Scratch for so many unpacked pages: keys and values [kv_heads, tokens, head_dim], and for their codes."""
+
+    num_pages: int
+    keys: Tensor
+    values: Tensor
+    codes: Tensor
 
 
 class _Layer:
-    """One layer: pages [pages, page_bytes] of tokens from the first on, and behind them the window: keys and values
-    [kv_heads, tokens, head_dim] as they came.
+    """One layer: at most `most` packed pages of tokens from the first on, and behind them the window, which has `room`:
+    keys and values [kv_heads, tokens, head_dim] as they came.
     """
 
-    def __init__(self, store: LowBitStore, capacity: int, bits: int, keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self,
+        store: LowBitStore,
+        room: int,
+        pages: PackedPages,
+        most: int,
+        layout: PageLayout,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
         heads, _, dim = keys.shape
-        self._store, self._layout = store, PageLayout(heads, dim, values.shape[2], bits)
-        # The last token that there can be sees so many.
-        self._pages = keys.new_empty(packed_pages(capacity - 1), self._layout.page_bytes, dtype=torch.uint8)
-        room = min(capacity, SHORT_TOKENS)
+        self._store, self._pages, self._most, self._layout = store, pages, most, layout
         self._window = keys.new_empty(heads, room, dim), values.new_empty(heads, room, values.shape[2])
         self._length = 0
         # Torch's ways in 16 bits on the CPU are no faster, and unpacking to them is slower.
@@ -150,14 +201,18 @@ class _Layer:
     def compiles(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether `attend_alone` is for these."""
         compiled = self._store.compiled
-        return compiled is not None and packed_attention.takes(self._layout) and compiled.takes(query, keys, values)
+        is_whole = self._pages.whole(packed_pages(self._length)) is not None
+        takes = compiled is not None and packed_attention.takes(self._layout) and compiled.takes(query, keys, values)
+        return takes and is_whole
 
     def attend_alone(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """Append a token, number `start`, and let it attend to what it sees of all."""
         assert self._store.compiled is not None
         _, size = self._grow(start, keys)
         first = rule.first_visible(self._length)
-        seen = PackedTokens(self._pages[: packed_pages(start)], self._window, size, first)
+        pages = self._pages.whole(packed_pages(start))
+        assert pages is not None
+        seen = PackedTokens(pages, self._window, size, first)
         output = self._store.compiled.attend_packed(query, (keys, values), seen, self._layout, rule.scale)
         if self._leaving(start):
             self._let_go(start, *(window[:, :size].clone() for window in self._window))
@@ -173,15 +228,18 @@ class _Layer:
 
     def _leaving(self, start: int) -> int:
         """Pages that leave the window with the tokens from `start` on."""
-        return min(packed_pages(self._length), len(self._pages)) - packed_pages(start)
+        return min(packed_pages(self._length), self._most) - packed_pages(start)
 
     def _let_go(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Pack the pages that leave the window, which has these keys and values with the tokens from `start` on."""
         old, tokens = packed_pages(start), self._leaving(start) * PAGE_TOKENS
         if not tokens:
             return
-        views = views_of(self._pages[old : old + tokens // PAGE_TOKENS], self._layout)
-        pack_pages(keys[:, :tokens], values[:, :tokens], views, self._layout)
+        at = 0
+        for place in self._pages.places(old, old + tokens // PAGE_TOKENS):
+            part = slice(at, at + len(place) * PAGE_TOKENS)
+            pack_pages(keys[:, part], values[:, part], views_of(place, self._layout), self._layout)
+            at = part.stop
         for window, tensor in zip(self._window, (keys, values), strict=True):
             window[:, : tensor.shape[1] - tokens] = tensor[:, tokens:]
 
@@ -189,18 +247,39 @@ class _Layer:
         """Tokens from `first` to before `stop`, which are packed, chunk by chunk: number of the first, keys, values. A
         chunk is valid until the next one is asked for.
         """
-        layout = self._layout
-        for page in range(first // PAGE_TOKENS, stop // PAGE_TOKENS if first < stop else 0, self._pages_at_once):
-            pages = self._pages[page : min(page + self._pages_at_once, stop // PAGE_TOKENS)]
-            tokens = len(pages) * PAGE_TOKENS
-            sizes = [layout.heads * tokens * dim for dim in (layout.key_dim, layout.value_dim)]
-            both = self._store.scratch(sum(sizes), self._dtype, pages.device).split(sizes)
-            codes = self._store.scratch(max(sizes), torch.uint8, pages.device)
-            keys, values = (part.view(layout.heads, tokens, -1) for part in both)
-            unpack_pages(views_of(pages, layout), layout, keys, values, codes)
-            begin = page * PAGE_TOKENS
-            skipped = max(0, first - begin)
-            yield begin + skipped, keys[:, skipped:], values[:, skipped:]
+        begin, end = first // PAGE_TOKENS, stop // PAGE_TOKENS
+        if first >= stop:
+            return
+        chunk, there = self._chunk(min(self._pages_at_once, end - begin)), 0
+        for pages in itertools.chain.from_iterable(self._pages.parts(begin, end)):
+            at = 0
+            while at < len(pages):
+                count = min(len(pages) - at, chunk.num_pages - there)
+                self._unpack(pages[at : at + count], chunk, there)
+                at, there = at + count, there + count
+                if there == chunk.num_pages:
+                    skipped = max(0, first - begin * PAGE_TOKENS)
+                    yield begin * PAGE_TOKENS + skipped, chunk.keys[:, skipped:], chunk.values[:, skipped:]
+                    begin, there = begin + there, 0
+                    chunk = self._chunk(min(self._pages_at_once, end - begin))
+
+    def _chunk(self, num_pages: int) -> _Chunk:
+        """Scratch for so many pages."""
+        layout, tokens = self._layout, num_pages * PAGE_TOKENS
+        shapes = [(layout.heads, tokens, dim) for dim in (layout.key_dim, layout.value_dim)]
+        sizes = [math.prod(shape) for shape in shapes]
+        device = self._window[0].device
+        both = self._store.scratch(sum(sizes), self._dtype, device).split(sizes)
+        codes = self._store.scratch(max(sizes), torch.uint8, device)
+        keys, values = (part.view(shape) for part, shape in zip(both, shapes, strict=True))
+        return _Chunk(num_pages, keys, values, codes)
+
+    def _unpack(self, pages: Tensor, chunk: _Chunk, at: int) -> None:
+        """`pages` are those of the chunk from number `at` on."""
+        tokens = slice(at * PAGE_TOKENS, (at + len(pages)) * PAGE_TOKENS)
+        unpack_pages(
+            views_of(pages, self._layout), self._layout, chunk.keys[:, tokens], chunk.values[:, tokens], chunk.codes
+        )
 
     @property
     def nbytes(self) -> int:
