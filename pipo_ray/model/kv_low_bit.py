@@ -36,8 +36,10 @@ _SCRATCH_BYTES = 4 << 20
 class PagedSequence(SequenceKV, Protocol):
     """A sequence's cache at 16 bits, in pages that may be elsewhere, which has room for packed pages among them."""
 
-    def packed_pages(self, layer: int, layout: PageLayout) -> PackedPages:
-        """Where the packed pages of a layer that is not at 16 bits lie; called once, with the layer's first tokens."""
+    def packed_pages(self, layer: int, layout: PageLayout, sliding_window: int | None) -> PackedPages:
+        """Where the packed pages of a layer that is not at 16 bits lie; called once, with the layer's first tokens. A
+        token sees so many with itself.
+        """
         ...
 
 
@@ -98,7 +100,7 @@ class LowBitCache:
         if stop > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self._layers:
-            self._layers[layer] = self._open(layer, keys, values)
+            self._layers[layer] = self._open(layer, keys, values, rule)
         memory = self._layers[layer]
         if rule.is_plain and memory.compiles(query, keys, values):
             return memory.attend_alone(start, query, keys, values, rule)
@@ -119,12 +121,12 @@ class LowBitCache:
             attention.add(packed, window[0][:, inside], window[1][:, inside], (begin - start, end - start))
         return attention.result()
 
-    def _open(self, layer: int, keys: Tensor, values: Tensor) -> _Layer:
+    def _open(self, layer: int, keys: Tensor, values: Tensor, rule: AttentionRule) -> _Layer:
         layout = PageLayout(keys.shape[0], keys.shape[2], values.shape[2], self._store.bits[layer])
         # The last token that there can be sees so many.
         most = packed_pages(self.capacity - 1)
         if self._paged is not None:
-            pages = self._paged.packed_pages(layer, layout)
+            pages = self._paged.packed_pages(layer, layout, rule.sliding_window)
         else:
             pages = MemoryPages(keys.new_empty(most, layout.page_bytes, dtype=torch.uint8))
         return _Layer(self._store, min(self.capacity, SHORT_TOKENS), pages, most, layout, keys, values)
