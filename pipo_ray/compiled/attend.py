@@ -248,8 +248,10 @@ def _packed_words(
     whole, unseen = divmod(min(memory.first, packed), PAGE_TOKENS)
     count = len(pages) - whole
     ahead = max(0, memory.first - packed)
+    # Of a tensor without elements torch tells no address; a call that is repeated may find some there.
+    start = pages.untyped_storage().data_ptr() + int(pages.storage_offset())
     words = (
         *_words(query, new, memory.window, output, column, ahead, memory.length, scale),
-        pages.data_ptr() + whole * page_bytes, count, unseen, *places,
+        start + whole * page_bytes, count, unseen, *places,
     )  # fmt: skip
     return words, count * page_bytes + 4 * layout.heads * layout.key_dim * (memory.length - ahead)

@@ -111,7 +111,7 @@ class ComputeEngine:
             elif compute.kv is not None:
                 kv_store = self._kv_tiers = KVTiers(compute.kv, dtype, self._ops, self._trace)
             elif compute.kv_on_cpu:
-                kv_store = self._host_kv(dtype, code_folder, notes)
+                kv_store = self._host_kv(dtype, compute.kv_bits, code_folder, notes)
             elif self._facts.ragged and compute.kv_tokens and compute.kv_bits is None:
                 kv_store = KVPool(compute.kv_tokens, self._device)
             self._stream = open_device_stream(setup, memory, self._ops, self._trace)
@@ -149,7 +149,7 @@ class ComputeEngine:
         if any(used is not None and used.compiles for used in (products, low_bit)):
             attention = CompiledAttention(code_folder)
             layers = CompiledLayers(graph, products, low_bit, attention, code_folder)
-        if compute.kv_bits is not None:
+        if compute.kv_bits is not None and kv_store is None:
             kv_store = LowBitStore(compute.kv_bits, attention or self._attention_to_pages(dtype, code_folder, notes))
         self.notes = tuple(notes)
         binder = Binder(
@@ -167,12 +167,16 @@ class ComputeEngine:
         self._kernel_times: KernelTimes | None = None
         self._started = self._idle_since = time.perf_counter()
 
-    def _host_kv(self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]) -> HostKV:
+    def _host_kv(
+        self, dtype: torch.dtype, bits: tuple[int, ...] | None, code_folder: Path | None, notes: list[str]
+    ) -> HostKV:
         reason = _not_compiled(dtype)
         if reason is not None:
             notes.append(f"attention on the processor is torch's, which is slower: {reason}")
-            return HostKV(self._device)
-        return HostKV(self._device, CompiledAttention(code_folder), HostFunctions(self._device))
+        compiled = CompiledAttention(code_folder) if reason is None else None
+        low_bit = None if bits is None else LowBitStore(bits, compiled)
+        calls = None if compiled is None else HostFunctions(self._device)
+        return HostKV(self._device, compiled, calls, low_bit)
 
     def _attention_to_pages(
         self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]

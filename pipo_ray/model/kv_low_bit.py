@@ -63,6 +63,14 @@ class LowBitStore:
         self.bits, self.compiled, self.paged = bits, compiled, paged
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    def bits_of(self, layer: int) -> int:
+        """The layer's. Raises UnsupportedModelError for one that the model does not have by its facts."""
+        if layer >= len(self.bits):
+            raise UnsupportedModelError(
+                f"layer {layer} has a KV cache, but its model's facts say {len(self.bits)} layers"
+            )
+        return self.bits[layer]
+
     def open(self, capacity: int) -> LowBitCache:
         """A new sequence's cache."""
         return LowBitCache(self, capacity)
@@ -85,43 +93,27 @@ class LowBitCache:
     def __init__(self, store: LowBitStore, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self._store = store
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, LowBitLayer] = {}
         self._paged = None if store.paged is None else store.paged.open(capacity)
         self.wide: SequenceKV = self._paged or SequenceCache(capacity, compiled=store.compiled)
         """Layers at 16 bits, and what moves pages."""
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `SequenceCache.attend`. A token sees at least WINDOW_TOKENS before it at 16 bits."""
-        if layer >= len(self._store.bits):
-            raise UnsupportedModelError(f"layer {layer} has a KV cache, but its model's facts say {layer} layers")
-        if self._store.bits[layer] == 16:
+        if self._store.bits_of(layer) == 16:
             return self.wide.attend(layer, query, keys, values, rule)
-        start, stop = self.length, self.length + keys.shape[1]
+        return self.layer_for(layer, keys, values, rule).attend(self.length, query, keys, values, rule)
+
+    def layer_for(self, layer: int, keys: Tensor, values: Tensor, rule: AttentionRule) -> LowBitLayer:
+        """A layer of fewer than 16 bits, with room for these new tokens, which attend by `rule`."""
+        stop = self.length + keys.shape[1]
         if stop > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         if layer not in self._layers:
             self._layers[layer] = self._open(layer, keys, values, rule)
-        memory = self._layers[layer]
-        if rule.is_plain and memory.compiles(query, keys, values):
-            return memory.attend_alone(start, query, keys, values, rule)
-        attention = OnlineAttention(query, stop, rule)
-        before = packed_pages(start) * PAGE_TOKENS
-        for first, unpacked_keys, unpacked_values in memory.unpacked(attention.first_seen(), before):
-            attention.add(first, unpacked_keys, unpacked_values)
-        window = memory.append(start, keys, values)
-        steps = [(begin, end, packed_pages(begin) * PAGE_TOKENS) for begin, end in _steps(start, stop)]
-        # Each page that the new tokens pack is unpacked once, for all steps that see it.
-        for first, unpacked_keys, unpacked_values in memory.unpacked(max(before, attention.first_seen()), steps[-1][2]):
-            for begin, end, packed in steps:
-                if seen := max(0, min(packed - first, unpacked_keys.shape[1])):
-                    rows = begin - start, end - start
-                    attention.add(first, unpacked_keys[:, :seen], unpacked_values[:, :seen], rows)
-        for begin, end, packed in steps:
-            inside = slice(packed - before, end - before)
-            attention.add(packed, window[0][:, inside], window[1][:, inside], (begin - start, end - start))
-        return attention.result()
+        return self._layers[layer]
 
-    def _open(self, layer: int, keys: Tensor, values: Tensor, rule: AttentionRule) -> _Layer:
+    def _open(self, layer: int, keys: Tensor, values: Tensor, rule: AttentionRule) -> LowBitLayer:
         layout = PageLayout(keys.shape[0], keys.shape[2], values.shape[2], self._store.bits[layer])
         # The last token that there can be sees so many.
         most = packed_pages(self.capacity - 1)
@@ -129,7 +121,7 @@ class LowBitCache:
             pages = self._paged.packed_pages(layer, layout, rule.sliding_window)
         else:
             pages = MemoryPages(keys.new_empty(most, layout.page_bytes, dtype=torch.uint8))
-        return _Layer(self._store, min(self.capacity, SHORT_TOKENS), pages, most, layout, keys, values)
+        return LowBitLayer(self._store, min(self.capacity, SHORT_TOKENS), pages, most, layout, keys, values)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
@@ -157,7 +149,7 @@ class _Chunk:
     codes: Tensor
 
 
-class _Layer:
+class LowBitLayer:
     """One layer: at most `most` packed pages of tokens from the first on, and behind them the window, which has `room`:
     keys and values [kv_heads, tokens, head_dim] as they came.
     """
@@ -173,19 +165,96 @@ class _Layer:
         values: Tensor,
     ) -> None:
         heads, _, dim = keys.shape
-        self._store, self._pages, self._most, self._layout = store, pages, most, layout
+        self._store, self._pages, self._most, self.layout = store, pages, most, layout
         self._window = keys.new_empty(heads, room, dim), values.new_empty(heads, room, values.shape[2])
         self._length = 0
+        self._unsettled: int | None = None  # the number of a token with which a page leaves the window
         # Torch's ways in 16 bits on the CPU are no faster, and unpacking to them is slower.
         self._dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
         token_bytes = self._dtype.itemsize * heads * (dim + values.shape[2])
         self._pages_at_once = max(1, min(CHUNK_TOKENS, _SCRATCH_BYTES // token_bytes) // PAGE_TOKENS)
 
-    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
+        """See `SequenceCache.attend`: the tokens from number `start` on."""
+        self._settle()
+        stop = start + keys.shape[1]
+        if rule.is_plain and self._compiles(query, keys, values):
+            return self._attend_alone(start, query, keys, values, rule)
+        attention = OnlineAttention(query, stop, rule)
+        before = packed_pages(start) * PAGE_TOKENS
+        for first, unpacked_keys, unpacked_values in self._unpacked(attention.first_seen(), before):
+            attention.add(first, unpacked_keys, unpacked_values)
+        window = self._append(start, keys, values)
+        steps = [(begin, end, packed_pages(begin) * PAGE_TOKENS) for begin, end in _steps(start, stop)]
+        # Each page that the new tokens pack is unpacked once, for all steps that see it.
+        for first, unpacked_keys, unpacked_values in self._unpacked(max(before, attention.first_seen()), steps[-1][2]):
+            for begin, end, packed in steps:
+                if seen := max(0, min(packed - first, unpacked_keys.shape[1])):
+                    rows = begin - start, end - start
+                    attention.add(first, unpacked_keys[:, :seen], unpacked_values[:, :seen], rows)
+        for begin, end, packed in steps:
+            inside = slice(packed - before, end - before)
+            attention.add(packed, window[0][:, inside], window[1][:, inside], (begin - start, end - start))
+        return attention.result()
+
+    def begin_token(self, start: int) -> tuple[int, int]:
+        """Append a token, number `start`, that a kernel will fill in before the next one is appended: how many tokens
+        the window holds with it, and how many pages it sees packed. What leaves the window with it is packed when
+        something else is asked of this.
+        """
+        self._settle()
+        _, size = self._grow(start, 1)
+        if self._leaving(start):
+            self._unsettled = start
+        return size, packed_pages(start)
+
+    def seen(self, size: int, num_pages: int, rule: AttentionRule) -> PackedTokens:
+        """What the last token sees, given what `begin_token` said of it; in memory where pages are neighbours."""
+        pages = self._pages.whole(num_pages)
+        assert pages is not None
+        return PackedTokens(pages, self._window, size, rule.first_visible(self._length))
+
+    def visit(self, pages: PackedPages, keys: Tensor, values: Tensor) -> LowBitLayer:
+        """This layer for new tokens that are where `keys`, `values` are: with room for a window there, whose first
+        `num_held` tokens are to be filled in, and its pages as `pages` has them.
+        """
+        self._settle()
+        room = self._window[0].shape[1]
+        other = LowBitLayer(self._store, room, pages, self._most, self.layout, keys, values)
+        other._length = self._length
+        return other
+
+    def come_back(self, other: LowBitLayer) -> None:
+        """Hold as many tokens as the layer that visited; those in its window are to be filled in."""
+        self._length = other._length
+
+    @property
+    def pages(self) -> PackedPages:
+        """Where its packed pages lie."""
+        return self._pages
+
+    @property
+    def window(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, room, head_dim], of which the first `num_held` are there."""
+        return self._window
+
+    @property
+    def num_held(self) -> int:
+        """Tokens in the window."""
+        return self._length - min(packed_pages(self._length), self._most) * PAGE_TOKENS
+
+    def _settle(self) -> None:
+        """Pack what has left the window with a token that a kernel has filled in."""
+        if self._unsettled is not None:
+            start, self._unsettled = self._unsettled, None
+            size = self._length - packed_pages(start) * PAGE_TOKENS
+            self._let_go(start, *(window[:, :size].clone() for window in self._window))
+
+    def _append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the tokens from `start` on, and pack the pages that leave the window. Returns keys and values of the
         window as it was, with all new tokens behind it; valid until the next call.
         """
-        held, size = self._grow(start, keys)
+        held, size = self._grow(start, keys.shape[1])
         if size <= self._window[0].shape[1]:
             for window, tensor in zip(self._window, (keys, values), strict=True):
                 window[:, held:size] = tensor
@@ -200,31 +269,28 @@ class _Layer:
         self._let_go(start, window_keys, window_values)
         return window_keys, window_values
 
-    def compiles(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Whether `attend_alone` is for these."""
+    def _compiles(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether `_attend_alone` is for these."""
         compiled = self._store.compiled
         is_whole = self._pages.whole(packed_pages(self._length)) is not None
-        takes = compiled is not None and packed_attention.takes(self._layout) and compiled.takes(query, keys, values)
+        takes = compiled is not None and packed_attention.takes(self.layout) and compiled.takes(query, keys, values)
         return takes and is_whole
 
-    def attend_alone(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
+    def _attend_alone(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """Append a token, number `start`, and let it attend to what it sees of all."""
         assert self._store.compiled is not None
-        _, size = self._grow(start, keys)
-        first = rule.first_visible(self._length)
-        pages = self._pages.whole(packed_pages(start))
-        assert pages is not None
-        seen = PackedTokens(pages, self._window, size, first)
-        output = self._store.compiled.attend_packed(query, (keys, values), seen, self._layout, rule.scale)
+        _, size = self._grow(start, 1)
+        seen = self.seen(size, packed_pages(start), rule)
+        output = self._store.compiled.attend_packed(query, (keys, values), seen, self.layout, rule.scale)
         if self._leaving(start):
             self._let_go(start, *(window[:, :size].clone() for window in self._window))
         return output
 
-    def _grow(self, start: int, keys: Tensor) -> tuple[int, int]:
+    def _grow(self, start: int, num_tokens: int) -> tuple[int, int]:
         """Count new tokens from `start` on. How many tokens the window held, and holds with them."""
         if start != self._length:
             raise ValueError(f"the cache holds {self._length} tokens of this layer, not {start}")
-        self._length += keys.shape[1]
+        self._length += num_tokens
         before = packed_pages(start) * PAGE_TOKENS
         return start - before, self._length - before
 
@@ -240,12 +306,12 @@ class _Layer:
         at = 0
         for place in self._pages.places(old, old + tokens // PAGE_TOKENS):
             part = slice(at, at + len(place) * PAGE_TOKENS)
-            pack_pages(keys[:, part], values[:, part], views_of(place, self._layout), self._layout)
+            pack_pages(keys[:, part], values[:, part], views_of(place, self.layout), self.layout)
             at = part.stop
         for window, tensor in zip(self._window, (keys, values), strict=True):
             window[:, : tensor.shape[1] - tokens] = tensor[:, tokens:]
 
-    def unpacked(self, first: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _unpacked(self, first: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Tokens from `first` to before `stop`, which are packed, chunk by chunk: number of the first, keys, values. A
         chunk is valid until the next one is asked for.
         """
@@ -267,7 +333,7 @@ class _Layer:
 
     def _chunk(self, num_pages: int) -> _Chunk:
         """Scratch for so many pages."""
-        layout, tokens = self._layout, num_pages * PAGE_TOKENS
+        layout, tokens = self.layout, num_pages * PAGE_TOKENS
         shapes = [(layout.heads, tokens, dim) for dim in (layout.key_dim, layout.value_dim)]
         sizes = [math.prod(shape) for shape in shapes]
         device = self._window[0].device
@@ -280,7 +346,7 @@ class _Layer:
         """`pages` are those of the chunk from number `at` on."""
         tokens = slice(at * PAGE_TOKENS, (at + len(pages)) * PAGE_TOKENS)
         unpack_pages(
-            views_of(pages, self._layout), self._layout, chunk.keys[:, tokens], chunk.values[:, tokens], chunk.codes
+            views_of(pages, self.layout), self.layout, chunk.keys[:, tokens], chunk.values[:, tokens], chunk.codes
         )
 
     @property

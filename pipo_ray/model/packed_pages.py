@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from pipo_ray.model.host_link import HostLink
+from pipo_ray.plan.low_bit_pages import VISITING_BYTES
 
 
 class PackedPages(Protocol):
@@ -56,3 +61,36 @@ class MemoryPages:
     def nbytes(self) -> int:
         """See `PackedPages`."""
         return self._memory.nbytes
+
+
+class VisitingPages:
+    """Pages whose home is in RAM, for attention on `device`: some at a time are copied there, and what is packed there
+    goes home.
+    """
+
+    def __init__(self, home: PackedPages, link: HostLink, device: torch.device) -> None:
+        self._home, self._link, self._device = home, link, device
+
+    def places(self, first: int, stop: int) -> Iterator[Tensor]:
+        """See `PackedPages`."""
+        for place in self._home.places(first, stop):
+            there = torch.empty(place.shape, dtype=torch.uint8, device=self._device)
+            yield there
+            self._link.fetch([there[None]], [place[None]])
+
+    def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
+        """See `PackedPages`."""
+        for pages in itertools.chain.from_iterable(self._home.parts(first, stop)):
+            for part in pages.split(max(1, VISITING_BYTES // pages.shape[1])):
+                there = torch.empty(part.shape, dtype=torch.uint8, device=self._device)
+                self._link.send(part[None], there[None])
+                yield (there,)
+
+    def whole(self, stop: int) -> Tensor | None:
+        """See `PackedPages`."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """See `PackedPages`."""
+        return 0

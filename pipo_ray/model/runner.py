@@ -132,8 +132,8 @@ class ModelRunner:
             cache.resize(entry.own_capacity, own[0].num_tokens)
             return cache
         prefix = tuple((self._kept(part.sequence), part.num_tokens) for part in shared)
-        store = self._kv_store
-        if store is None or isinstance(store, HostKV):
+        store = self._kv_store.low_bit if isinstance(self._kv_store, HostKV) else self._kv_store
+        if store is None:
             cache = SequenceCache(entry.own_capacity, prefix=prefix, compiled=self._attention)
         elif prefix:
             assert isinstance(store, KVPool), "in other stores each sequence is by itself: see scheduling/limits.py"

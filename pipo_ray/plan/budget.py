@@ -284,7 +284,7 @@ def _plan_gpu_run(
     if low_bit_weights:
         activations += GPU_SCRATCH_BYTES
     if kv_on_cpu:
-        activations += earlier_bytes(facts, context, max_kv_tokens)
+        activations += earlier_bytes(facts, context, max_kv_tokens, low_bit_kv)
     least_slot = least_slot_bytes(manifest)
     least_sweep = sweep_plan(manifest, facts, least_slot)
     always = sum(p.read_bytes for p in least_sweep.pieces if p.kind == "rest")
@@ -387,6 +387,7 @@ def _plan_gpu_run(
     if kv_disk is not None:
         kv_tokens = kv_disk.kv_tokens
     used = num_slots * slot_bytes + resident + tables_in_ram * looked_up
+    on_cpu = on_cpu_line(kv_on_cpu, kv_tokens, low_bit_line(kv_ram_bytes, low_bit_kv))
     return RunPlan(
         sweep=sweep,
         placement=Placement(slot_bytes, num_slots, arenas, places, gpu_slots, tuple(on_gpu)),
@@ -406,7 +407,7 @@ def _plan_gpu_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, used - num_slots * slot_bytes)}, "
-            + (f"KV cache {format_size(kv_ram_bytes)}{on_cpu_line(kv_on_cpu, kv_tokens)}, " if kv_ram_bytes else "")
+            + (f"KV cache {format_size(kv_ram_bytes)}{on_cpu}, " if kv_ram_bytes else "")
             + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "

@@ -10,7 +10,7 @@ from pipo_ray.plan.kv_pages import (
     pages_of,
     ram_pages_for,
 )
-from pipo_ray.plan.low_bit_pages import LowBitKV
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, VISITING_BYTES, LowBitKV
 from pipo_ray.store.manifest import Manifest
 
 _KV_SHARE = 0.2
@@ -20,9 +20,17 @@ LEAST_KV_TOKENS = 256
 """A plan without room for so many is refused."""
 
 
-def earlier_bytes(facts: ModelFacts, context: int, max_kv_tokens: int | None) -> int:
-    """Of a layer's keys and values that a chunk of a prompt attends to on the GPU, and which are in RAM otherwise."""
-    return -(-facts.kv_bytes_per_token // facts.num_layers) * min(context, max_kv_tokens or context)
+def earlier_bytes(
+    facts: ModelFacts, context: int, max_kv_tokens: int | None, low_bit_kv: LowBitKV | None = None
+) -> int:
+    """Of a layer's keys and values that a chunk of a prompt attends to on the GPU, and which are in RAM otherwise: at
+    16 bits all of them, of fewer the window, and some pages at a time.
+    """
+    wide = facts.kv_bytes_per_token if low_bit_kv is None else low_bit_kv.wide_token_bytes
+    all_tokens = min(context, max_kv_tokens or context) if low_bit_kv is None or 16 in low_bit_kv.bits else 0
+    visiting = 0 if low_bit_kv is None else VISITING_BYTES
+    tokens = all_tokens if low_bit_kv is None else max(all_tokens, SHORT_TOKENS)
+    return -(-wide // facts.num_layers) * tokens + visiting
 
 
 def kv_tiers(
@@ -54,9 +62,9 @@ def tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> str
     return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
 
 
-def on_cpu_line(kv_on_cpu: bool, kv_tokens: int) -> str:
-    """What the processor attends to."""
-    return f" ({kv_tokens} tokens, for which the processor attends)" if kv_on_cpu else ""
+def on_cpu_line(kv_on_cpu: bool, kv_tokens: int, low_bit: str) -> str:
+    """What the processor attends to; `low_bit` is from `low_bit_line`."""
+    return f" ({kv_tokens} tokens{low_bit}, for which the processor attends)" if kv_on_cpu else ""
 
 
 def low_bit_line(kv_bytes: int, low_bit_kv: LowBitKV | None) -> str:

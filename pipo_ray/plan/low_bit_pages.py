@@ -16,6 +16,9 @@ WINDOW_TOKENS = 128
 SHORT_TOKENS = WINDOW_TOKENS + PAGE_TOKENS
 """A sequence of at most so many tokens has no packed page: the window is a page longer before it gives one up."""
 
+VISITING_BYTES = 4 << 20
+"""So many bytes of packed pages that are at home in RAM visit a GPU at a time, or one page."""
+
 _MOST_CHANNELS = 128
 _ALIGNMENT = 64
 

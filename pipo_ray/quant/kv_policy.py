@@ -71,11 +71,12 @@ class KVPrecision:
         return any(bits != 16 for _, bits in self.layers)
 
     def require_one_tier(self, *, kv_in_ram: bool, kv_on_disk: bool, kv_on_cpu: bool = False) -> None:
-        """Raise InputError for fewer bits together with what moves pages of 16 bits, or leaves them in RAM."""
+        """Raise InputError for fewer bits together with what moves pages of 16 bits only, and for two places."""
         asked = {"--kv-in-ram": kv_in_ram, "--kv-on-disk": kv_on_disk, "--kv-on-cpu": kv_on_cpu}
         names = [name for name, wanted in asked.items() if wanted]
-        if self.is_low_bit and names:
-            raise InputError(f"{names[0]} is for a KV cache of 16 bits only, so far; leave out it or --kv-precision")
+        wide = [name for name in names if name != "--kv-on-cpu"]
+        if self.is_low_bit and wide:
+            raise InputError(f"{wide[0]} is for a KV cache of 16 bits only, so far; leave out it or --kv-precision")
         if kv_on_cpu and len(names) > 1:
             raise InputError(f"{names[0]} and --kv-on-cpu are two places for the same KV cache; leave one of them out")
 

@@ -14,7 +14,7 @@ from harness import CPU, PackedModel, Pipeline, pack_checkpoint, random_prompts,
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.machine import run_here
 from pipo_ray.compiled.support import obstacle
-from pipo_ray.model import kv_host
+from pipo_ray.model import host_link
 from pipo_ray.model.batch import PrefixPart, SweepEntry
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_cache import Segment, SequenceCache
@@ -24,7 +24,7 @@ from pipo_ray.model.kv_spans import AttentionRule
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_host, "_BUFFER_BYTES", 3000)
+    monkeypatch.setattr(host_link, "BUFFER_BYTES", 3000)
 
 
 def packed(slug: str, folder: Path) -> PackedModel:
@@ -144,7 +144,9 @@ def test_a_call_is_told_again_only_where_tokens_lie_elsewhere(window: int | None
                 for function, context in pending:
                     run_here(function, context)
                 pending.clear()
-                outputs = [streamed._buffers["output"][: outputs[1].nbytes].view(torch.bfloat16).view(outputs[1].shape)]
+                outputs = [
+                    streamed._link.buffers["output"][: outputs[1].nbytes].view(torch.bfloat16).view(outputs[1].shape)
+                ]
             results.append(outputs[-1].clone())
             for number in order:
                 pairs[number][which].advance(1)

@@ -130,7 +130,7 @@ def test_a_token_that_comes_alone_attends_to_pages_as_they_are(
         assert torch.equal(one[:, : 400 - 4 * PAGE_TOKENS], other[:, : 400 - 4 * PAGE_TOKENS])
     assert torch.equal(
         *(
-            views_of(cache._layers[0]._pages.whole(4), cache._layers[0]._layout).key_codes
+            views_of(cache._layers[0]._pages.whole(4), cache._layers[0].layout).key_codes
             for cache in (packed, unpacking)
         )
     )

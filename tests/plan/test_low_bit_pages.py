@@ -95,6 +95,27 @@ def test_more_tokens_fit_the_same_budget_and_the_user_is_told() -> None:
     assert "at 16" not in wide.explanation[0]
 
 
+def test_beside_a_gpu_the_same_ram_holds_more_tokens_and_the_gpu_has_no_more_of_them() -> None:
+    one = model(4, 64, 100)
+    facts = replace(facts_of(8, 128, 128, 4, 4), chunked=True, context_length=4096)
+    options = {"memory_bytes": 3 * GIB, "gpu_memory_bytes": GIB, "gpu_context_bytes": 100 << 20, "max_batch_tokens": 64,
+               "kv_on_cpu": True}  # fmt: skip
+    kinds = [None, LowBitKV.of((4,) * 4, facts), LowBitKV.of((16, 4, 4, 4), facts)]
+    wide, low, mixed = (plan((one[0], facts), low_bit_kv=few, **options) for few in kinds)
+    for found, few in ((low, kinds[1]), (mixed, kinds[2])):
+        assert few is not None
+        assert found.kv_tokens == found.kv_bytes // few.token_bytes
+        assert found.state_tokens == -(-few.window_bytes // few.token_bytes)
+        line = f"({found.kv_tokens} tokens at {few.label}, {found.kv_bytes // few.wide_token_bytes} at 16, for which"
+        assert line in found.explanation[0]
+        assert "KV cache" not in found.explanation[1]
+    assert low.kv_tokens - low.state_tokens > 3 * wide.kv_tokens or low.kv_bytes < wide.kv_bytes / 3
+    # What visits the GPU: of a layer at 16 bits the whole context, of others the window and some pages.
+    layer = facts.kv_bytes_per_token // 4
+    visits = [found.activation_bytes - low.activation_bytes for found in (low, mixed)]
+    assert visits == [0, (4096 - 192) * layer]
+
+
 def test_what_a_run_needs_depends_on_the_number_of_its_sequences() -> None:
     one, facts = model(4, 64, 100), facts_of(8, 128, 128, 4, 4)
     low = LowBitKV.of((4,) * 4, facts)

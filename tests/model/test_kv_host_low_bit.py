@@ -1,0 +1,183 @@
+"""A low-bit KV cache in RAM beside a device, which here is the CPU: what comes out is, bit by bit, what comes out of
+one in the device's memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import BY_SLUG, VOCAB_SIZE
+from fake_device import FakeDevice
+from harness import CPU, Pipeline, pack_checkpoint, random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.machine import run_here
+from pipo_ray.compiled.support import obstacle
+from pipo_ray.model import host_link, packed_pages
+from pipo_ray.model.kv_cache import Segment
+from pipo_ray.model.kv_host import HostKV
+from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
+from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
+
+BITS = (8, 4, 16)
+COMPILED = CompiledAttention() if obstacle() is None else None
+
+
+class Twins:
+    """Sequences twice: with their caches in RAM beside a device, and where they are computed. Each layer of a sweep
+    has random queries, keys and values, and each result of the one must be that of the other.
+    """
+
+    def __init__(self, dtype: torch.dtype, compiled: CompiledAttention | None, rule: AttentionRule) -> None:
+        self.generator, self.dtype, self.rule = torch.Generator().manual_seed(0), dtype, rule
+        self.host = HostKV(CPU, compiled, low_bit=LowBitStore(BITS, compiled))
+        self.here = LowBitStore(BITS, compiled)
+        self.pairs: dict[int, tuple[LowBitCache, LowBitCache]] = {}
+
+    def open(self, name: int, capacity: int) -> None:
+        assert self.host.low_bit is not None
+        self.pairs[name] = self.host.low_bit.open(capacity), self.here.open(capacity)
+
+    def tensors(self, tokens: int) -> list[torch.Tensor]:
+        """In the order in which a projection gives them: token by token."""
+        made = [torch.randn(tokens, heads, 64, generator=self.generator) for heads in (8, 2, 2)]
+        return [one.to(self.dtype).transpose(0, 1) for one in made]
+
+    def sweep(self, batch: list[tuple[int, int]]) -> None:
+        tokens = sum(count for _, count in batch)
+        for layer in range(len(BITS)):
+            query, keys, values = self.tensors(tokens)
+            segments, expected, at = [], [], 0
+            for name, count in batch:
+                mine, theirs = self.pairs[name]
+                part = slice(at, at + count)
+                segments.append(Segment(mine, at, at + count))
+                attended = theirs.attend(layer, query[:, part], keys[:, part], values[:, part], self.rule)
+                expected.append(attended.transpose(0, 1))
+                at += count
+            got = self.host.attend_row(segments, layer, query, keys, values, self.rule)
+            assert torch.equal(got, torch.cat(expected))
+        for name, count in batch:
+            for cache in self.pairs[name]:
+                cache.advance(count)
+
+    def check_pages(self) -> None:
+        """All of a sequence's pages and its window are byte-identical, and rounded to themselves again."""
+        for mine, theirs in self.pairs.values():
+            assert mine.nbytes == theirs.nbytes
+            for number, layer in mine._layers.items():
+                other = theirs._layers[number]
+                layer._settle()
+                count = (mine.length - layer.num_held) // 64
+                pages = layer.pages.whole(count)
+                assert pages is not None
+                assert torch.equal(pages, other.pages.whole(count))  # type: ignore[arg-type]
+                for one, two in zip(layer.window, other.window, strict=True):
+                    assert torch.equal(one[:, : layer.num_held], two[:, : layer.num_held])
+                if not count:
+                    continue
+                layout = layer.layout
+                both = [torch.empty(layout.heads, 64 * count, dim) for dim in (layout.key_dim, layout.value_dim)]
+                unpack_pages(views_of(pages, layout), layout, *both, torch.empty(both[0].numel(), dtype=torch.uint8))
+                again = torch.zeros_like(pages)
+                pack_pages(*both, views_of(again, layout), layout)
+                assert torch.equal(again[:, : sum(layout.parts)], pages[:, : sum(layout.parts)])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries({"joins": st.lists(st.integers(1, 500), max_size=2), "leaves": st.booleans(),
+                               "tokens": st.lists(st.sampled_from([1, 1, 1, 2, 60, 150]), min_size=4, max_size=4)}),
+        min_size=3, max_size=10,
+    ),
+    st.sampled_from([torch.bfloat16, torch.float32]), st.sampled_from([None, None, 150]), st.booleans(),
+    st.sampled_from([1, 4 << 20]),
+)  # fmt: skip
+def test_sequences_that_come_and_go(
+    history: list[dict[str, list[int]]], dtype: torch.dtype, window: int | None, caps: bool, at_once: int
+) -> None:
+    """Prompts, chunks and tokens that come alone in a row; by the kernel in bf16, by torch otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_link, "BUFFER_BYTES", 3000)
+        patch.setattr(packed_pages, "VISITING_BYTES", at_once)
+        twins, names = Twins(dtype, COMPILED, AttentionRule(0.1, window, 5.0 if caps else None)), 0
+        for step in history:
+            for capacity in step["joins"]:
+                twins.open(names, capacity)
+                names += 1
+            batch = []
+            for wanted, (name, (mine, _)) in zip(step["tokens"], twins.pairs.items(), strict=False):
+                if count := min(wanted, mine.capacity - mine.length):
+                    batch.append((name, count))
+            if batch:
+                twins.sweep(batch)
+                twins.check_pages()
+            if step["leaves"] and twins.pairs:
+                for cache in twins.pairs.pop(next(iter(twins.pairs))):
+                    cache.drop()
+
+
+@pytest.mark.skipif(COMPILED is None, reason=str(obstacle()))
+@pytest.mark.parametrize("window", [None, 70])
+def test_in_the_streams_order_a_page_leaves_its_window_when_the_next_token_comes(window: int | None) -> None:
+    """Three sequences, whose windows are full at different times; a call is told again only where it has to be."""
+    pending: list[tuple[int, int]] = []
+    assert COMPILED is not None
+    rule = AttentionRule(0.1, window)
+    twins = Twins(torch.bfloat16, COMPILED, rule)
+    for name, capacity in ((0, 400), (1, 330), (2, 192)):
+        twins.open(name, capacity)
+    twins.sweep([(0, 250), (1, 180), (2, 120)])
+    host = twins.host
+    host._in_stream_order = lambda *call: pending.append(call)
+    told: list[object] = []
+    for step in range(72):
+        order = [0, 1, 2] if step < 60 else [1, 0]
+        rows = [twins.tensors(len(order)) for _ in BITS]
+        segments = [Segment(twins.pairs[name][0], at, at + 1) for at, name in enumerate(order)]
+        for layer, row in enumerate(rows):
+            host.attend_row(segments, layer, *row, rule)
+            expected = [
+                twins.pairs[name][1].attend(layer, *(x[:, at : at + 1] for x in row), rule)[:, 0]
+                for at, name in enumerate(order)
+            ]
+            (call,) = pending
+            # The device comes to it behind all of the layer, and another layer's tokens use the same buffers then.
+            run_here(*call)
+            pending.clear()
+            got = host._link.buffers["output"][: 2 * 64 * 8 * len(order)].view(torch.bfloat16).view(-1, 8, 64)
+            assert torch.equal(got, torch.stack(expected))
+        told.append(host._deferred[0])
+        for name in order:
+            for cache in twins.pairs[name]:
+                cache.advance(1)
+    twins.check_pages()
+    assert len({id(one) for one in told}) == (2 if window is None else 72)
+    full = [Segment(twins.pairs[2][0], 0, 1)]
+    for _ in range(12):
+        host.attend_row(full, 0, *twins.tensors(1), rule)
+        twins.pairs[2][0].advance(1)
+    with pytest.raises(ValueError, match="KV cache of 192 tokens cannot hold 193"):
+        host.attend_row(full, 0, *twins.tensors(1), rule)
+
+
+@pytest.mark.parametrize("slug", ["llama", "gemma2", "gpt-oss"])  # plain; windows and a soft cap; sinks
+def test_logits_of_a_model(slug: str, tmp_path: Path) -> None:
+    """Prompts in chunks beside tokens of others: as with the cache in the device's memory, to the last bit."""
+    model = pack_checkpoint(BY_SLUG[slug].save(tmp_path / "checkpoint"), tmp_path / "store", torch.float32)
+    sequences = random_prompts(VOCAB_SIZE, (240, 30, 201))
+    bits, found = (4, 16, 8), []
+    for options in (
+        {"kv_bits": bits},
+        {"kv_store": lambda *_: HostKV(CPU, low_bit=LowBitStore(bits))},
+    ):  # fmt: skip
+        with Pipeline(model, ops=FakeDevice(), chunk=70, **options) as pipeline:  # type: ignore[arg-type]
+            found.append(pipeline.follow(sequences, (235, 25, 186), joins=[0, 1, 1]))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.logits, theirs.logits)
