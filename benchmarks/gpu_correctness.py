@@ -221,7 +221,7 @@ def run_kv_pages() -> dict[str, Any]:
 
     from pipo_ray.model.kv_tiers import KVTiers
     from pipo_ray.pipeline.device_ops import CudaOps
-    from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
+    from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_units_for
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from kv_sweeps import Written, append_random
@@ -229,7 +229,7 @@ def run_kv_pages() -> dict[str, Any]:
     begin = time.perf_counter()
     layers, gpu_pages = 32, 1200
     nbytes = page_bytes(layers * 4096, layers)
-    placement = KVPlacement(layers, nbytes, gpu_pages, ram_pages_for(layers, 320, gpu_pages))
+    placement = KVPlacement((1,) * layers, nbytes, gpu_pages, ram_units_for((1,) * layers, 320, gpu_pages))
     tiers = KVTiers(placement, torch.bfloat16, CudaOps(torch.device("cuda", 0)))
     live: list[Written] = []
     for sweep in range(60):

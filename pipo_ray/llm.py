@@ -333,7 +333,7 @@ class LLM:
             "memory_budget_bytes": self._plan.memory_bytes,
             "weight_memory_bytes": self._plan.weight_bytes,
             "huge_page_bytes": self._stage.huge_page_bytes,
-            "kv_ram_bytes": 0 if self._plan.kv is None else self._plan.kv.ram_pages * self._plan.kv.page_bytes,
+            "kv_ram_bytes": 0 if self._plan.kv is None else self._plan.kv.ram_bytes,
             "kv_disk_bytes": 0 if self._plan.kv_disk is None else self._plan.kv_disk.disk_bytes,
             "gpu_memory_bytes": self._gpu_memory,
             "model_bytes": self._plan.model_bytes,

@@ -265,7 +265,7 @@ class Pipeline:
     def _open_kv(self, gpu_pages: int, ram_pages: int) -> KVTiers:
         facts = self.packed.facts
         nbytes = page_bytes(facts.kv_bytes_per_token, facts.num_layers)
-        placement = KVPlacement(facts.num_layers, nbytes, gpu_pages, ram_pages)
+        placement = KVPlacement((1,) * facts.num_layers, nbytes, gpu_pages, ram_pages)
         return KVTiers(placement, self.packed.dtype, self._device_ops())
 
     def preloads(self) -> LoadOrder | None:

@@ -149,8 +149,9 @@ class ComputeEngine:
         if any(used is not None and used.compiles for used in (products, low_bit)):
             attention = CompiledAttention(code_folder)
             layers = CompiledLayers(graph, products, low_bit, attention, code_folder)
-        if compute.kv_bits is not None and kv_store is None:
-            kv_store = LowBitStore(compute.kv_bits, attention or self._attention_to_pages(dtype, code_folder, notes))
+        if compute.kv_bits is not None and not compute.kv_on_cpu:
+            compiled = attention or self._attention_to_pages(dtype, code_folder, notes)
+            kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_tiers)
         self.notes = tuple(notes)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,

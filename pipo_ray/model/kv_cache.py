@@ -69,6 +69,12 @@ class KVStore(Protocol):
         ...
 
 
+def at_16_bits(cache: SequenceKV) -> SequenceKV:
+    """Of a cache of few bits the one of its layers at 16, which moves pages."""
+    wide: SequenceKV = getattr(cache, "wide", cache)
+    return wide
+
+
 @dataclass
 class SequenceCache:
     """Keys and values of one sequence: per layer a pair of tensors [num_key_value_heads, capacity, head_dim], of which
@@ -188,7 +194,8 @@ class RaggedCache(Cache):
         self.segments = segments
         self.host = store if isinstance(store, HostKV) else None
         self._pool = store if isinstance(store, KVPool) else None
-        self._tiers = store if isinstance(store, KVTiers) else None
+        paged = getattr(store, "paged", store)  # of few bits it is what holds their pages
+        self._tiers = paged if isinstance(paged, KVTiers) else None
         self._disk = store if isinstance(store, KVDisk) else None
         self.layer = -1
         self.rule: AttentionRule | None = None  # that a layer has attended by last
@@ -207,9 +214,8 @@ class RaggedCache(Cache):
     def begin_sweep(self) -> None:
         """The row's sweep begins: the first layers' pages come within reach."""
         if self._tiers is not None:
-            self._tiers.begin_sweep(
-                [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, TieredCache)]
-            )
+            caches = [(at_16_bits(s.cache), s.stop - s.start) for s in self.segments]
+            self._tiers.begin_sweep([(cache, count) for cache, count in caches if isinstance(cache, TieredCache)])
         if self._pool is not None:
             self._pool.begin_sweep(
                 [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, PooledCache)]

@@ -1,4 +1,5 @@
-"""KV pages in two tiers: a working set on the GPU, the rest in RAM.
+"""KV pages in two tiers: a working set on the GPU, the rest in RAM. At 16 bits, or packed (`kv_low_bit.py`): these move
+as they are, each is saved once, when it is full, and the window before them stays on the GPU.
 
 `resident_layers` says which layers' pages stay on the GPU; they are never moved. The others are at home in RAM. Ahead
 of its layer a page is copied to the GPU on a stream of its own ("KV load"); behind the layer, what the sweep's tokens
@@ -28,10 +29,13 @@ from torch import Tensor
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.packed_pages import PackedPages
+from pipo_ray.model.tier_rows import TieredPages, TierRows
 from pipo_ray.pipeline.device_ops import DeviceOps, Event
 from pipo_ray.pipeline.page_pool import PagePool, spans
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
-from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, resident_layers
+from pipo_ray.plan.kv_pages import KVPlacement, pages_of, resident_layers
+from pipo_ray.plan.low_bit_pages import PageLayout
 
 _Stamp = tuple[int, Event]
 """A point of the save stream, and its place among all of them."""
@@ -39,17 +43,32 @@ _Stamp = tuple[int, Event]
 
 @dataclass
 class _Run:
-    """The page table of one layer of one sequence, which holds `tokens` tokens.
+    """The table of units of one layer of one sequence of at most `capacity` tokens, which has `tokens` in `layout`.
 
-    Where the layer is resident, `gpu` are pages for the sequence's whole capacity and `ram` is empty. Otherwise `ram`
+    Where the layer is resident, `gpu` are units for the sequence's whole capacity and `ram` is empty. Otherwise `ram`
     are, and `gpu` is empty but around the layer's turn. Compute must wait for `arrivals` before it uses `gpu`.
     """
 
+    layout: TierRows
+    capacity: int
     tokens: int = 0
     gpu: list[int] = field(default_factory=list)
     ram: list[int] = field(default_factory=list)
     arrivals: list[Event] = field(default_factory=list)
     saved: _Stamp | None = None
+
+    def rows(self, num_tokens: int) -> int:
+        """Rows of so many tokens."""
+        return self.layout.rows(num_tokens, self.capacity)
+
+    def units(self, num_tokens: int) -> int:
+        """Units for so many tokens."""
+        return self.layout.units(num_tokens, self.capacity)
+
+    @property
+    def all_units(self) -> int:
+        """Units for all tokens that there can be."""
+        return self.units(self.capacity)
 
 
 class TieredCache:
@@ -67,6 +86,10 @@ class TieredCache:
         """See `SequenceCache.append`; between `KVTiers.begin_layer` and `end_layer`."""
         return self._tiers.append(self, layer, keys, values)
 
+    def packed_pages(self, layer: int, layout: PageLayout, sliding_window: int | None) -> PackedPages:
+        """See `kv_low_bit.PagedSequence`."""
+        return self._tiers.packed_pages(self, layer, layout)
+
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `SequenceCache.attend`."""
         return attend(query, *self.append(layer, keys, values), rule)
@@ -82,7 +105,7 @@ class TieredCache:
     @property
     def nbytes(self) -> int:
         """Bytes of its pages, in both tiers."""
-        return sum(len(run.ram or run.gpu) for run in self.runs.values()) * self._tiers.page_bytes
+        return sum(len(run.ram or run.gpu) for run in self.runs.values()) * self._tiers.unit_bytes
 
 
 class KVTiers:
@@ -91,26 +114,26 @@ class KVTiers:
     def __init__(
         self, placement: KVPlacement, dtype: torch.dtype, ops: DeviceOps, trace: TraceWriter = NO_TRACE
     ) -> None:
-        self.page_bytes = placement.page_bytes
+        self.unit_bytes = placement.unit_bytes
         self.loaded_bytes = self.saved_bytes = 0
-        self._num_layers, self._gpu_pages, self._ops, self._trace = (
-            placement.num_layers, placement.gpu_pages, ops, trace,
-        )  # fmt: skip
-        self._row_bytes = placement.page_bytes // PAGE_TOKENS
-        row = self._row_bytes // dtype.itemsize
-        self.gpu = ops.allocate(placement.gpu_pages * self.page_bytes).view(dtype).view(-1, row)
-        ram_bytes = placement.ram_pages * self.page_bytes
+        self._placement, self._num_layers = placement, placement.num_layers
+        self._dtype, self._ops, self._trace = dtype, ops, trace
+        self._layouts = [TierRows.of(placement, layer) for layer in range(self._num_layers)]
+        self.gpu = ops.allocate(placement.gpu_units * self.unit_bytes).view(-1, self.unit_bytes)
         # Whole pages of the operating system: a copy must not leave what is registered.
-        memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, max(1, -(-ram_bytes // 4096)) * 4096), np.uint8))
-        self.ram = memory[:ram_bytes].view(dtype).view(-1, row)
-        self._gpu_pool = PagePool("GPU memory", placement.gpu_pages)
-        self._ram_pool = PagePool("RAM", placement.ram_pages)
+        memory = torch.from_numpy(
+            np.frombuffer(mmap.mmap(-1, max(1, -(-placement.ram_bytes // 4096)) * 4096), np.uint8)
+        )
+        self.ram = memory[: placement.ram_bytes].view(-1, self.unit_bytes)
+        self._gpu_pool = PagePool("GPU memory", placement.gpu_units)
+        self._ram_pool = PagePool("RAM", placement.ram_units)
         # Registering takes 0.4 s per GB; nobody waits for it before KV outgrows the GPU.
-        self._pinning = threading.Thread(target=lambda: ram_bytes and ops.pin(memory), name="pin KV", daemon=True)
+        wanted = placement.ram_units > 0
+        self._pinning = threading.Thread(target=lambda: wanted and ops.pin(memory), name="pin KV", daemon=True)
         self._pinning.start()
         self._live: list[TieredCache] = []
         self._batch: Sequence[tuple[TieredCache, int]] = ()
-        self._resident = resident_layers(self._num_layers, 0, self._gpu_pages)
+        self._resident = resident_layers(placement.units, 0, placement.gpu_units)
         self._layer = -1
         self._ahead: set[int] = set()
         self._freed: dict[int, _Stamp] = {}
@@ -145,22 +168,36 @@ class KVTiers:
         start, stop = cache.length, cache.length + keys.shape[1]
         if stop > cache.capacity:
             raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {stop}")
-        pages = cache.runs[layer].gpu
+        units = cache.runs[layer].gpu
         width = keys.shape[0] * keys.shape[2]
         whole = width + values.shape[0] * values.shape[2]
-        if whole > self.gpu.shape[1]:
+        layout = self._layouts[layer]
+        gpu = self.gpu.view(-1, layout.row_bytes).view(self._dtype)
+        if whole > gpu.shape[1]:
             raise UnsupportedModelError(
-                f"layer {layer} caches {whole} elements per token, its model's facts say {self.gpu.shape[1]}"
+                f"layer {layer} caches {whole} elements per token, its model's facts say {gpu.shape[1]}"
             )
         at = 0
-        for count, first in spans(PAGE_TOKENS, start, stop, pages):
-            rows = self.gpu[first : first + count]
+        for count, first in spans(layout.per_unit, start, stop, units):
+            rows = gpu[first : first + count]
             _per_head(rows[:, :width], keys).copy_(keys[:, at : at + count])
             _per_head(rows[:, width:whole], values).copy_(values[:, at : at + count])
             at += count
-        parts = [self.gpu[first : first + count] for count, first in spans(PAGE_TOKENS, 0, stop, pages)]
+        parts = [gpu[first : first + count] for count, first in spans(layout.per_unit, 0, stop, units)]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return _per_head(rows[:, :width], keys), _per_head(rows[:, width:whole], values)
+
+    def packed_pages(self, cache: TieredCache, layer: int, layout: PageLayout) -> PackedPages:
+        """Where the layer's packed pages are for what is computed between `begin_layer` and `end_layer`. Raises
+        UnsupportedModelError for larger ones than this model has by its facts.
+        """
+        run, size = cache.runs[layer], self._layouts[layer].page_units
+        if layout.page_bytes > size * self.unit_bytes:
+            raise UnsupportedModelError(
+                f"layer {layer} has packed pages of {layout.page_bytes} bytes, its model's facts say "
+                f"{size * self.unit_bytes} at most"
+            )
+        return TieredPages(self.gpu, lambda: run.gpu, size, layout.page_bytes)
 
     # -- a sweep
     # ---------------------------------------------------------------------------------------------------------
@@ -170,7 +207,7 @@ class KVTiers:
         self._batch, self._layer = batch, -1
         self._ahead.clear()
         total = sum(cache.num_pages for cache in self._live)
-        resident = resident_layers(self._num_layers, total, self._gpu_pages)
+        resident = resident_layers(self._placement.units, total, self._placement.gpu_units)
         if resident != self._resident:
             self._resident = resident
             for cache in self._live:
@@ -187,15 +224,15 @@ class KVTiers:
         for cache, num_tokens in self._batch:
             run = cache.runs.get(layer)
             if run is None:
-                run = cache.runs[layer] = _Run()
+                run = cache.runs[layer] = _Run(self._layouts[layer], cache.capacity)
                 if layer in self._resident:
-                    self._extend(run, cache.num_pages)
+                    self._extend(run, run.all_units)
                 else:
-                    run.ram = self._take_ram(cache.num_pages)
+                    run.ram = self._take_ram(run.all_units)
             if run.ram:
                 if not run.gpu:
-                    self._load(layer, run, pages_of(cache.length + num_tokens))
-                self._extend(run, pages_of(cache.length + num_tokens))
+                    self._load(layer, run, run.units(cache.length + num_tokens))
+                self._extend(run, run.units(cache.length + num_tokens))
             for event in run.arrivals:
                 self._ops.compute_waits_for(event)
             run.arrivals.clear()
@@ -207,9 +244,13 @@ class KVTiers:
             cache.runs[layer].tokens = cache.length + num_tokens
         if moving:
             computed = self._ops.record_on_compute()
-            stamps = [self._save(layer, run, cache.length, computed) for cache, run in moving]
+            stamp = None
+            for cache, run in moving:
+                if run.rows(run.tokens) > run.rows(cache.length):
+                    stamp = self._save(layer, run, cache.length, computed)
+            stamp = stamp or self._stamp(computed)
             for _, run in moving:
-                self._free_gpu(run, stamps[-1])
+                self._free_gpu(run, stamp)
             self._ahead.discard(layer)
         self._prefetch()
 
@@ -227,10 +268,11 @@ class KVTiers:
             for cache, num_tokens in self._batch:
                 run = cache.runs.get(layer)
                 if run is None:  # a new sequence: it takes its pages when the layer begins
-                    room -= cache.num_pages if layer in self._resident else pages_of(num_tokens)
+                    tokens = cache.capacity if layer in self._resident else num_tokens
+                    room -= self._layouts[layer].units(tokens, cache.capacity)
                 elif run.ram and not run.gpu:
                     most = max(run.tokens, cache.length) + num_tokens
-                    wanted.append((run, min(cache.num_pages, pages_of(most))))
+                    wanted.append((run, min(run.all_units, run.units(most))))
             room -= sum(count for _, count in wanted)
             if room < 0:
                 return
@@ -239,26 +281,31 @@ class KVTiers:
             if wanted:
                 self._ahead.add(layer)
 
-    def _load(self, layer: int, run: _Run, num_pages: int) -> None:
-        """Copy the run's tokens to `num_pages` pages on the GPU."""
-        freed = self._take_gpu(run, num_pages, from_end=True)
+    def _load(self, layer: int, run: _Run, num_units: int) -> None:
+        """Copy the run's rows to `num_units` units on the GPU."""
+        freed = self._take_gpu(run, num_units, from_end=True)
         after = max((stamp for stamp in (freed, run.saved) if stamp is not None), key=_place, default=None)
         event = None if after is None else after[1]
-        for count, ram, gpu in spans(PAGE_TOKENS, 0, run.tokens, run.ram, run.gpu):
-            event = self._ops.copy(self.ram[ram : ram + count], self.gpu[gpu : gpu + count], event, "KV load")
-        if event is not None:
+        ram, gpu = (tier.view(-1, run.layout.row_bytes) for tier in (self.ram, self.gpu))
+        rows = run.rows(run.tokens)
+        for count, source, target in spans(run.layout.per_unit, 0, rows, run.ram, run.gpu):
+            event = self._ops.copy(ram[source : source + count], gpu[target : target + count], event, "KV load")
+        if event is not None and num_units:
             run.arrivals.append(event)
-        if run.tokens:
-            nbytes = run.tokens * self._row_bytes
+        if rows:
+            nbytes = rows * run.layout.row_bytes
             self.loaded_bytes += nbytes
             self._trace.mark("KV load", {"piece": f"layer {layer}", "bytes": nbytes})
 
     def _save(self, layer: int, run: _Run, start: int, computed: Event) -> _Stamp:
-        """Copy the run's tokens from `start` on to RAM, once they have been computed."""
-        event = computed
-        for count, gpu, ram in spans(PAGE_TOKENS, start, run.tokens, run.gpu, run.ram):
-            event = self._ops.copy(self.gpu[gpu : gpu + count], self.ram[ram : ram + count], computed, "KV save")
-        nbytes = (run.tokens - start) * self._row_bytes
+        """Copy the run's rows of the tokens from `start` on to RAM, once they have been computed."""
+        first, stop = run.rows(start), run.rows(run.tokens)
+        if first == stop:
+            return self._stamp(computed)
+        ram, gpu = (tier.view(-1, run.layout.row_bytes) for tier in (self.ram, self.gpu))
+        for count, source, target in spans(run.layout.per_unit, first, stop, run.gpu, run.ram):
+            event = self._ops.copy(gpu[source : source + count], ram[target : target + count], computed, "KV save")
+        nbytes = (stop - first) * run.layout.row_bytes
         self.saved_bytes += nbytes
         self._trace.mark("KV save", {"piece": f"layer {layer}", "bytes": nbytes})
         run.saved = self._next_stamp(event)
@@ -266,7 +313,7 @@ class KVTiers:
 
     def _demote(self, cache: TieredCache, layer: int, run: _Run) -> None:
         """The layer is no longer resident."""
-        run.ram = self._take_ram(cache.num_pages)
+        run.ram = self._take_ram(run.all_units)
         # Whatever the run waits for is behind us on the save stream: a stamp, or the load of `_promote`.
         stamp = self._save(layer, run, 0, self._ops.record_on_compute())
         self._free_gpu(run, stamp)
@@ -274,17 +321,17 @@ class KVTiers:
     def _promote(self, cache: TieredCache, layer: int, run: _Run) -> None:
         """The layer is resident from now on."""
         self._free_gpu(run)
-        self._make_room(cache.num_pages)
-        self._load(layer, run, cache.num_pages)
+        self._make_room(run.all_units)
+        self._load(layer, run, run.all_units)
         if run.arrivals:
             self._stamp(*run.arrivals)  # no save overwrites the pages in RAM before they have been read
         self._ram_pool.give(run.ram)
         run.ram = []
 
-    def _extend(self, run: _Run, num_pages: int) -> None:
-        """Let the run have `num_pages` pages on the GPU at least."""
-        if num_pages > len(run.gpu):
-            freed = self._take_gpu(run, num_pages - len(run.gpu), from_end=bool(run.ram))
+    def _extend(self, run: _Run, num_units: int) -> None:
+        """Let the run have `num_units` units on the GPU at least."""
+        if num_units > len(run.gpu):
+            freed = self._take_gpu(run, num_units - len(run.gpu), from_end=bool(run.ram))
             if freed is not None:
                 run.arrivals.append(freed[1])
 

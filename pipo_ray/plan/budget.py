@@ -20,11 +20,13 @@ from pipo_ray.plan.kv_budget import (
     LEAST_KV_TOKENS,
     WANTED_KV_TOKENS,
     earlier_bytes,
+    in_ram_line,
     kv_room,
     kv_tiers,
     kv_tokens_of,
+    least_tier_bytes,
     low_bit_line,
-    on_cpu_line,
+    tier_units,
     tiers_line,
     wanted_kv_bytes,
 )
@@ -33,9 +35,7 @@ from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, leas
 from pipo_ray.plan.kv_pages import (
     PAGE_TOKENS,
     KVPlacement,
-    in_flight_pages,
-    page_bytes,
-    pages_of,
+    in_flight_units,
     sweep_pages,
 )
 from pipo_ray.plan.lookups import looked_up_bytes, lookups_line
@@ -292,9 +292,9 @@ def _plan_gpu_run(
     least_kv = LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     pages_of_sweep, sweep_kv = sweep_pages(max_batch_tokens, context), 0
     if kv_in_ram and facts.ragged and facts.kv_bytes_per_token:
-        nbytes = page_bytes(facts.kv_bytes_per_token, facts.num_layers)
-        least_kv = pages_of(LEAST_KV_TOKENS) * facts.num_layers * nbytes
-        sweep_kv = in_flight_pages(pages_of_sweep) * nbytes
+        nbytes, units = tier_units(facts, low_bit_kv)
+        least_kv = least_tier_bytes(facts, low_bit_kv)
+        sweep_kv = in_flight_units(units, pages_of_sweep) * nbytes
     if kv_on_disk is not None:
         least_kv = gpu_bytes_for(facts, 1)
     least_host_kv = 0
@@ -341,8 +341,12 @@ def _plan_gpu_run(
     spare_ram = max(0, memory_bytes - processes - wanted_host)
     kv = None
     if kv_in_ram:
-        kv = kv_tiers(manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep)
-    kv_ram_bytes = kv.ram_pages * kv.page_bytes if kv is not None else 0
+        num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
+        tokens_each = context if max_kv_tokens is None else min(context, -(-max_kv_tokens // num_sequences))
+        kv = kv_tiers(
+            manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep, low_bit_kv, num_sequences, tokens_each
+        )
+    kv_ram_bytes = kv.ram_bytes if kv is not None else 0
     if kv_on_cpu:
         kv_ram_bytes = max(least_host_kv, min(kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
     kv_disk = None
@@ -382,12 +386,16 @@ def _plan_gpu_run(
     streamed = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in kept)
     copied = sum(sweep.pieces[i].read_bytes for i in sweep.order if i not in set(on_gpu))
     kv_tokens, state_tokens = kv_tokens_of(facts, kv_ram_bytes if kv_on_cpu else kv_bytes)
+    held_bytes = kv_ram_bytes if kv_on_cpu else kv_bytes
     if kv is not None:
-        kv_tokens = kv.kv_tokens
+        kv_tokens, held_bytes = kv.kv_tokens, kv_bytes + kv_ram_bytes
+        if kv.max_sequences is not None:
+            rows, state_tokens = min(rows, kv.max_sequences), 0
     if kv_disk is not None:
         kv_tokens = kv_disk.kv_tokens
     used = num_slots * slot_bytes + resident + tables_in_ram * looked_up
-    on_cpu = on_cpu_line(kv_on_cpu, kv_tokens, low_bit_line(kv_ram_bytes, low_bit_kv))
+    low_bit = low_bit_line(held_bytes, low_bit_kv)
+    kv_line = in_ram_line(kv_on_cpu, kv_tokens, low_bit, None if kv is None else low_bit_kv)
     return RunPlan(
         sweep=sweep,
         placement=Placement(slot_bytes, num_slots, arenas, places, gpu_slots, tuple(on_gpu)),
@@ -407,16 +415,11 @@ def _plan_gpu_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, num_slots, slot_bytes, used - num_slots * slot_bytes)}, "
-            + (f"KV cache {format_size(kv_ram_bytes)}{on_cpu}, " if kv_ram_bytes else "")
+            + (f"KV cache {format_size(kv_ram_bytes)}{kv_line}, " if kv_ram_bytes else "")
             + f"processes with CUDA {format_size(processes)}",
             f"GPU memory budget {format_size(gpu_memory_bytes)}: weights "
             f"{_weights_line(gpu_resident + gpu_slots * slot_bytes, gpu_slots, slot_bytes, gpu_resident)}, "
-            + (
-                ""
-                if kv_on_cpu
-                else f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens"
-                f"{tiers_line(facts, kv_bytes, kv)}{low_bit_line(kv_bytes, low_bit_kv)}), "
-            )
+            + ("" if kv_on_cpu else f"KV cache {format_size(kv_bytes)} ({kv_tokens} tokens{low_bit}{tiers_line(kv)}), ")
             + f"activations {format_size(activations)}, CUDA context {format_size(gpu_context_bytes)}",
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep"

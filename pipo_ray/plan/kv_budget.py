@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.kv_pages import (
+    PAGE_TOKENS,
     KVPlacement,
+    in_flight_units,
     most_pages_per_layer,
     page_bytes,
     pages_of,
-    ram_pages_for,
+    ram_units_for,
 )
-from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, VISITING_BYTES, LowBitKV
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, VISITING_BYTES, LowBitKV, most_page_bytes
 from pipo_ray.store.manifest import Manifest
 
 _KV_SHARE = 0.2
 WANTED_KV_TOKENS = 16384
 """Where nobody says how many are needed."""
+_UNIT_BYTES = 1024  # a multiple of it, so that tokens in a unit begin on multiples of 16 bytes
+
 LEAST_KV_TOKENS = 256
 """A plan without room for so many is refused."""
 
@@ -33,38 +37,75 @@ def earlier_bytes(
     return -(-wide // facts.num_layers) * tokens + visiting
 
 
+def tier_units(facts: ModelFacts, low_bit_kv: LowBitKV | None = None) -> tuple[int, tuple[int, ...]]:
+    """Bytes of a unit of two tiers, and how many units a page of each layer takes. At 16 bits a page is a unit. With
+    few bits the smallest page is, and a larger one takes several: at 16 bits a power of two, so that a unit has whole
+    tokens.
+    """
+    wide = page_bytes(facts.kv_bytes_per_token if low_bit_kv is None else low_bit_kv.wide_token_bytes, facts.num_layers)
+    if low_bit_kv is None:
+        return wide, (1,) * facts.num_layers
+    packed = {bits: most_page_bytes(facts.kv_shapes, bits) for bits in set(low_bit_kv.bits) - {16}}
+    unit = -(-min(packed.values()) // _UNIT_BYTES) * _UNIT_BYTES
+    sizes = {bits: -(-nbytes // unit) for bits, nbytes in packed.items()}
+    sizes[16] = 1 << (-(-wide // unit) - 1).bit_length()
+    return unit, tuple(sizes[one] for one in low_bit_kv.bits)
+
+
+def least_tier_bytes(facts: ModelFacts, low_bit_kv: LowBitKV | None) -> int:
+    """The least of a GPU for its tier: LEAST_KV_TOKENS of a sequence, and its windows."""
+    nbytes, units = tier_units(facts, low_bit_kv)
+    windows = 0 if low_bit_kv is None else low_bit_kv.whole_window_bytes
+    return pages_of(LEAST_KV_TOKENS) * sum(units) * nbytes + windows
+
+
 def kv_tiers(
-    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int, pages_of_sweep: int
-) -> KVPlacement | None:
+    manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int, pages_of_sweep: int,
+    low_bit_kv: LowBitKV | None, num_sequences: int, tokens_each: int,
+) -> KVPlacement | None:  # fmt: skip
     """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them, a full sweep's pages at
     least: of `spare_ram_bytes` a share, or what the whole model leaves. None where transformers keeps the cache
-    (requests in lanes).
+    (requests in lanes). With few bits the GPU has windows for at most `num_sequences` sequences, for as many as can
+    pass through it if each has `tokens_each` tokens.
     """
     if not facts.ragged or not facts.kv_bytes_per_token:
         return None
-    layers, nbytes = facts.num_layers, page_bytes(facts.kv_bytes_per_token, facts.num_layers)
-    gpu_pages = gpu_bytes // nbytes
+    nbytes, units = tier_units(facts, low_bit_kv)
+    bits, window_bytes, windows = None, 0, None
+    if low_bit_kv is not None:
+        bits, window_bytes = low_bit_kv.bits, low_bit_kv.whole_window_bytes
+        beyond = gpu_bytes - least_tier_bytes(facts, low_bit_kv) + window_bytes
+        passing = in_flight_units(units, pages_of(tokens_each)) * nbytes
+        windows = max(1, min(num_sequences, gpu_bytes // (window_bytes + passing), beyond // window_bytes))
+        gpu_bytes -= windows * window_bytes
+    gpu_units, all_units = gpu_bytes // nbytes, sum(units)
     beside_model = spare_ram_bytes - manifest.total_bytes
     contexts = 4 if beside_model > 0 else 1
     wanted = max(pages_of_sweep, pages_of(max(WANTED_KV_TOKENS, contexts * context)))
-    wanted = min(wanted, max(gpu_pages // 2, gpu_pages // layers))
-    most_ram_pages = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
-    ram_pages = min(most_ram_pages, ram_pages_for(layers, wanted, gpu_pages))
-    if most_pages_per_layer(layers, gpu_pages, ram_pages) == gpu_pages // layers:
-        ram_pages = 0  # too little to hold more than the GPU does
-    return KVPlacement(layers, nbytes, gpu_pages, ram_pages)
+    wanted = min(wanted, max(gpu_units // in_flight_units(units, 1), gpu_units // all_units))
+    most_ram_units = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
+    ram_units = min(most_ram_units, ram_units_for(units, wanted, gpu_units))
+    if most_pages_per_layer(units, gpu_units, ram_units) == gpu_units // all_units:
+        ram_units = 0  # too little to hold more than the GPU does
+    return KVPlacement(units, nbytes, gpu_units, ram_units, bits, window_bytes, windows)
 
 
-def tiers_line(facts: ModelFacts, gpu_bytes: int, kv: KVPlacement | None) -> str:
-    """How many tokens move between the tiers, where any do."""
-    if kv is None or not kv.ram_pages:
+def tiers_line(kv: KVPlacement | None) -> str:
+    """How many tokens move between the tiers, where any do, and what is beside them."""
+    if kv is None:
         return ""
-    return f", of them {gpu_bytes // facts.kv_bytes_per_token} without moving to RAM and back"
+    windows = "" if kv.max_sequences is None else f"; windows at 16 bits of {kv.max_sequences} sequences beside them"
+    if not kv.ram_units:
+        return windows
+    stay = kv.gpu_units // sum(kv.units) * PAGE_TOKENS
+    return f", of them {stay} without moving to RAM and back{windows}"
 
 
-def on_cpu_line(kv_on_cpu: bool, kv_tokens: int, low_bit: str) -> str:
-    """What the processor attends to; `low_bit` is from `low_bit_line`."""
-    return f" ({kv_tokens} tokens{low_bit}, for which the processor attends)" if kv_on_cpu else ""
+def in_ram_line(kv_on_cpu: bool, kv_tokens: int, low_bit: str, in_tier: LowBitKV | None) -> str:
+    """What of a GPU's KV cache is in RAM; `low_bit` is from `low_bit_line`, `in_tier` what pages of a tier are in."""
+    if kv_on_cpu:
+        return f" ({kv_tokens} tokens{low_bit}, for which the processor attends)"
+    return "" if in_tier is None else f" of pages at {in_tier.label}"
 
 
 def low_bit_line(kv_bytes: int, low_bit_kv: LowBitKV | None) -> str:

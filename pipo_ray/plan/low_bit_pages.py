@@ -84,7 +84,7 @@ class LowBitKV:
     def of(bits: Sequence[int], facts: ModelFacts) -> LowBitKV:
         """Of a model whose requests share rows."""
         wide = -(-facts.kv_bytes_per_token // facts.num_layers)
-        page = {few: _page_bytes(facts.kv_shapes, few) for few in set(bits) - {16}}
+        page = {few: most_page_bytes(facts.kv_shapes, few) for few in set(bits) - {16}}
         low = [page[one] for one in bits if one != 16]
         num_wide = len(bits) - len(low)
         token_bytes = -(-sum(low) // PAGE_TOKENS) + num_wide * wide
@@ -95,6 +95,11 @@ class LowBitKV:
     def applied_to(self, facts: ModelFacts) -> ModelFacts:
         """The facts with what this cache takes."""
         return replace(facts, kv_bytes_per_token=self.token_bytes, state_bytes=self.window_bytes)
+
+    @property
+    def whole_window_bytes(self) -> int:
+        """All bytes of a sequence's windows."""
+        return SHORT_TOKENS * self.wide_token_bytes // len(self.bits) * sum(bits != 16 for bits in self.bits)
 
     @property
     def short_share(self) -> float:
@@ -123,6 +128,6 @@ def low_bit_kv(precision: KVPrecision, facts: ModelFacts) -> LowBitKV | None:
     return LowBitKV.of(bits, facts)
 
 
-def _page_bytes(shapes: Iterable[tuple[int, int, int]], bits: int) -> int:
-    """Of the largest page: layers are planned as equal, as at 16 bits."""
+def most_page_bytes(shapes: Iterable[tuple[int, int, int]], bits: int) -> int:
+    """Bytes of the largest page: layers are planned as equal, as at 16 bits."""
     return max(PageLayout(*shape, bits).page_bytes for shape in shapes)

@@ -74,9 +74,8 @@ class KVPrecision:
         """Raise InputError for fewer bits together with what moves pages of 16 bits only, and for two places."""
         asked = {"--kv-in-ram": kv_in_ram, "--kv-on-disk": kv_on_disk, "--kv-on-cpu": kv_on_cpu}
         names = [name for name, wanted in asked.items() if wanted]
-        wide = [name for name in names if name != "--kv-on-cpu"]
-        if self.is_low_bit and wide:
-            raise InputError(f"{wide[0]} is for a KV cache of 16 bits only, so far; leave out it or --kv-precision")
+        if self.is_low_bit and kv_on_disk:
+            raise InputError("--kv-on-disk is for a KV cache of 16 bits only, so far; leave out it or --kv-precision")
         if kv_on_cpu and len(names) > 1:
             raise InputError(f"{names[0]} and --kv-on-cpu are two places for the same KV cache; leave one of them out")
 

@@ -55,6 +55,8 @@ class Limits:
 
 def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits:
     """The limits of a run; with `prefix_cache` sequences share what they can."""
+    # Where windows are not tokens of the KV cache, but have room of their own, a short sequence has no more of it.
+    short_share = plan.low_bit_kv.short_share if plan.low_bit_kv is not None and plan.state_tokens else 0.0
     return Limits(
         kv_tokens=plan.kv_tokens,
         max_batch_tokens=plan.max_batch_tokens,
@@ -65,8 +67,8 @@ def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits
         state_tokens=plan.state_tokens,
         page_tokens=plan.kv_page_tokens,
         sharing=_sharing(plan, facts) if prefix_cache else "none",
-        short_tokens=0 if plan.low_bit_kv is None else SHORT_TOKENS,
-        short_share=0.0 if plan.low_bit_kv is None else plan.low_bit_kv.short_share,
+        short_tokens=SHORT_TOKENS if short_share else 0,
+        short_share=short_share,
     )
 
 

@@ -22,7 +22,7 @@ from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.host_functions import HostFunctions
-from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_pages_for
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_units_for
 from pipo_ray.quant.policy import Precision
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
     with Pipeline(packed, slot_bytes=1 << 20, chunk=64, device=device, kv_pages=(14, 18)) as pipeline:
         assert pipeline.greedy(prompts, 40) == wanted
         assert pipeline.kv_tiers is not None
-        assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+        assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.unit_bytes
 
 
 @pytest.mark.parametrize("architecture", _CHOSEN[:3], ids=lambda architecture: architecture.slug)
@@ -147,7 +147,7 @@ def test_kv_pages_are_bit_identical_through_the_tiers() -> None:
     nbytes = page_bytes(layers * 4096, layers)
     device = torch.device("cuda", 0)
     ops = CudaOps(device)
-    tiers = KVTiers(KVPlacement(layers, nbytes, 100, ram_pages_for(layers, 40, 100)), torch.bfloat16, ops)
+    tiers = KVTiers(KVPlacement((1,) * layers, nbytes, 100, ram_units_for((1,) * layers, 40, 100)), torch.bfloat16, ops)
     live: list[Written] = []
     for sweep in range(40):
         if sweep in (0, 3, 6, 20):

@@ -15,7 +15,7 @@ from kv_sweeps import DIM, HEADS, VALUE_DIM, Written, append_random
 from pipo_ray.errors import ResourceError, UnsupportedModelError
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.pipeline.tracing import TraceWriter
-from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, ram_pages_for
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, ram_units_for
 
 ROW_BYTES = HEADS * (DIM + VALUE_DIM) * 2
 PAGE_BYTES = PAGE_TOKENS * -(-ROW_BYTES // 16) * 16
@@ -23,7 +23,7 @@ LAYERS = 5
 
 
 def tiers_for(device: FakeDevice, gpu_pages: int, ram_pages: int, layers: int = LAYERS) -> KVTiers:
-    placement = KVPlacement(layers, PAGE_BYTES, gpu_pages, ram_pages)
+    placement = KVPlacement((1,) * layers, PAGE_BYTES, gpu_pages, ram_pages)
     return KVTiers(placement, torch.bfloat16, device)
 
 
@@ -57,7 +57,7 @@ def test_pages_are_bit_identical_through_the_tiers(
     torch.manual_seed(seed)
     device = FakeDevice(seed, eager)
     most = gpu_pages // 2
-    tiers = tiers_for(device, gpu_pages, ram_pages_for(LAYERS, most, gpu_pages))
+    tiers = tiers_for(device, gpu_pages, ram_units_for((1,) * LAYERS, most, gpu_pages))
     live: list[Written] = []
     for step in history:
         for capacity in step["join"]:
@@ -76,7 +76,7 @@ def test_pages_are_bit_identical_through_the_tiers(
     for one in live:
         tiers.drop(one.cache)
     assert tiers._gpu_pool.num_free == gpu_pages
-    assert tiers._ram_pool.num_free == ram_pages_for(LAYERS, most, gpu_pages)
+    assert tiers._ram_pool.num_free == ram_units_for((1,) * LAYERS, most, gpu_pages)
 
 
 def test_what_fits_on_the_gpu_is_not_moved() -> None:
@@ -86,7 +86,7 @@ def test_what_fits_on_the_gpu_is_not_moved() -> None:
     for count in (100, 1, 1):
         sweep(device, tiers, [(one, count), (two, 1)])
     assert device.copied == []
-    assert one.cache.nbytes == LAYERS * 2 * tiers.page_bytes
+    assert one.cache.nbytes == LAYERS * 2 * tiers.unit_bytes
 
 
 def test_only_new_tokens_are_saved_and_only_pages_that_pass_through_are_loaded() -> None:
@@ -95,7 +95,7 @@ def test_only_new_tokens_are_saved_and_only_pages_that_pass_through_are_loaded()
     tiers = tiers_for(device, gpu_pages=50, ram_pages=100)
     one = Written(tiers.open(20 * PAGE_TOKENS))
     sweep(device, tiers, [(one, 1000)])
-    row = tiers.page_bytes // PAGE_TOKENS
+    row = tiers.unit_bytes // PAGE_TOKENS
     assert tiers.saved_bytes == LAYERS * 1000 * row
     sweep(device, tiers, [(one, 1)])
     assert tiers.saved_bytes == LAYERS * 1001 * row
@@ -138,7 +138,7 @@ def test_a_layer_may_be_resident_for_a_while_without_being_used() -> None:
 def test_loads_and_saves_are_in_the_trace(tmp_path: Path) -> None:
     device = FakeDevice()
     trace = TraceWriter(tmp_path / "trace.jsonl", "ComputeWorker")
-    tiers = KVTiers(KVPlacement(LAYERS, PAGE_BYTES, 20, 50), torch.bfloat16, device, trace)
+    tiers = KVTiers(KVPlacement((1,) * LAYERS, PAGE_BYTES, 20, 50), torch.bfloat16, device, trace)
     one = Written(tiers.open(10 * PAGE_TOKENS))
     for count in (100, 1):
         sweep(device, tiers, [(one, count)])

@@ -168,7 +168,7 @@ def test_text_with_a_kv_cache_larger_than_the_device(seed: int, tmp_path: Path) 
         handle.remove()
         assert pipeline.greedy(prompts, 6) == wanted
         assert pipeline.kv_tiers is not None
-        assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.page_bytes
+        assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.unit_bytes
     assert {stream for stream, _ in device.copied} == {"weight copy", "KV load", "KV save"}
 
 

@@ -179,11 +179,11 @@ def test_kv_pages_on_a_gpu_and_in_ram_stay_within_both_budgets(
     kv, placement = found.kv, found.placement
     assert kv is not None
     assert found.kv_tokens == kv.kv_tokens >= 256
-    assert found.weight_bytes + kv.ram_pages * kv.page_bytes <= ram_spare
+    assert found.weight_bytes + kv.ram_bytes <= ram_spare
     on_gpu = sum(found.sweep.pieces[i].read_bytes for i in placement.gpu_residents)
-    on_gpu += placement.num_gpu_slots * placement.slot_bytes + kv.gpu_pages * kv.page_bytes + found.activation_bytes
+    on_gpu += placement.num_gpu_slots * placement.slot_bytes + kv.gpu_units * kv.unit_bytes + found.activation_bytes
     assert on_gpu <= gpu_spare
-    assert found.kv_bytes >= (kv.gpu_pages + kv.ram_pages) * kv.page_bytes
+    assert found.kv_bytes >= kv.gpu_units * kv.unit_bytes + kv.ram_bytes
 
 
 def test_a_full_sweep_has_its_pages_in_one_piece() -> None:
@@ -195,13 +195,13 @@ def test_a_full_sweep_has_its_pages_in_one_piece() -> None:
         found = plan((manifest, facts), **gpu, max_batch_tokens=tokens, max_kv_tokens=600)
         assert found.kv is not None
         assert found.kv_tokens >= tokens + tokens // 512
-        assert found.kv.gpu_pages >= 2 * pages_of(tokens)
+        assert found.kv.gpu_units >= 2 * pages_of(tokens)
     # Half of what is spare is the most: more would leave too little to the weights.
     found = plan((manifest, facts), **gpu, max_batch_tokens=9000)
     assert found.kv is not None
     assert 3500 < found.kv_tokens < 9000
     spare = 2 * GIB - (500 << 20) - found.activation_bytes
-    assert 0.45 * spare < found.kv.gpu_pages * found.kv.page_bytes <= 0.5 * spare
+    assert 0.45 * spare < found.kv.gpu_units * found.kv.unit_bytes <= 0.5 * spare
 
 
 def test_what_a_token_takes_is_what_was_measured() -> None:
@@ -259,8 +259,8 @@ def test_what_the_gpu_has_no_room_for_is_kept_in_ram() -> None:
     gpu = {"gpu_memory_bytes": 3 * GIB, "gpu_context_bytes": 500 << 20, "memory_bytes": 16 * GIB, "kv_in_ram": True}
     found = plan((manifest, facts), **gpu)
     assert found.kv is not None
-    assert found.kv.ram_pages
-    assert found.kv_tokens > 1.5 * found.kv.gpu_pages // 8 * 64
+    assert found.kv.ram_units
+    assert found.kv_tokens > 1.5 * found.kv.gpu_units // 8 * 64
     assert re.search(r"KV cache .* \(\d+ tokens, of them \d+ without moving to RAM and back\)", found.explanation[1])
     assert "KV cache" in found.explanation[0]
     alone = plan((manifest, replace(facts, ragged=False)), **gpu)

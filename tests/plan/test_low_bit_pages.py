@@ -18,6 +18,7 @@ from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.params import SamplingParams
 from pipo_ray.plan.budget import RunPlan
+from pipo_ray.plan.kv_pages import fits
 from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout, low_bit_kv
 from pipo_ray.quant.kv_policy import KVPrecision
 from pipo_ray.scheduling.limits import Limits, limits_of
@@ -114,6 +115,60 @@ def test_beside_a_gpu_the_same_ram_holds_more_tokens_and_the_gpu_has_no_more_of_
     layer = facts.kv_bytes_per_token // 4
     visits = [found.activation_bytes - low.activation_bytes for found in (low, mixed)]
     assert visits == [0, (4096 - 192) * layer]
+
+
+TIERED = {"memory_bytes": 4 * GIB, "gpu_memory_bytes": 700 << 20, "gpu_context_bytes": 100 << 20,
+          "max_batch_tokens": 256, "kv_in_ram": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [(8,) * 8, (4,) * 8, (16, 4, 4, 4, 8, 4, 4, 16)])
+@pytest.mark.parametrize("options", [{}, {"max_kv_tokens": 9000, "max_kv_sequences": 3}, {"memory_bytes": 2780 << 20}])
+def test_two_tiers_of_few_bits_take_what_the_plan_says(bits: tuple[int, ...], options: dict[str, int]) -> None:
+    manifest, facts = model(8, 64, 100)
+    facts = replace(facts_of(8, 128, 128, 8), ragged=True, context_length=2048)
+    few = LowBitKV.of(bits, facts)
+    options = {**TIERED, **options}
+    found, wide = (plan((manifest, facts), low_bit_kv=low, **options) for low in (few, None))
+    kv = found.kv
+    assert kv is not None
+    assert wide.kv is not None
+    page = {16: 64 * 4096} | {one: PageLayout(8, 128, 128, one).page_bytes for one in (8, 4)}
+    for units, one in zip(kv.units, bits, strict=True):
+        assert page[one] <= units * kv.unit_bytes < 1.1 * page[one]
+    assert kv.window_bytes == 192 * 4096 * sum(one != 16 for one in bits)
+    assert kv.max_sequences is not None
+    windows = kv.window_bytes * kv.max_sequences
+    assert kv.gpu_units * kv.unit_bytes + windows <= found.kv_bytes - kv.ram_bytes
+    placement = found.placement
+    on_gpu = sum(found.sweep.pieces[index].read_bytes for index in placement.gpu_residents)
+    on_gpu += placement.num_gpu_slots * placement.slot_bytes + found.activation_bytes
+    assert on_gpu + windows + kv.gpu_units * kv.unit_bytes + (100 << 20) <= 700 << 20
+    assert found.kv_tokens == kv.kv_tokens >= 256
+    assert found.max_sequences <= kv.max_sequences
+    assert f"{found.kv_tokens} tokens at {few.label}, " in found.explanation[1]
+    assert f"windows at 16 bits of {kv.max_sequences} sequences beside them" in found.explanation[1]
+    if kv.ram_units:
+        assert f"of pages at {few.label}" in found.explanation[0]
+    # As many sequences as the limits let run: whatever their lengths are, they are held.
+    limits = of_plan(found, facts)
+    assert limits.state_tokens == limits.short_tokens == 0
+    reserved = [limits.reserved(SEQUENCE(prompt=(0,) * (count - 1))) for count in (1, 64, 65, 1000)]
+    assert reserved == [64, 64, 128, 1024]
+    most = found.kv_tokens // 64
+    assert all(fits(kv.units, count, kv.gpu_units, kv.ram_units) for count in range(1, most + 1))
+
+
+def test_two_tiers_of_few_bits_hold_more() -> None:
+    manifest, facts = model(8, 64, 100)
+    facts = replace(facts_of(8, 128, 128, 8), ragged=True, context_length=32768)
+    kinds = [None, *(LowBitKV.of(bits, facts) for bits in ((8,) * 8, (4,) * 8))]
+    wide, eight, four = (plan((manifest, facts), low_bit_kv=low, **TIERED).kv for low in kinds)
+    assert wide is not None
+    assert eight is not None
+    assert four is not None
+    per_gib = [kv.kv_tokens / (kv.gpu_units * kv.unit_bytes + kv.ram_bytes) for kv in (wide, eight, four)]
+    assert per_gib[1] > 1.8 * per_gib[0]
+    assert per_gib[2] > 3.5 * per_gib[0]
 
 
 def test_what_a_run_needs_depends_on_the_number_of_its_sequences() -> None:
