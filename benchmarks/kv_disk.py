@@ -37,7 +37,8 @@ from pipo_ray import LLM, SamplingParams
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_server import PAGE_THREADS
 from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
-from pipo_ray.plan.kv_disk import PAGE_TOKENS, RUN_BYTES, KVOnDisk, disk_page_bytes, pages_of, ram_bytes_for
+from pipo_ray.plan.disk_pages import PAGE_TOKENS
+from pipo_ray.plan.kv_disk import RUN_BYTES, KVOnDisk, disk_page_bytes, pages_of, ram_bytes_for
 from pipo_ray.prepare import prepare_store
 from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.kv_file import KVFile, read_key

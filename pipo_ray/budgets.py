@@ -76,6 +76,13 @@ def gpu_budget(gpu_memory: Size, device: Device) -> int | None:
     return budget
 
 
+def require_one_place(*, kv_in_ram: bool, kv_on_disk: bool, kv_on_cpu: bool) -> None:
+    """Raise InputError for a KV cache that the processor attends to, and that is to be elsewhere, too."""
+    for name, wanted in (("--kv-in-ram", kv_in_ram), ("--kv-on-disk", kv_on_disk)):
+        if kv_on_cpu and wanted:
+            raise InputError(f"{name} and --kv-on-cpu are two places for the same KV cache; leave one of them out")
+
+
 def kv_on_disk_wish(wish: Size | KVOnDisk, default_folder: Callable[[], Path]) -> KVOnDisk | None:
     """What `--kv-on-disk` says: None, "auto", a size, or all of it. The default folder is made. Raises InputError for a
     folder that is not on a drive, ResourceError for one with less room.

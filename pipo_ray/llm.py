@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo_ray.assembly import RequestAssembly
-from pipo_ray.budgets import Size, gpu_budget, kv_on_disk_wish, memory_budget
+from pipo_ray.budgets import Size, gpu_budget, kv_on_disk_wish, memory_budget, require_one_place
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.device import choose_device
 from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
@@ -132,7 +132,7 @@ class LLM:
                 raise InputError(f"{name} {count} is below 1")
         chosen_mode = check_mode(mode)
         chosen_kv = KVPrecision.parse(kv_precision)
-        chosen_kv.require_one_tier(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None, kv_on_cpu=kv_on_cpu)
+        require_one_place(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None, kv_on_cpu=kv_on_cpu)
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         chosen = choose_device(device)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pipo_ray.errors import DriveError
+from pipo_ray.model.disk_pages import DiskPages
 from pipo_ray.model.kv_page import Page
-from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
+from pipo_ray.plan import kv_pages
+from pipo_ray.plan.disk_pages import PAGE_TOKENS
+from pipo_ray.plan.kv_disk import pages_of
+from pipo_ray.plan.low_bit_pages import PageLayout, packed_pages
 
 if TYPE_CHECKING:
     from pipo_ray.model.kv_disk import KVDisk
@@ -16,7 +23,7 @@ if TYPE_CHECKING:
 
 class DiskCache:
     """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer. `lost` is
-    why it cannot be used any more.
+    why it cannot be used any more. Layers at 16 bits attend here; the packed pages of others are kept.
     """
 
     start = 0
@@ -27,10 +34,67 @@ class DiskCache:
         self.layers: dict[int, list[Page]] = {}
         self.lost: DriveError | None = None
         self._store = store
+        self._windows: dict[int, int | None] = {}
+        self._packed: set[int] = set()
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
-        """See `SequenceCache.attend`."""
-        return self._store.attend(self, layer, query, keys, values, rule)
+        """See `SequenceCache.attend`. Raises KVPagesLostError, and UnsupportedModelError for more bytes than a token of
+        this model has by its facts.
+        """
+        stop = self.length + keys.shape[1]
+        if stop > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
+        self._store.enter(self)
+        self._store.layout.learn(layer, keys, values)
+        self._windows[layer] = rule.sliding_window
+        self._store.return_to(self, layer, pages_of(self.length))
+        pages = self.layers[layer]
+        self._store.forget(self, layer, self._first_seen(layer))
+        spans: list[Span]
+        # Whether the new tokens' keys lie in pages when they are attended to is a matter of their number alone.
+        if self.length % PAGE_TOKENS and self.length % PAGE_TOKENS + keys.shape[1] <= PAGE_TOKENS:
+            self._append(layer, keys, values)
+            spans = [DiskSpan(self._store, pages, stop)]
+            return attend_spans(query, spans, rule)
+        spans = [DiskSpan(self._store, pages, self.length), DenseSpan(keys, values)]
+        attended = attend_spans(query, spans, rule)
+        self._append(layer, keys, values)
+        return attended
+
+    def packed_pages(self, layer: int, layout: PageLayout, sliding_window: int | None) -> DiskPages:
+        """See `PagedSequence`. Raises UnsupportedModelError for larger pages than this model has by its facts."""
+        self._windows[layer] = sliding_window
+        self._packed.add(layer)
+        return DiskPages(self._store, self, layer, layout)
+
+    def seen(self, layer: int) -> Sequence[Page]:
+        """The pages that the next sweep attends to, as far as they are there before it."""
+        tokens = self.length
+        if layer in self._packed:
+            tokens = packed_pages(self.length) * kv_pages.PAGE_TOKENS
+        stop = -(-tokens // self._store.placement.page_tokens(layer))
+        return self.layers.get(layer, [])[self._first_seen(layer) : stop]
+
+    def forget_unseen(self, layer: int) -> None:
+        """Give back what no token will see any more."""
+        self._store.forget(self, layer, self._first_seen(layer))
+
+    def _first_seen(self, layer: int) -> int:
+        """Number of the first page that the next token sees."""
+        window = self._windows.get(layer)
+        first = 0 if window is None else max(0, self.length - window + 1)
+        return first // self._store.placement.page_tokens(layer)
+
+    def _append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        done = 0
+        while done < keys.shape[1]:
+            index, start = divmod(self.length + done, PAGE_TOKENS)
+            count = min(PAGE_TOKENS - start, keys.shape[1] - done)
+            page = self._store.layout.views(self._store.newest(self, layer, index), layer)
+            for memory, new in zip(page, (keys, values), strict=True):
+                memory[:, start : start + count] = new[:, done : done + count]
+            done += count
+        self._store.post_saves()
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
@@ -45,3 +109,27 @@ class DiskCache:
         """Bytes of its pages in RAM."""
         pages = (page for layer in self.layers.values() for page in layer)
         return sum(page.frame >= 0 for page in pages) * self._store.placement.page_bytes
+
+
+@dataclass(frozen=True)
+class DiskSpan:
+    """The first `num_tokens` tokens of a sequence in one layer at 16 bits."""
+
+    store: KVDisk
+    pages: Sequence[Page]
+    num_tokens: int
+
+    def chunks(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Span`: a part is as many pages as are attended to at once. Which ones those are depends on their
+        numbers alone, so a part is the same wherever its pages are.
+        """
+        index, stop = first // PAGE_TOKENS, pages_of(self.num_tokens)
+        while index < stop:
+            behind = min(stop, (index // self.store.at_once + 1) * self.store.at_once)
+            start = index * PAGE_TOKENS
+            rows = slice(max(0, first - start), min(behind * PAGE_TOKENS, self.num_tokens) - start)
+            pages = self.pages[index:behind]
+            keys, values = self.store.layout.merged(self.store.read(pages), pages[0].layer)
+            yield keys[:, rows], values[:, rows]
+            self.store.used(pages)
+            index = behind

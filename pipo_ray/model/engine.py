@@ -151,7 +151,7 @@ class ComputeEngine:
             layers = CompiledLayers(graph, products, low_bit, attention, code_folder)
         if compute.kv_bits is not None and not compute.kv_on_cpu:
             compiled = attention or self._attention_to_pages(dtype, code_folder, notes)
-            kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_tiers)
+            kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers)
         self.notes = tuple(notes)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,
@@ -279,9 +279,13 @@ class ComputeEngine:
                 entries[:] = [entry for entry in entries if entry.sequence not in lost]
         return []
 
-    def _lose(self, sequence: str, error: DriveError) -> StepResult:
-        """Once it is computed again: the drive may have recovered, and another place in the file is taken."""
+    def _lose(self, sequence: str, error: DriveError | None) -> StepResult:
+        """Once it is computed again: the drive may have recovered, and another place in the file is taken. Without an
+        error of its own it always is.
+        """
         self._sequences.pop(sequence, None)
+        if error is None:
+            return StepResult(sequence, lost=True)
         self._losses[sequence] += 1
         again = self._losses[sequence] <= _RECOMPUTED
         return StepResult(sequence, lost=True) if again else StepResult(sequence, error=error)

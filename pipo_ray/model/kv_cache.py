@@ -196,7 +196,7 @@ class RaggedCache(Cache):
         self._pool = store if isinstance(store, KVPool) else None
         paged = getattr(store, "paged", store)  # of few bits it is what holds their pages
         self._tiers = paged if isinstance(paged, KVTiers) else None
-        self._disk = store if isinstance(store, KVDisk) else None
+        self._disk = paged if isinstance(paged, KVDisk) else None
         self.layer = -1
         self.rule: AttentionRule | None = None  # that a layer has attended by last
 
@@ -221,7 +221,8 @@ class RaggedCache(Cache):
                 [(s.cache, s.stop - s.start) for s in self.segments if isinstance(s.cache, PooledCache)]
             )
         if self._disk is not None:
-            self._disk.begin_sweep([s.cache for s in self.segments if isinstance(s.cache, DiskCache)])
+            paged = [at_16_bits(s.cache) for s in self.segments]
+            self._disk.begin_sweep([cache for cache in paged if isinstance(cache, DiskCache)])
 
     @property
     def fused_row(self) -> RowLayout | None:

@@ -1,9 +1,10 @@
 """KV pages in two tiers: RAM, and a file on the drive that the loader writes and reads.
 
-Pages of `PAGE_TOKENS` tokens; `plan/kv_disk.py` says how many of them stay in RAM. A page that is full and does not
-stay is handed to the loader ("KV save"), and its frame is free once that is done. Ahead of its layer it is read into
-another frame ("KV load"), as many at a time as the plan has room for. Attention takes a sequence page by page, wherever
-the pages are (`kv_spans.attend_spans`): so what comes out does not depend on it, to the last bit.
+A page has so many bytes in every layer; what they are is its layer's matter: keys and values (`disk_cache.py`), or
+packed pages of few bits (`disk_pages.py`). `plan/kv_disk.py` says how many stay in RAM. A page that is full and does
+not stay is handed to the loader ("KV save"), and its frame is free once that is done. Ahead of its layer it is read
+into another frame ("KV load"), as many at a time as the plan has room for. Attention takes a sequence page by page,
+wherever the pages are: so what comes out does not depend on it, to the last bit.
 
     OPEN --full--> KEPT                         the newest page; one that stays: in a frame only
       |----full--> SAVING --done--> STORED      in a frame and the file, then in the file only
@@ -19,7 +20,6 @@ import errno
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,40 +29,16 @@ from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.kv_page import LookAhead, Page, PageState
 from pipo_ray.model.kv_page_copies import PageCopies
 from pipo_ray.model.kv_page_layout import PageLayout
-from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, Span, attend_spans
 from pipo_ray.pipeline.device_ops import DeviceOps
 from pipo_ray.pipeline.page_table import MOVING, FrameState, PageTable
 from pipo_ray.pipeline.slots import U8
-from pipo_ray.plan.kv_disk import GROUP_PAGES, PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, kept_pages, pages_of
+from pipo_ray.plan.kv_disk import GROUP_PAGES, PASSING_PAGES, KVDiskPlacement, kept_pages
 
 
 class KVPagesLostError(Exception):
     """Pages of at least one sequence (`DiskCache.lost`) cannot be written or read. The others' are as they were before
     the sweep.
     """
-
-
-@dataclass(frozen=True)
-class _Pages:
-    """The first `num_tokens` tokens of a sequence in one layer."""
-
-    store: KVDisk
-    pages: Sequence[Page]
-    num_tokens: int
-
-    def chunks(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Span`: a part is as many pages as are attended to at once. Which ones those are depends on their
-        numbers alone, so a part is the same wherever its pages are.
-        """
-        index, stop = first // PAGE_TOKENS, pages_of(self.num_tokens)
-        while index < stop:
-            behind = min(stop, (index // self.store.at_once + 1) * self.store.at_once)
-            start = index * PAGE_TOKENS
-            rows = slice(max(0, first - start), min(behind * PAGE_TOKENS, self.num_tokens) - start)
-            keys, values = self.store.read(self.pages[index:behind])
-            yield keys[:, rows], values[:, rows]
-            self.store.used(self.pages[index:behind])
-            index = behind
 
 
 class KVDisk:
@@ -84,11 +60,11 @@ class KVDisk:
         self.loaded_pages = self.saved_pages = 0
         self.waited_s = 0.0
         ram = torch.from_numpy(memory)
-        self._frames = ram.view(dtype)
+        self._frames = ram
         self._copies = None
         if ops is not None:
             newest = placement.gpu_pages - PASSING_PAGES
-            self._copies = PageCopies(ram, dtype, ops, newest, GROUP_PAGES)
+            self._copies = PageCopies(ram, ops, newest, GROUP_PAGES)
         self.at_once = 1 if ops is None else GROUP_PAGES
         self._free = deque(range(placement.ram_pages))
         self._free_stored = list(reversed(range(placement.disk_pages)))
@@ -101,8 +77,7 @@ class KVDisk:
         self._batch: Sequence[DiskCache] = ()
         self._ahead = LookAhead()
         self._sweep = 0  # the number of the one that is computed, or comes next
-        self._layout = PageLayout(placement.page_bytes, dtype)
-        self._windows: dict[int, int | None] = {}
+        self.layout = PageLayout(placement.page_bytes, dtype)
         table.restart()
 
     # -- sequences
@@ -137,7 +112,7 @@ class KVDisk:
         self._batch = batch
         self._sweep += 1  # also where the one before was given up
         self._make_room()
-        self._post_saves()
+        self.post_saves()
         self._ahead.coming, self._ahead.next = iter(()), None
         for page in [page for page in self._ahead.claimed if page.owner not in batch]:
             self.release(page)
@@ -150,43 +125,17 @@ class KVDisk:
         self._sweep += 1
         self._look_ahead()
 
-    def attend(
-        self, cache: DiskCache, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
-    ) -> Tensor:
-        """See `SequenceCache.attend`. Raises KVPagesLostError, and UnsupportedModelError for more bytes than a token of
-        this model has by its facts.
-        """
-        if cache.length + keys.shape[1] > cache.capacity:
-            raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {cache.length + keys.shape[1]}")
+    def enter(self, cache: DiskCache) -> None:
+        """The sequence's pages are about to be read or written. Raises KVPagesLostError if they are lost."""
         self._raise_if_lost([cache])
-        self._post_saves()
-        self._layout.learn(layer, keys, values)
-        self._windows[layer] = rule.sliding_window
-        pages = cache.layers.setdefault(layer, [])
-        self._return_to(cache, pages)
-        if rule.sliding_window is not None:
-            for page in pages[: max(0, cache.length - rule.sliding_window + 1) // PAGE_TOKENS]:
-                if page.at is not PageState.GONE:
-                    self._discard(page)  # what no token will see any more
-        spans: list[Span]
-        # Whether the new tokens' keys lie in pages when they are attended to is a matter of their number alone.
-        if cache.length % PAGE_TOKENS and cache.length % PAGE_TOKENS + keys.shape[1] <= PAGE_TOKENS:
-            self._append(cache, layer, keys, values)
-            spans = [_Pages(self, pages, cache.length + keys.shape[1])]
-            return attend_spans(query, spans, rule)
-        spans = [_Pages(self, pages, cache.length), DenseSpan(keys, values)]
-        attended = attend_spans(query, spans, rule)
-        self._append(cache, layer, keys, values)
-        return attended
+        self.post_saves()
 
-    def read(self, pages: Sequence[Page]) -> tuple[Tensor, Tensor]:
-        """Keys [kv_heads, tokens, head_dim] and values of `at_once` pages or fewer, whole ones; waits for them. They
-        are valid until `used`.
-        """
+    def read(self, pages: Sequence[Page]) -> Tensor:
+        """`at_once` pages or fewer, uint8 [pages, page_bytes]; waits for them. They are valid until `used`."""
         if self._copies is None:
             (page,) = pages
             self._bring(page)
-            return self._views(page)
+            return self._frames[page.frame][None]
         here: list[Page] = []
         for row, page in enumerate(pages):
             if here and not self._is_here(page):
@@ -194,7 +143,7 @@ class KVDisk:
             self._bring(page)
             here.append(page)
         self._into_group(self._copies, len(pages), here)
-        return self._layout.merged(self._copies.group(len(pages)), pages[0].layer)
+        return self._copies.group(len(pages))
 
     def _into_group(self, copies: PageCopies, stop: int, here: list[Page]) -> None:
         """These pages are copied to the group's rows before `stop`. Their frames are needed for that alone: so RAM need
@@ -204,7 +153,7 @@ class KVDisk:
         for page in here:
             self._give_back(page)
         here.clear()
-        self._post_saves()
+        self.post_saves()
         self._claim()
 
     def _is_here(self, page: Page) -> bool:
@@ -274,21 +223,26 @@ class KVDisk:
         page.at = PageState.KEPT
         return True
 
-    def _append(self, cache: DiskCache, layer: int, keys: Tensor, values: Tensor) -> None:
-        pages, done, at = cache.layers[layer], 0, cache.length
-        while done < keys.shape[1]:
-            index, start = divmod(at + done, PAGE_TOKENS)
-            if index == len(pages):
-                if pages:
-                    self._settle(pages[-1])
-                pages.append(Page(cache, layer, index, self._take_frame()))
-                if self._copies is not None:
-                    self._copies.open(pages[-1].frame)
-            count = min(PAGE_TOKENS - start, keys.shape[1] - done)
-            for memory, new in zip(self._views(pages[index]), (keys, values), strict=True):
-                memory[:, start : start + count] = new[:, done : done + count]
-            done += count
-        self._post_saves()
+    def newest(self, cache: DiskCache, layer: int, index: int) -> Tensor:
+        """Page number `index` of a layer, uint8 [page_bytes], to be written: the newest, or the next, which becomes it;
+        the one before is full by then. To be followed by `post_saves`.
+        """
+        pages = cache.layers.setdefault(layer, [])
+        if index == len(pages):
+            if pages:
+                self._settle(pages[-1])
+            pages.append(Page(cache, layer, index, self._take_frame()))
+            if self._copies is not None:
+                self._copies.open(pages[-1].frame)
+        frame = pages[index].frame
+        return self._frames[frame] if self._copies is None else self._copies.written(frame)
+
+    def forget(self, cache: DiskCache, layer: int, stop: int) -> None:
+        """No token will see the pages before number `stop` any more."""
+        pages = cache.layers.get(layer, [])
+        for page in pages[: min(stop, len(pages) - 1)]:  # the newest is written to
+            if page.at is not PageState.GONE:
+                self._discard(page)
 
     def _settle(self, page: Page) -> None:
         """The page is full, and a newer one begins."""
@@ -297,16 +251,17 @@ class KVDisk:
         if not self._keep(page):
             self._save(page)
 
-    def _return_to(self, cache: DiskCache, pages: list[Page]) -> None:
-        """Undo what a sweep that failed has appended: the page that the next token goes into is the newest again."""
-        for page in pages[pages_of(cache.length) :]:
+    def return_to(self, cache: DiskCache, layer: int, num_pages: int) -> None:
+        """Undo what a sweep that failed has appended: there are so many pages, and the last is the newest again."""
+        pages = cache.layers.setdefault(layer, [])
+        for page in pages[num_pages:]:
             self._discard(page)
-        del pages[pages_of(cache.length) :]
+        del pages[num_pages:]
         if not pages or pages[-1].at is PageState.OPEN:
             return
         page = pages[-1]
         if page.at is PageState.SAVING:
-            self._post_saves(wait=True)
+            self.post_saves(wait=True)
             self._saving.remove(page)
             self._table.wait(page.frame)
         elif page.at is PageState.KEPT:
@@ -329,10 +284,8 @@ class KVDisk:
     def _order(self) -> Iterator[Page]:
         """The settled pages of the batch as a sweep will read them."""
         for layer in range(self.placement.num_layers):
-            window = self._windows.get(layer)
             for cache in self._batch:
-                first = 0 if window is None else max(0, cache.length - window + 1) // PAGE_TOKENS
-                yield from cache.layers.get(layer, ())[first : pages_of(cache.length)]
+                yield from cache.seen(layer)
 
     def _claim(self) -> None:
         """Have as many pages as may be on their way, as far as frames are free: several at a time, which the loader
@@ -385,7 +338,7 @@ class KVDisk:
         page.at, page.stored = PageState.SAVING, self._free_stored.pop()
         self._to_save.append(page)
 
-    def _post_saves(self, wait: bool = False) -> None:
+    def post_saves(self, wait: bool = False) -> None:
         """Ask the loader for what is to be saved and in RAM by now; with `wait` for all of it."""
         saves: list[tuple[int, int]] = []
         owner: DiskCache | None = None
@@ -425,7 +378,7 @@ class KVDisk:
 
     def _wait_for_one(self) -> None:
         """Until a page that leaves RAM has left it."""
-        self._post_saves(wait=True)
+        self.post_saves(wait=True)
         leaving = [page.frame for page in self._saving if page not in self._ahead.claimed]
         leaving += [frame for frame, _ in self._leaving]
         if not leaving:
@@ -487,7 +440,3 @@ class KVDisk:
             if page.stored >= 0:
                 self._free_stored.append(page.stored)
         page.at, page.frame, page.stored = PageState.GONE, -1, -1
-
-    def _views(self, page: Page) -> tuple[Tensor, Tensor]:
-        frame = self._frames[page.frame] if self._copies is None else self._copies.written(page.frame)
-        return self._layout.views(frame, page.layer)

@@ -128,6 +128,12 @@ class LowBitCache:
         self.length += num_tokens
         self.wide.advance(num_tokens)
 
+    def undo(self) -> bool:
+        """A sweep that appended to some layers failed: they are as they were before it. False where they cannot be,
+        because a page has left a window.
+        """
+        return all(memory.undo(self.length) for memory in self._layers.values())
+
     def drop(self) -> None:
         """Give the memory back."""
         self._layers.clear()
@@ -293,6 +299,13 @@ class LowBitLayer:
         self._length += num_tokens
         before = packed_pages(start) * PAGE_TOKENS
         return start - before, self._length - before
+
+    def undo(self, length: int) -> bool:
+        """There are `length` tokens again, if all that have come since are still in the window."""
+        if min(packed_pages(self._length), self._most) > packed_pages(length):
+            return False
+        self._length = length
+        return True
 
     def _leaving(self, start: int) -> int:
         """Pages that leave the window with the tokens from `start` on."""

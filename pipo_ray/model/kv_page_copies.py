@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipo_ray.errors import ResourceError
@@ -32,13 +31,12 @@ class PageCopies:
     groups of `group` for those that are only read.
     """
 
-    def __init__(self, frames: Tensor, dtype: torch.dtype, ops: DeviceOps, newest: int, group: int) -> None:
+    def __init__(self, frames: Tensor, ops: DeviceOps, newest: int, group: int) -> None:
         self._frames, self._ops = frames, ops
         page_bytes = frames.shape[1]
         memory = ops.allocate((newest + 2 * group) * page_bytes).view(newest + 2 * group, page_bytes)
-        self._dtype = dtype
-        self._newest = deque(_Place(row.view(dtype)) for row in memory[:newest])
-        self._groups = deque(_Place(rows.view(dtype)) for rows in memory[newest:].split(group))  # [group, elements]
+        self._newest = deque(_Place(row) for row in memory[:newest])
+        self._groups = deque(_Place(rows) for rows in memory[newest:].split(group))
         self._written: dict[int, _Place] = {}  # by the frame that it will be copied to
         self._leaving: dict[int, Event] = {}  # copies from a frame, and to it, that may be under way
         self._arriving: dict[int, Event] = {}
@@ -66,7 +64,7 @@ class PageCopies:
     def settle(self, frame: int) -> None:
         """The page is full: it goes to its frame, and its place is free."""
         place = self._written.pop(frame)
-        target = self._frames[frame].view(self._dtype)
+        target = self._frames[frame]
         done = self._ops.copy(place.memory, target, self._ops.record_on_compute(), "KV save")
         self._arriving[frame] = place.free_at = done
         self._newest.append(place)
@@ -78,7 +76,7 @@ class PageCopies:
             self._newest.append(place)
 
     def written(self, frame: int) -> Tensor:
-        """The page that is written, on the GPU."""
+        """The page that is written, on the GPU: uint8 [page_bytes]."""
         return self._written[frame].memory
 
     def into_group(self, row: int, frames: list[int]) -> None:
@@ -99,7 +97,7 @@ class PageCopies:
             index += count
 
     def group(self, num_pages: int) -> Tensor:
-        """The pages [num_pages, elements] that were put into the next group, for what is computed until `passed`."""
+        """The pages [num_pages, page_bytes] that were put into the next group, for what is computed until `passed`."""
         if self._latest is not None:
             self._ops.compute_waits_for(self._latest)  # and for those before it, on the same stream
             self._latest = None
@@ -121,11 +119,11 @@ class PageCopies:
         return all(event is None or event.query() for event in (self._arriving.get(frame), self._leaving.get(frame)))
 
     def _copy(self, first: int, target: Tensor, after: Event | None) -> None:
-        """Copy the frames from `first` on to `target` [frames, elements]."""
+        """Copy the frames from `first` on to `target` [frames, page_bytes]."""
         frames = range(first, first + len(target))
         for frame in frames:
             if (event := self._arriving.pop(frame, None)) is not None:
                 event.synchronize()
-        source = self._frames[first : first + len(target)].view(self._dtype)
+        source = self._frames[first : first + len(target)]
         self._latest = self._ops.copy(source, target, after, "KV load")
         self._leaving.update(dict.fromkeys(frames, self._latest))

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.plan.kv_disk import PAGE_TOKENS
+from pipo_ray.plan.disk_pages import PAGE_TOKENS
 
 
 class PageLayout:
     """The layout of pages of `page_bytes` in `dtype`, per layer, as its first keys and values show it."""
 
     def __init__(self, page_bytes: int, dtype: torch.dtype) -> None:
-        self._elements = page_bytes // dtype.itemsize
+        self._dtype, self._elements = dtype, page_bytes // dtype.itemsize
         self._shapes: dict[int, tuple[int, int, int]] = {}  # kv_heads, head_dim, value_head_dim
 
     def learn(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -30,19 +30,17 @@ class PageLayout:
             )
 
     def views(self, page: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys [kv_heads, PAGE_TOKENS, head_dim] and values of a page [elements]."""
-        heads, dim, value_dim = self._shapes[layer]
-        middle = heads * PAGE_TOKENS * dim
-        stop = middle + heads * PAGE_TOKENS * value_dim
-        return page[:middle].view(heads, PAGE_TOKENS, dim), page[middle:stop].view(heads, PAGE_TOKENS, value_dim)
+        """Keys [kv_heads, PAGE_TOKENS, head_dim] and values of a page, uint8 [page_bytes]."""
+        return self.merged(page[None], layer)
 
     def merged(self, pages: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys [kv_heads, tokens, head_dim] and values of pages [number, elements], those of one behind those of the
-        other: copies.
+        """Keys [kv_heads, tokens, head_dim] and values of pages, uint8 [number, page_bytes], those of one behind those
+        of the other: copies, unless it is one.
         """
         heads, dim, value_dim = self._shapes[layer]
         middle = heads * PAGE_TOKENS * dim
         stop = middle + heads * PAGE_TOKENS * value_dim
-        keys = pages[:, :middle].view(-1, heads, PAGE_TOKENS, dim).transpose(0, 1)
-        values = pages[:, middle:stop].view(-1, heads, PAGE_TOKENS, value_dim).transpose(0, 1)
+        elements = pages.view(self._dtype)
+        keys = elements[:, :middle].view(-1, heads, PAGE_TOKENS, dim).transpose(0, 1)
+        values = elements[:, middle:stop].view(-1, heads, PAGE_TOKENS, value_dim).transpose(0, 1)
         return keys.reshape(heads, -1, dim), values.reshape(heads, -1, value_dim)

@@ -17,9 +17,10 @@ from pipo_ray.model.binding import Binder
 from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.host_values import known, row_of
-from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV
+from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV, at_16_bits
 from pipo_ray.model.kv_disk import KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
+from pipo_ray.model.kv_low_bit import LowBitCache
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.lanes import Lanes
 
@@ -78,9 +79,17 @@ class ModelRunner:
             raise
         return result
 
-    def take_lost(self) -> dict[str, DriveError]:
-        """The sequences whose KV pages are lost, and why. They are dropped."""
-        lost = {name: c.lost for name, c in self._caches.items() if isinstance(c, DiskCache) and c.lost is not None}
+    def take_lost(self) -> dict[str, DriveError | None]:
+        """The sequences whose KV pages are lost, and why; None: it is not, but the sweep that failed cannot be undone
+        in it. They are dropped.
+        """
+        lost: dict[str, DriveError | None] = {}
+        for name, cache in self._caches.items():
+            pages = at_16_bits(cache)
+            if isinstance(pages, DiskCache) and pages.lost is not None:
+                lost[name] = pages.lost
+            elif isinstance(cache, LowBitCache) and not cache.undo():
+                lost[name] = None
         self.drop(tuple(lost))
         return lost
 

@@ -30,7 +30,6 @@ from pipo_ray.plan.kv_budget import (
     tiers_line,
     wanted_kv_bytes,
 )
-from pipo_ray.plan.kv_disk import PAGE_TOKENS as DISK_PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
 from pipo_ray.plan.kv_pages import (
     PAGE_TOKENS,
@@ -113,7 +112,9 @@ class RunPlan:
     @property
     def kv_page_tokens(self) -> int:
         """A sequence takes KV cache in pages of so many tokens."""
-        return DISK_PAGE_TOKENS if self.kv_disk is not None else PAGE_TOKENS if self.kv is not None else 1
+        if self.kv_disk is not None:
+            return self.kv_disk.most_page_tokens
+        return PAGE_TOKENS if self.kv is not None else 1
 
 
 def plan_run(
@@ -184,7 +185,9 @@ def plan_run(
     least_weights = min(whole, least_weight_bytes(manifest, facts))
     least_kv = LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     if kv_on_disk is not None:
-        least_kv = least_ram_bytes(facts)
+        least_kv = least_ram_bytes(facts, low_bit_kv)
+    wanted_tokens = max_kv_tokens or max(WANTED_KV_TOKENS, context)
+    num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
     fixed = processes + activations
     if weight_memory_bytes is not None:
         if weight_memory_bytes < least_weights:
@@ -207,7 +210,7 @@ def plan_run(
     spare = memory_bytes - fixed - wanted_weights
     wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
-        wanted_kv = ram_bytes_for(facts, max_kv_tokens or max(WANTED_KV_TOKENS, context))
+        wanted_kv = ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_sequences)
     kv_bytes = max(least_kv, min(kv_room(spare, max_kv_tokens), wanted_kv))
     weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
     sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes, transfer)
@@ -217,10 +220,11 @@ def plan_run(
         most = max(WANTED_KV_TOKENS, 4 * context) * facts.kv_bytes_per_token
         kv_bytes = min(memory_bytes - fixed - used, max(kv_bytes, most))
     kv_tokens, state_tokens = kv_tokens_of(facts, kv_bytes)
-    kv_disk = None
+    kv_disk, held_bytes = None, kv_bytes
     if kv_on_disk is not None:
-        kv_disk = place_kv(facts, kv_bytes, max_kv_tokens or max(WANTED_KV_TOKENS, context), kv_on_disk)
-        kv_bytes, kv_tokens, rows = kv_disk.ram_bytes, kv_disk.kv_tokens, min(rows, kv_disk.max_sequences)
+        kv_disk = place_kv(facts, kv_bytes, wanted_tokens, kv_on_disk, 0, low_bit_kv, num_sequences)
+        kv_bytes, kv_tokens, state_tokens = kv_disk.ram_bytes + kv_disk.windows_bytes, kv_disk.kv_tokens, 0
+        rows, held_bytes = min(rows, kv_disk.max_sequences), kv_disk.ram_bytes + kv_disk.disk_bytes
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     return RunPlan(
         sweep=sweep,
@@ -241,13 +245,13 @@ def plan_run(
         transfer=transfer,
         explanation=(
             f"of it: weights {_weights_line(used, placement.num_slots, placement.slot_bytes, resident)}, KV cache "
-            f"{format_size(kv_bytes)} ({kv_tokens} tokens{low_bit_line(kv_bytes, low_bit_kv)}), activations "
+            f"{format_size(kv_bytes)} ({kv_tokens} tokens{low_bit_line(held_bytes, low_bit_kv)}), activations "
             f"{format_size(activations)}, processes "
             f"{format_size(processes)}",
             f"model {format_size(manifest.total_bytes)}: "
             + (f"{format_size(streamed)} stream from the drive in every sweep" if streamed else "nothing has to stream")
             + lookups_line(manifest),
-            *(() if kv_disk is None else (kv_disk.describe(),)),
+            *(() if kv_disk is None else (kv_disk.describe(low_bit_kv),)),
         ),
         kv_disk=kv_disk,
         low_bit_kv=low_bit_kv,
@@ -296,7 +300,7 @@ def _plan_gpu_run(
         least_kv = least_tier_bytes(facts, low_bit_kv)
         sweep_kv = in_flight_units(units, pages_of_sweep) * nbytes
     if kv_on_disk is not None:
-        least_kv = gpu_bytes_for(facts, 1)
+        least_kv = gpu_bytes_for(facts, 1, low_bit_kv)
     least_host_kv = 0
     if kv_on_cpu:
         least_kv, least_host_kv, sweep_kv = 0, least_kv, 0
@@ -314,7 +318,7 @@ def _plan_gpu_run(
     wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         # The newest pages of those that run at the same time: what is beyond them is never used, and the weights'.
-        wanted_kv = gpu_bytes_for(facts, rows if max_kv_tokens is None else min(rows, max_kv_sequences))
+        wanted_kv = gpu_bytes_for(facts, rows if max_kv_tokens is None else min(rows, max_kv_sequences), low_bit_kv)
     wanted_host_kv = 0
     if kv_on_cpu:
         wanted_kv, wanted_host_kv = 0, wanted_kv
@@ -353,14 +357,15 @@ def _plan_gpu_run(
     if kv_on_disk is not None:
         wanted_tokens = max_kv_tokens or max(WANTED_KV_TOKENS, context)
         room = kv_room(spare_ram, max_kv_tokens)
-        kv_ram_bytes = max(min(room, ram_bytes_for(facts, wanted_tokens)), least_ram_bytes(facts))
+        kv_ram_bytes = min(room, ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_windows=0))
+        kv_ram_bytes = max(kv_ram_bytes, least_ram_bytes(facts, low_bit_kv, num_windows=0))
         if memory_bytes - processes - least_host < kv_ram_bytes:
             raise BudgetError(
                 f"--memory {format_size(memory_bytes)} is too low: at least "
                 f"{format_least(processes + least_host + kv_ram_bytes)} would do: processes with CUDA "
                 f"{format_size(processes)}, slots {format_size(least_host)}, KV pages {format_size(kv_ram_bytes)}"
             )
-        kv_disk = place_kv(facts, kv_ram_bytes, wanted_tokens, kv_on_disk, kv_bytes)
+        kv_disk = place_kv(facts, kv_ram_bytes, wanted_tokens, kv_on_disk, kv_bytes, low_bit_kv)
         kv_ram_bytes, rows = kv_disk.ram_bytes, min(rows, kv_disk.max_sequences)
     host = memory_bytes - processes - kv_ram_bytes
     if weight_memory_bytes is not None:
@@ -392,7 +397,7 @@ def _plan_gpu_run(
         if kv.max_sequences is not None:
             rows, state_tokens = min(rows, kv.max_sequences), 0
     if kv_disk is not None:
-        kv_tokens = kv_disk.kv_tokens
+        kv_tokens, state_tokens, held_bytes = kv_disk.kv_tokens, 0, kv_disk.ram_bytes + kv_disk.disk_bytes
     used = num_slots * slot_bytes + resident + tables_in_ram * looked_up
     low_bit = low_bit_line(held_bytes, low_bit_kv)
     kv_line = in_ram_line(kv_on_cpu, kv_tokens, low_bit, None if kv is None else low_bit_kv)
@@ -424,7 +429,7 @@ def _plan_gpu_run(
             f"model {format_size(manifest.total_bytes)}: {format_size(copied)} cross to the GPU and "
             f"{format_size(streamed)} come from the drive in every sweep"
             + lookups_line(manifest, looked_up if tables_in_ram else None),
-            *(() if kv_disk is None else (kv_disk.describe(),)),
+            *(() if kv_disk is None else (kv_disk.describe(low_bit_kv),)),
         ),
         kv=kv,
         kv_disk=kv_disk,

@@ -65,20 +65,6 @@ class KVPrecision:
                 raise InputError(f"{str(rule)[:80]} is no pair of layers and bits, like {_FORM}")
         return cls(tuple((layers, bits) for layers, bits in rules))
 
-    @property
-    def is_low_bit(self) -> bool:
-        """Whether any layer may have fewer than 16 bits."""
-        return any(bits != 16 for _, bits in self.layers)
-
-    def require_one_tier(self, *, kv_in_ram: bool, kv_on_disk: bool, kv_on_cpu: bool = False) -> None:
-        """Raise InputError for fewer bits together with what moves pages of 16 bits only, and for two places."""
-        asked = {"--kv-in-ram": kv_in_ram, "--kv-on-disk": kv_on_disk, "--kv-on-cpu": kv_on_cpu}
-        names = [name for name, wanted in asked.items() if wanted]
-        if self.is_low_bit and kv_on_disk:
-            raise InputError("--kv-on-disk is for a KV cache of 16 bits only, so far; leave out it or --kv-precision")
-        if kv_on_cpu and len(names) > 1:
-            raise InputError(f"{names[0]} and --kv-on-cpu are two places for the same KV cache; leave one of them out")
-
     def bits(self, num_layers: int) -> tuple[int, ...]:
         """Per layer of a model. Raises InputError for rules about layers that it does not have."""
         found = [0] * num_layers

@@ -61,7 +61,8 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     falcon = make_checkpoint(tmp_path / "falcon", "falcon")
     with pytest.raises(InputError, match="architecture 'falcon' keeps its model's own KV cache, which has 16 bits"):
         LLM(falcon, memory="3GiB", kv_precision=8)
-    with pytest.raises(InputError, match="--kv-on-disk is for a KV cache of 16 bits only"):
-        LLM(checkpoint, memory="3GiB", kv_precision=8, kv_on_disk="1GiB")
+    for elsewhere in ({"kv_in_ram": True}, {"kv_on_disk": "1GiB"}):
+        with pytest.raises(InputError, match="and --kv-on-cpu are two places for the same KV cache"):
+            LLM(checkpoint, memory="3GiB", kv_precision=8, kv_on_cpu=True, **elsewhere)
     assert main(["run", str(checkpoint), "--prompt-ids", "5,6", "--kv-precision", "5"]) == 2
     assert "--kv-precision 5: a KV cache has 16, 8 or 4 bits" in capfd.readouterr().err

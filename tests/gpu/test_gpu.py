@@ -17,6 +17,7 @@ from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_host import HostKV
+from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers
@@ -139,6 +140,29 @@ def test_a_kv_cache_in_few_bits_is_that_of_the_processor(architecture: Architect
     rounding = max(relative_errors(few, wide))
     assert rounding > 0.02, "4 bits change nothing here: the test shows nothing"
     assert max(relative_errors(few, processor)) <= 0.1 * rounding
+
+
+@pytest.mark.parametrize("bits", [(4, 4, 4), (4, 8, 4)])
+def test_packed_pages_on_the_drive_give_the_logits_of_those_on_the_gpu(bits: tuple[int, ...], tmp_path: Path) -> None:
+    """Bit by bit: chunks are the same, wherever the pages come from."""
+    _CHOSEN[0].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    prompts = random_prompts(packed.facts.vocab_size, (1900, 300))
+    options = {"slot_bytes": 1 << 20, "chunk": 500, "device": torch.device("cuda", 0)}
+    with Pipeline(packed, kv_bits=bits, **options) as pipeline:
+        wanted = pipeline.follow(prompts, [1880, 280])
+    with pages_on_disk(packed.facts, tmp_path, 15, bits) as disk:
+        stores = []
+
+        def store(dtype: torch.dtype, ops: object) -> LowBitStore:
+            stores.append(disk(dtype, ops))
+            return LowBitStore(bits, None, stores[0])
+
+        with Pipeline(packed, kv_store=store, **options) as pipeline:
+            followed = pipeline.follow(prompts, [1880, 280])
+    for ours, theirs in zip(followed, wanted, strict=True):
+        assert torch.equal(ours.logits, theirs.logits)
+    assert stores[0].loaded_pages > 10
 
 
 def test_kv_pages_are_bit_identical_through_the_tiers() -> None:

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from pipeline.page_loader import Pages
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
-from pipo_ray.model.disk_cache import DiskCache
-from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError, _Pages
+from pipo_ray.model.disk_cache import DiskCache, DiskSpan
+from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
 from pipo_ray.model.kv_page import Page, PageState
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_table import _NO_FRAME
-from pipo_ray.plan.kv_disk import PAGE_TOKENS, PASSING_PAGES, KVDiskPlacement, pages_of
+from pipo_ray.plan.disk_pages import PAGE_TOKENS
+from pipo_ray.plan.kv_disk import PASSING_PAGES, KVDiskPlacement, pages_of
 from pipo_ray.session.kv_file import KVFile
 
 HEADS, KV_HEADS, DIM, LAYERS = 2, 1, 8, 3
@@ -63,7 +64,7 @@ class Stage:
         for layer in range(layers):
             rule = AttentionRule(0.3, window if layer % 2 else None)
             for one, count in batch:
-                dtype = self.disk._frames.dtype
+                dtype = self.disk.layout._dtype
                 query = torch.randn(HEADS, count, DIM).to(dtype)
                 keys, values = (torch.randn(KV_HEADS, count, DIM).to(dtype) for _ in range(2))
                 with nullcontext() if self.device is None else self.device.watching():
@@ -84,7 +85,7 @@ class Stage:
         """Everything is where it should be, bit for bit."""
         total = one.keys[layer].shape[1]
         with nullcontext() if self.device is None else self.device.watching():
-            parts = [(k.clone(), v.clone()) for k, v in _Pages(self.disk, one.cache.layers[layer], total).chunks()]
+            parts = [(k.clone(), v.clone()) for k, v in DiskSpan(self.disk, one.cache.layers[layer], total).chunks()]
         assert torch.equal(torch.cat([part[0] for part in parts], dim=1), one.keys[layer])
         assert torch.equal(torch.cat([part[1] for part in parts], dim=1), one.values[layer])
 

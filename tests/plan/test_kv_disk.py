@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, PROCESS_BYTES, plan_run
+from pipo_ray.plan.disk_pages import PAGE_TOKENS, DiskPages
 from pipo_ray.plan.kv_disk import (
-    PAGE_TOKENS,
     PASSING_PAGES,
     KVDiskPlacement,
     KVOnDisk,
     check_model,
     disk_page_bytes,
+    gpu_bytes_for,
     kept_pages,
     least_ram_bytes,
     pages_of,
     place_kv,
     ram_bytes_for,
 )
+from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout
+from pipo_ray.scheduling.limits import limits_of
 from pipo_ray.session.memory import parse_size
 
 from .test_budget import GIB, model
@@ -65,6 +68,79 @@ def test_everything_that_is_admitted_has_a_place(
         # The newest page of each layer of each sequence is in RAM, and what is full and not kept on the drive.
         full = placement.kv_tokens // PAGE_TOKENS * layers - layers * sequences
         assert full - kept <= placement.disk_pages
+
+
+@st.composite
+def few_bits(draw: st.DrawFn) -> tuple[ModelFacts, LowBitKV]:
+    """A model, and bits of its layers, of which at least one has few."""
+    heads, dim = draw(st.sampled_from([(1, 8), (2, 32), (8, 128), (3, 80)]))
+    bits = draw(st.lists(st.sampled_from([16, 8, 4]), min_size=1, max_size=40).filter(lambda bits: min(bits) < 16))
+    shape = (heads, dim, dim)
+    facts = replace(FACTS, num_layers=len(bits), kv_bytes_per_token=len(bits) * heads * 2 * dim * 2, kv_shapes=(shape,))
+    low = LowBitKV.of(bits, facts)
+    return low.applied_to(facts), low
+
+
+@given(few_bits(), st.integers(0, 1 << 32), st.integers(1, 100_000), st.integers(0, 1 << 31), st.integers(1, 40))
+def test_packed_pages_that_are_admitted_have_a_place(
+    model: tuple[ModelFacts, LowBitKV], ram_bytes: int, wanted: int, gpu_bytes: int, sequences: int
+) -> None:
+    facts, low = model
+    gpu = gpu_bytes if gpu_bytes >= gpu_bytes_for(facts, 1, low) else 0
+    try:
+        placement = place_kv(facts, ram_bytes, wanted, KVOnDisk(None, "folder"), gpu, low, sequences)
+    except BudgetError:
+        assert ram_bytes < least_ram_bytes(facts, low, num_windows=0 if gpu else 1)
+        return
+    sizes = DiskPages.of(facts, low)
+    assert placement.ram_bytes + (0 if gpu else placement.windows_bytes) <= ram_bytes
+    assert placement.gpu_pages * placement.page_bytes + (placement.windows_bytes if gpu else 0) <= gpu
+    assert 1 <= placement.max_sequences <= placement.num_windows
+    assert placement.kv_tokens >= wanted
+    wide = low.wide_token_bytes // len(low.bits)
+    for bits, tokens in zip(low.bits, placement.tokens, strict=True):
+        assert tokens >= 256
+        packed = PageLayout(*facts.kv_shapes[0], bits).page_bytes if bits != 16 else 64 * wide
+        assert tokens // 64 * packed <= placement.page_bytes
+        assert bits == 16 or (tokens // 64 + 1) * packed > placement.page_bytes
+    for count in (1, placement.max_sequences):
+        kept = kept_pages(placement, count)
+        assert sum(kept) == max(0, placement.ram_pages - placement.staging_pages - len(low.bits) * count)
+        # Whoever is admitted takes a unit of tokens at a time, and that is as many pages of each layer as it needs.
+        unit, full = placement.most_page_tokens, placement.ram_pages - placement.staging_pages + placement.disk_pages
+        assert placement.kv_tokens // unit * sizes.pages_of(unit) <= full
+
+
+def test_a_plan_with_packed_pages_on_the_drive_keeps_its_budget_and_says_so() -> None:
+    manifest, facts = model(3, 64, 100)
+    facts = replace(facts, kv_bytes_per_token=3 * 256, kv_shapes=((2, 32, 32),))
+    low = LowBitKV.of((16, 4, 4), facts)
+    options = {"max_kv_tokens": 50_000, "max_batch_tokens": 64, "max_kv_sequences": 2, "low_bit_kv": low}
+    wide = plan_run(manifest, facts, memory_bytes=2 * GIB, **options | {"low_bit_kv": None})
+    memory = PROCESS_BYTES + wide.activation_bytes + wide.weight_bytes + (4 << 20)
+    plan = plan_run(manifest, facts, memory_bytes=memory, weight_memory_bytes=wide.weight_bytes, **options,
+                    kv_on_disk=KVOnDisk(None, "/somewhere"))  # fmt: skip
+    kv = plan.kv_disk
+    assert kv is not None
+    assert PROCESS_BYTES + plan.kv_bytes + plan.weight_bytes + plan.activation_bytes <= memory
+    assert plan.kv_bytes == kv.ram_bytes + 2 * 192 * 2 * 256
+    assert (plan.max_sequences, plan.state_tokens, plan.kv_page_tokens) == (2, 0, max(kv.tokens))
+    assert plan.kv_tokens >= 50_000
+    assert kv.tokens == (256, *(65536 // PageLayout(2, 32, 32, 4).page_bytes * 64,) * 2)
+    assert f"up to {plan.kv_tokens} tokens at 16 and 4 bits: " in plan.explanation[-1]
+    assert "windows at 16 bits of 2 sequences" in plan.explanation[-1]
+    limits = limits_of(plan, facts, prefix_cache=True)
+    assert (limits.short_tokens, limits.state_tokens, limits.sharing) == (0, 0, "none")
+    on_gpu = plan_run(manifest, facts, memory_bytes=3 * GIB, gpu_memory_bytes=100 << 20, **options,
+                      kv_on_disk=KVOnDisk(None, "/somewhere"))  # fmt: skip
+    assert on_gpu.kv_disk is not None
+    assert on_gpu.kv_disk.gpu_pages == PASSING_PAGES + 2 * 3
+    assert on_gpu.kv_bytes == on_gpu.kv_disk.ram_bytes + gpu_bytes_for(facts, 2, low)
+
+
+def test_of_layers_that_differ_as_many_tokens_stay() -> None:
+    placement = KVDiskPlacement(4, 4096, 106, 6, 100, "", tokens=(256, 768, 768, 256))
+    assert kept_pages(placement, 1) == (36, 12, 12, 36)
 
 
 @given(st.integers(1, 80), st.integers(0, 3000), st.integers(1, 5))

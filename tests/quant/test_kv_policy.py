@@ -12,7 +12,6 @@ from pipo_ray.quant.kv_policy import KVPrecision
 
 def test_a_number_is_for_all_layers() -> None:
     assert KVPrecision.parse("4").bits(3) == KVPrecision.parse(4).bits(3) == (4, 4, 4)
-    assert not KVPrecision.parse("16").is_low_bit
 
 
 def test_the_first_rule_holds_and_the_rest_stays_at_16(tmp_path: Path) -> None:
@@ -20,7 +19,6 @@ def test_the_first_rule_holds_and_the_rest_stays_at_16(tmp_path: Path) -> None:
     file.write_text('{"layers": [["0-1", 16], ["1-3", 8], ["5", 4]]}')
     precision = KVPrecision.parse(str(file))
     assert precision.bits(7) == (16, 16, 8, 8, 16, 4, 16)
-    assert precision.is_low_bit
     file.write_text('{"layers": [["0", 16], ["*", 4]]}')
     assert KVPrecision.parse(str(file)).bits(3) == (16, 4, 4)
 

@@ -1,0 +1,67 @@
+"""Packed pages of one layer of a sequence, several to a page of RAM and drive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.low_bit_pages import PageLayout
+
+if TYPE_CHECKING:
+    from pipo_ray.model.disk_cache import DiskCache
+    from pipo_ray.model.kv_disk import KVDisk
+
+
+class DiskPages:
+    """See `PackedPages`: those of `layout`, of one layer of `cache`."""
+
+    def __init__(self, store: KVDisk, cache: DiskCache, layer: int, layout: PageLayout) -> None:
+        self._store, self._cache, self._layer, self._layout = store, cache, layer, layout
+        self._per_page = store.placement.page_tokens(layer) // PAGE_TOKENS
+        if self._per_page * layout.page_bytes > store.placement.page_bytes:
+            raise UnsupportedModelError(
+                f"layer {layer} caches pages of {layout.page_bytes} bytes, its model's facts say at most "
+                f"{store.placement.page_bytes // self._per_page}"
+            )
+
+    def places(self, first: int, stop: int) -> Iterator[Tensor]:
+        """See `PackedPages`. Raises KVPagesLostError."""
+        self._store.enter(self._cache)
+        self._cache.forget_unseen(self._layer)
+        while first < stop:
+            index, row = divmod(first, self._per_page)
+            count = min(self._per_page - row, stop - first)
+            yield self._packed(self._store.newest(self._cache, self._layer, index)[None])[row : row + count]
+            first += count
+        self._store.post_saves()
+
+    def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
+        """See `PackedPages`. Raises KVPagesLostError."""
+        self._store.enter(self._cache)
+        index = first // self._per_page
+        while index * self._per_page < stop:
+            start = index * self._per_page
+            index = (index // self._store.at_once + 1) * self._store.at_once
+            index = min(index, -(-stop // self._per_page))
+            pages = self._cache.layers[self._layer][start // self._per_page : index]
+            packed = self._packed(self._store.read(pages))
+            yield (packed[max(0, first - start) : stop - start],)
+            self._store.used(pages)
+
+    def whole(self, stop: int) -> Tensor | None:
+        """See `PackedPages`."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """See `PackedPages`: all are the sequence's."""
+        return 0
+
+    def _packed(self, pages: Tensor) -> Tensor:
+        """The packed pages in pages, uint8 [number, page_bytes]: a copy, unless it is one, or they have no gap."""
+        nbytes = self._layout.page_bytes
+        return pages[:, : self._per_page * nbytes].reshape(-1, nbytes)

@@ -1,0 +1,77 @@
+"""A KV cache in few bits whose pages are on the drive, through the real actors: the text is that of one process with
+all of it in memory, and a loader that is killed loses no page.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import Architecture
+from harness import Pipeline, pack_checkpoint
+
+from pipo_ray import LLM, SamplingParams
+from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
+from pipo_ray.plan.disk_pages import DiskPages
+from pipo_ray.plan.low_bit_pages import low_bit_kv
+from pipo_ray.prepare import prepare_store
+from pipo_ray.quant.kv_policy import KVPrecision
+
+from .checkpoints import VOCAB_SIZE, make_checkpoint, prompts_of
+
+LONG, SHORT = prompts_of((2700, 40), VOCAB_SIZE)
+NEW, CHUNK, WEIGHTS = 12, 500, 450 << 10
+
+
+def details(llm: LLM, stage: str) -> dict[str, Any]:
+    return next(one for one in llm.report()["stages"] if one["stage"] == stage)
+
+
+def test_text_is_that_of_one_process_also_when_the_loader_is_killed(tmp_path: Path) -> None:
+    config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 8192}
+    checkpoint = make_checkpoint(tmp_path / "long-llama", Architecture("long-llama", "Llama", "llama", config))
+    packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
+    layers = packed.facts.num_layers
+    with Pipeline(packed, kv_bits=(4,) * layers, chunk=CHUNK, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
+        expected = pipeline.greedy([LONG, SHORT], NEW)
+    prepared = prepare_store(str(checkpoint))
+    low = low_bit_kv(KVPrecision.parse(4), prepared.facts)
+    without = plan_run(prepared.manifest, prepared.facts, memory_bytes=4 << 30, weight_memory_bytes=WEIGHTS,
+                       max_batch_tokens=CHUNK)  # fmt: skip
+    sizes = DiskPages.of(prepared.facts, low)
+    kv_bytes = 4 * sizes.window_bytes  # the windows of two sequences, and as much for pages
+    assert kv_bytes - 2 * sizes.window_bytes < sizes.page_bytes * sizes.pages_of(len(LONG))  # and staging is of it
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    with LLM(
+        checkpoint, memory=PROCESS_BYTES + without.activation_bytes + WEIGHTS + kv_bytes, weight_memory=WEIGHTS,
+        ray_address="local", device="cpu", max_batch_tokens=CHUNK, max_kv_tokens=2 * 3072, max_kv_sequences=2,
+        kv_on_disk="8MiB", kv_precision=4,
+    ) as llm:  # fmt: skip
+        assert any("tokens at 4 bits: " in line and "windows at 16 bits of" in line for line in llm.describe())
+        computed, loader, done = (
+            details(llm, "Scheduler")["tokens_computed"],
+            llm.pids()["NvmeLoader"],
+            threading.Event(),
+        )
+
+        def kill_when_pages_come_back() -> None:
+            while not done.wait(0.05):
+                if int(details(llm, "NvmeLoader")["kv_loaded_bytes"]) > 0:
+                    os.kill(loader, signal.SIGKILL)
+                    return
+
+        killer = threading.Thread(target=kill_when_pages_come_back)
+        killer.start()
+        try:
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in (LONG, SHORT)], params)
+        finally:
+            done.set()
+            killer.join()
+        assert llm.pids()["NvmeLoader"] != loader
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        again = details(llm, "Scheduler")["tokens_computed"] - computed - len(LONG) - len(SHORT) - 2 * (NEW - 1)
+        assert again == 0
