@@ -46,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+    # As in the compute worker. Threads that spin at every small product take an occupied core from those they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
