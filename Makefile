@@ -7,6 +7,8 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+# Processes among which `make test` shares the tests out by files, each with up to 3 GiB; 0: one, as without pytest-xdist.
+TEST_PROCESSES ?= 2
 
 DEMO_MODEL ?= pipo_ray/bundled
 DEMO_WEIGHT_MEMORY ?= 3MiB
@@ -35,7 +37,7 @@ demo: $(VENV)/installed ## generate text from the bundled model, with less weigh
 setup: $(VENV)/installed-dev ## create the virtual environment with the development tools
 
 test: $(VENV)/installed-dev ## the tests that need no GPU and take seconds
-	$(BIN)/pytest -m "not gpu and not slow" $(PYTEST_FLAGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) -m "not gpu and not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_FLAGS)

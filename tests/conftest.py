@@ -12,15 +12,17 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from side_by_side import Turns, by_files
 
 LEFTOVER_DEADLINE_S = 10.0  # what the watcher may take to clean up after a killed driver
 TEST_RUN = uuid.uuid4().hex
 CACHE = pytest.StashKey[Path]()
+TURNS = pytest.StashKey["Turns | None"]()
 _SESSION_FOLDER = re.compile(r"\.?pipo-[0-9a-f]{8}(-\d+-\d+)?")
 
 with contextlib.suppress(ImportError):  # the GPU machine has pytest but not hypothesis
@@ -37,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[CACHE] = Path(tempfile.mkdtemp(prefix="pytest-pipo-"))
+    shared = getattr(config, "workerinput", {}).get("turns")
+    config.stash[TURNS] = None if shared is None else Turns(Path(shared))
     os.environ |= {
         "PIPO_TEST_RUN": TEST_RUN,
         "PIPO_CACHE": str(config.stash[CACHE]),
@@ -59,6 +63,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+# --- several processes (make test) -----------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return by_files(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["turns"] = str(node.config.stash[CACHE])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    if (turns := item.config.stash[TURNS]) is None:
+        return (yield)
+    with turns.turn(item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 # --- nothing left behind ---------------------------------------------------------------------------------------------

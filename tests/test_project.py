@@ -167,3 +167,12 @@ def test_pins_lie_in_the_declared_ranges() -> None:
     assert len(declared) > 10
     for requirement in map(Requirement, declared):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_tests_that_start_ray_clusters_of_others_are_never_side_by_side() -> None:
+    pytest.importorskip("xdist")
+    from side_by_side import RAY_CLUSTERS
+
+    starts_one = re.compile(r"(foreign|two_node)_cluster\.py")
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    assert _names([path for path in files if starts_one.search(path.read_text())]) == sorted(RAY_CLUSTERS)

@@ -12,6 +12,7 @@ import pipo_ray
 from pipo_ray.cli import main
 
 
+@pytest.mark.alone  # a bound on time
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     code = (

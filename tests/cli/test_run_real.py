@@ -57,6 +57,7 @@ def documented(indent: str) -> set[str]:
     return {key for line in lines for key in line.split(", ")}
 
 
+@pytest.mark.alone  # --background takes only the processor time that nobody else wants
 def test_json_streams_more_than_the_budget_holds(store: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a second, longer one"}\n{"prompt_token_ids": [5, 6, 7]}\n')
     done = pipo(

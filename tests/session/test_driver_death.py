@@ -118,6 +118,7 @@ def no_driver_outlives_its_test() -> Iterator[None]:
         child.wait()
 
 
+@pytest.mark.alone  # bounds on time, with seven sessions at once
 def test_sigkill_and_ctrl_c_at_any_moment_leave_nothing() -> None:
     semaphores = set(glob.glob("/dev/shm/sem.*"))
     moments = {
@@ -173,6 +174,7 @@ def test_sigkill_and_ctrl_c_at_any_moment_leave_nothing() -> None:
     assert set(glob.glob("/dev/shm/sem.*")) - semaphores <= mapped
 
 
+@pytest.mark.alone  # any session that starts sweeps
 def test_power_cut_is_swept_by_the_next_start() -> None:
     driver = Driver("work and record")
     driver.find_folder()
