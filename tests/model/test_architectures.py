@@ -9,15 +9,16 @@ import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_SLUG, LONGROPE_ORIGINAL_LENGTH, VOCAB_SIZE, Architecture
-from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
+from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
 from transformers import AutoModelForCausalLM
 
 NUM_TOKENS = 64
@@ -45,6 +46,20 @@ def table() -> Iterator[list[Row]]:
     yield rows
     if path := os.environ.get("PIPO_ARCH_TABLE"):
         Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[PackedModel, Any]]:
+    """The architecture of that slug in float32, packed, and transformers' own model; made once, and read only."""
+
+    @cache
+    def make(slug: str) -> tuple[PackedModel, Any]:
+        folder = tmp_path_factory.mktemp(slug)
+        checkpoint = BY_SLUG[slug].save(folder / "checkpoint")
+        packed = pack_checkpoint(checkpoint, folder / "store", torch.float32)
+        return packed, reference_model(checkpoint, torch.float32)
+
+    return make
 
 
 def reference_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -82,11 +97,11 @@ def compare_float32(pipeline: Pipeline, model: Any, prompts: list[list[int]], nu
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, **by_slug)
-def test_float32_is_transformers(architecture: Architecture, tmp_path: Path, table: list[Row]) -> None:
-    checkpoint = architecture.save(tmp_path / "checkpoint")
-    packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
+def test_float32_is_transformers(
+    architecture: Architecture, float32: Callable[[str], tuple[PackedModel, Any]], table: list[Row]
+) -> None:
+    packed, model = float32(architecture.slug)
     assert packed.facts.ragged == architecture.ragged, packed.facts.probe_reason
-    model = reference_model(checkpoint, torch.float32)
     prompts = random_prompts(VOCAB_SIZE, (5, 19, 11))
     with Pipeline(packed) as pipeline:
         error = compare_float32(pipeline, model, prompts, NUM_TOKENS)
@@ -102,10 +117,10 @@ def test_float32_is_transformers(architecture: Architecture, tmp_path: Path, tab
     [{"spare_slots": 1, "resident_pieces": 0}, {"slot_bytes": 1 << 17, "spare_slots": 5}, {"resident_pieces": 1 << 20}],
     ids=["one-spare", "large-slots", "all-resident"],
 )
-def test_greedy_text_does_not_depend_on_slots(slug: str, slots: dict[str, int], tmp_path: Path) -> None:
-    checkpoint = BY_SLUG[slug].save(tmp_path / "checkpoint")
-    packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
-    model = reference_model(checkpoint, torch.float32)
+def test_greedy_text_does_not_depend_on_slots(
+    slug: str, slots: dict[str, int], float32: Callable[[str], tuple[PackedModel, Any]]
+) -> None:
+    packed, model = float32(slug)
     prompts = random_prompts(VOCAB_SIZE, (3, 14))
     with Pipeline(packed, chunk=None, **slots) as pipeline:
         texts = pipeline.greedy(prompts, 10)
@@ -113,12 +128,12 @@ def test_greedy_text_does_not_depend_on_slots(slug: str, slots: dict[str, int], 
 
 
 @pytest.mark.parametrize("length", [LONGROPE_ORIGINAL_LENGTH + n for n in (-20, -2, -1, 0, 1, 9)])
-def test_longrope_changes_where_transformers_changes(length: int, tmp_path: Path) -> None:
+def test_longrope_changes_where_transformers_changes(
+    length: int, float32: Callable[[str], tuple[PackedModel, Any]]
+) -> None:
     """Prompts below and above the original context, and such as cross it while decoding: the KV cache is rebuilt."""
-    checkpoint = BY_SLUG["phi3-longrope"].save(tmp_path / "checkpoint")
-    packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
+    packed, model = float32("phi3-longrope")
     assert packed.facts.rebuild_length == LONGROPE_ORIGINAL_LENGTH
-    model = reference_model(checkpoint, torch.float32)
     prompts = random_prompts(VOCAB_SIZE, (length, 4), seed=length)
     with Pipeline(packed) as pipeline:
         texts = pipeline.greedy(prompts, 8)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,9 +43,22 @@ OTHERS = (
 INT4, BF16 = Precision.parse("int4-g32"), Precision.parse("16bit")
 
 
-def pack(architecture: Architecture, folder: Path, precision: Precision = INT4) -> PackedModel:
-    checkpoint = architecture.save(folder / "checkpoint", dtype="bfloat16")
-    return pack_checkpoint(checkpoint, folder / "store", torch.bfloat16, precision, panel_bytes=4096, layout=LAYOUT)
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PackedModel]:
+    """pack(architecture, precision): packed once each, and read only."""
+    made: dict[tuple[str, Precision], PackedModel] = {}
+
+    def make(architecture: Architecture, precision: Precision = INT4) -> PackedModel:
+        key = architecture.slug, precision
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture.slug)
+            checkpoint = architecture.save(folder / "checkpoint", dtype="bfloat16")
+            made[key] = pack_checkpoint(
+                checkpoint, folder / "store", torch.bfloat16, precision, panel_bytes=4096, layout=LAYOUT
+            )
+        return made[key]
+
+    return make
 
 
 def pipeline(packed: PackedModel, kernel: Kernel = "compiled", **options: Any) -> Pipeline:
@@ -102,9 +113,9 @@ def logits(opened: Pipeline, tokens: list[int], prompt: int, modules: bool = Fal
 @pytest.mark.parametrize("precision", [INT4, BF16], ids=["int4", "bf16"])
 @pytest.mark.parametrize("architecture", TAKEN, ids=lambda one: one.slug)
 def test_a_layer_is_one_call_and_computes_the_same(
-    architecture: Architecture, precision: Precision, threads: int, tmp_path: Path
+    architecture: Architecture, precision: Precision, threads: int, pack: Callable[..., PackedModel]
 ) -> None:
-    packed = pack(architecture, tmp_path, precision)
+    packed = pack(architecture, precision)
     (tokens,) = random_prompts(VOCAB_SIZE, (60,))
     with pipeline(packed) as opened:
         got = logits(opened, tokens, 20)
@@ -119,8 +130,8 @@ def test_a_layer_is_one_call_and_computes_the_same(
     assert float((got - expected).norm() / expected.norm()) < 0.01
 
 
-def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(tmp_path: Path) -> None:
-    packed = pack(TAKEN[0], tmp_path)
+def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(pack: Callable[..., PackedModel]) -> None:
+    packed = pack(TAKEN[0])
     one, other = random_prompts(VOCAB_SIZE, (30, 20))
     with pipeline(packed) as opened:
         alone = opened.greedy([one], 5)
@@ -132,8 +143,10 @@ def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(tmp
 
 
 @pytest.mark.parametrize("architecture", OTHERS, ids=lambda one: one.slug)
-def test_a_layer_that_computes_something_else_stays_as_it_is(architecture: Architecture, tmp_path: Path) -> None:
-    packed = pack(architecture, tmp_path)
+def test_a_layer_that_computes_something_else_stays_as_it_is(
+    architecture: Architecture, pack: Callable[..., PackedModel]
+) -> None:
+    packed = pack(architecture)
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
     with pipeline(packed) as opened:
         got = logits(opened, tokens, 8)
@@ -143,10 +156,10 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(architecture: Archi
 
 @pytest.mark.parametrize(("kernel", "taken"), [("compiled", 3), ("native", 2)])
 def test_a_matrix_for_another_kernel_leaves_its_layer_to_the_modules(
-    kernel: Kernel, taken: int, tmp_path: Path
+    kernel: Kernel, taken: int, pack: Callable[..., PackedModel]
 ) -> None:
     policy = Precision((Rule("*.layers.1.mlp.up_proj.*", "16bit"), Rule("*", "int4-g32")))
-    packed = pack(TAKEN[1], tmp_path, policy)
+    packed = pack(TAKEN[1], policy)
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
     with pipeline(packed, kernel) as opened:
         logits(opened, tokens, 8)
@@ -161,8 +174,10 @@ def test_a_matrix_for_another_kernel_leaves_its_layer_to_the_modules(
         (Rule("*.[qk]_proj.*", "int8"), Rule("*.v_proj.*", "16bit"), Rule("*", "int4-g32")),
     ],
 )
-def test_matrices_in_int8_and_all_widths_in_one_layer(policy: tuple[Rule, ...], tmp_path: Path) -> None:
-    packed = pack(TAKEN[3], tmp_path, Precision(policy))
+def test_matrices_in_int8_and_all_widths_in_one_layer(
+    policy: tuple[Rule, ...], pack: Callable[..., PackedModel]
+) -> None:
+    packed = pack(TAKEN[3], Precision(policy))
     (tokens,) = random_prompts(VOCAB_SIZE, (20,))
     with pipeline(packed) as opened:
         logits(opened, tokens, 8)  # compared
@@ -172,8 +187,8 @@ def test_matrices_in_int8_and_all_widths_in_one_layer(policy: tuple[Rule, ...], 
     assert float((got - expected).norm() / expected.norm()) < 0.01
 
 
-def test_weights_that_go_and_come_again_are_looked_for_anew(tmp_path: Path) -> None:
-    packed = pack(TAKEN[0], tmp_path)
+def test_weights_that_go_and_come_again_are_looked_for_anew(pack: Callable[..., PackedModel]) -> None:
+    packed = pack(TAKEN[0])
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
     with pipeline(packed) as opened:
         before = logits(opened, tokens, 8)
@@ -183,8 +198,8 @@ def test_weights_that_go_and_come_again_are_looked_for_anew(tmp_path: Path) -> N
         assert in_use(opened) == 3
 
 
-def test_where_weights_stream_nothing_is_compiled(tmp_path: Path) -> None:
-    packed = pack(replace(TAKEN[0]), tmp_path)
+def test_where_weights_stream_nothing_is_compiled(pack: Callable[..., PackedModel]) -> None:
+    packed = pack(TAKEN[0])
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
     low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled_low_bit())
     with Pipeline(packed, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True) as opened:
