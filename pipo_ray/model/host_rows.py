@@ -103,7 +103,8 @@ class PackedRow:
         self, layer: int, caches: Sequence[LowBitCache], keys: Tensor, values: Tensor, rule: AttentionRule
     ) -> None:
         self._layer, self._caches = layer, caches
-        self._memories = [cache.layer_for(layer, keys[:, :1], values[:, :1], rule) for cache in caches]
+        one = keys[:, :1], values[:, :1]
+        self._memories = [cache.layer_for(layer, *one, rule) for cache in caches]
 
     @property
     def memories(self) -> Sequence[object]:
