@@ -35,9 +35,21 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> FailingDrive:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bytes_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without a tokenizer, packed into the cache once for all. To be read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("plain") / "bytes-llama", BYTES_LLAMA)
+
+
+@pytest.fixture(scope="session")
+def text_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tokenizer."""
+    return make_checkpoint(tmp_path_factory.mktemp("text") / "bytes-llama", BYTES_LLAMA, tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def store(bytes_llama: Path) -> Path:
     """More than `drive_runs.BUDGET` holds."""
-    return prepare_store(make_checkpoint(tmp_path_factory.mktemp("drive") / "bytes-llama", BYTES_LLAMA)).folder
+    return prepare_store(bytes_llama).folder
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from pipo_ray.pipeline.roll import ACTORS, WINDOW_S
 from pipo_ray.plan.transfer import Mode
 from pipo_ray.session import processes
 
-from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import VOCAB_SIZE, prompts_of
 from .footprint import Footprint, store_mappings, wait_until_gone
 from .traces import Event, live_events
 
@@ -39,14 +39,9 @@ Tokens = dict[tuple[int, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("death") / "bytes-llama", BYTES_LLAMA, tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def llm(checkpoint: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def llm(text_llama: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     trace = tmp_path_factory.mktemp("trace") / "trace.json"
-    with LLM(checkpoint, memory="3GiB", weight_memory="450KiB", ray_address="local", trace=trace, mode=mode) as llm:
+    with LLM(text_llama, memory="3GiB", weight_memory="450KiB", ray_address="local", trace=trace, mode=mode) as llm:
         footprint = Footprint(llm._session.path, os.getpid())
         yield llm
         footprint.note()

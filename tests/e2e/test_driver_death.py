@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from architectures import Architecture
 
+from pipo_ray.prepare import prepare_store
 from pipo_ray.session import processes
 
-from .checkpoints import BYTES_LLAMA, make_checkpoint
+from .checkpoints import make_checkpoint
 from .footprint import Footprint, find_session, wait_until_gone
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -31,12 +32,10 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(bytes_llama: Path) -> Path:
     """A small one, packed before the drivers start."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("driver") / "bytes-llama", BYTES_LLAMA)
-    driver = Driver(folder, "end")
-    assert driver.wait() == 0
-    return folder
+    prepare_store(bytes_llama)
+    return bytes_llama
 
 
 class Driver:

@@ -14,7 +14,7 @@ from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import InputError
 from pipo_ray.plan.transfer import Mode
 
-from .checkpoints import BYTES_LLAMA, EOS, VOCAB_SIZE, make_checkpoint, prompts_of, reference_greedy, reference_logits
+from .checkpoints import EOS, VOCAB_SIZE, prompts_of, reference_greedy, reference_logits
 from .footprint import Footprint, wait_until_gone
 from .traces import finished_trace, live_events, overlap
 
@@ -26,8 +26,8 @@ PROMPTS = prompts_of((3, 41, 11, 1), VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("e2e") / "bytes-llama", BYTES_LLAMA, tokenizer=True)
+def checkpoint(text_llama: Path) -> Path:
+    return text_llama
 
 
 @pytest.fixture(scope="module")

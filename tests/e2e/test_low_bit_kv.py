@@ -16,7 +16,7 @@ from pipo_ray import LLM, SamplingParams
 from pipo_ray.cli.main import main
 from pipo_ray.errors import InputError
 
-from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import VOCAB_SIZE, make_checkpoint, prompts_of
 
 NUM_TOKENS = 12
 PROMPTS = prompts_of((250, 20, 290), VOCAB_SIZE)
@@ -25,8 +25,8 @@ BITS = (4, 16, 4)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("kv") / "bytes-llama", BYTES_LLAMA)
+def checkpoint(bytes_llama: Path) -> Path:
+    return bytes_llama
 
 
 @pytest.mark.parametrize("dies", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lives", "dies"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,15 @@ import pytest
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.outputs import RequestOutput
 
-from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import VOCAB_SIZE, prompts_of
 from .footprint import Footprint, wait_until_gone
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    checkpoint = make_checkpoint(tmp_path_factory.mktemp("prefix") / "model", BYTES_LLAMA, tokenizer=True)
-    with LLM(checkpoint, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
+def llm(text_llama: Path) -> Iterator[LLM]:
+    with LLM(text_llama, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
         footprint = Footprint(llm._session.path, os.getpid())
         yield llm
         footprint.note()

@@ -12,7 +12,7 @@ import pytest
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import ActorFailedError
 
-from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import VOCAB_SIZE, prompts_of
 from .footprint import Footprint, wait_until_gone
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
@@ -23,10 +23,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("victim", [
     "NvmeLoader", *(pytest.param(name, marks=SLOW) for name in ("StagingPool", "ComputeWorker", "Scheduler"))
 ])  # fmt: skip
-def test_the_third_death_within_a_minute_ends_the_run(victim: str, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "checkpoint", BYTES_LLAMA)
+def test_the_third_death_within_a_minute_ends_the_run(victim: str, bytes_llama: Path) -> None:
     killed: list[int] = []
-    with LLM(folder, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
+    with LLM(bytes_llama, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
         footprint = Footprint(llm._session.path, os.getpid())
         last_death = 0.0
 
@@ -56,6 +55,6 @@ def test_the_third_death_within_a_minute_ends_the_run(victim: str, tmp_path: Pat
     assert took < 30
     wait_until_gone(footprint, 2.0)
     # The process can go on, with another LLM.
-    with LLM(folder, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
+    with LLM(bytes_llama, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
         (output,) = llm.generate([PROMPTS[0]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
         assert len(output.outputs[0].token_ids) == 3
