@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,34 +199,59 @@ CASES = [
 ]
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A store in few bits; the logits that transformers computes with its weights, in float32 and in bf16."""
+
+    store: PackedModel
+    exact: list[torch.Tensor]
+    theirs: list[torch.Tensor]
+
+
+SEQUENCES = random_prompts(256, (40, 13, 60), seed=2)
+
+
+@pytest.fixture(scope="module")
+def rounded(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Rounded]:
+    """rounded(configuration class, format): made once for all kernels."""
+
+    @cache
+    def make(config: str, name: str) -> Rounded:
+        checkpoint = tiny_checkpoint(config, dtype="bfloat16", seed=1, **LARGER | MODELS[config])
+        folder = tmp_path_factory.mktemp("rounded") / "store"
+        store = pack_checkpoint(checkpoint, folder, torch.bfloat16, Precision.parse(name), panel_bytes=1)
+        logits = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
+            dequantized(store, model)
+            logits.append([forced(model, tokens) for tokens in SEQUENCES])
+        return Rounded(store, *logits)
+
+    return make
+
+
 @pytest.mark.parametrize("config, name, kernel", CASES)
 def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
-    config: str, name: str, kernel: Kernel, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+    config: str, name: str, kernel: Kernel, rounded: Callable[[str, str], Rounded]
 ) -> None:
     """RMS error of logits against float32, beside that of transformers in bf16."""
-    checkpoint = tiny_checkpoint(config, dtype="bfloat16", seed=1, **LARGER | MODELS[config])
-    store = pack_checkpoint(checkpoint, tmp_path / "store", torch.bfloat16, Precision.parse(name), panel_bytes=1)
+    known = rounded(config, name)
+    store = known.store
     experts = [t for block in store.manifest.blocks for t in block.tensors if t.expert is not None]
     assert all(tensor.panels is not None for tensor in experts)
     assert bool(experts) == (config in ("Qwen3MoeConfig", "MixtralConfig"))
-    exact, theirs = (
-        dequantized(
-            store, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=d, attn_implementation="eager").eval()
-        )
-        for d in (torch.float32, torch.bfloat16)
-    )
-    sequences = random_prompts(256, (40, 13, 60), seed=2)
     products = LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=COMPILED)
     with Pipeline(store, spare_slots=2, chunk=16, low_bit=products) as pipeline:
         assert experts or any(not tensor.whole for piece in pipeline.pieces for tensor in piece.tensors)
         assert pipeline.stream.times.streamed_bytes == 0
-        followed = pipeline.follow(sequences, [len(tokens) - 10 for tokens in sequences])
+        followed = pipeline.follow(SEQUENCES, [len(tokens) - 10 for tokens in SEQUENCES])
         assert pipeline.stream.times.streamed_bytes > 0
     squares = {"ours": 0.0, "theirs": 0.0}
-    for tokens, one in zip(sequences, followed, strict=True):
-        reference = forced(exact, tokens)
-        squares["ours"] += float((one.logits.double() - reference).square().sum())
-        squares["theirs"] += float((forced(theirs, tokens) - reference).square().sum())
+    for exact, theirs, ours in zip(known.exact, known.theirs, followed, strict=True):
+        squares["ours"] += float((ours.logits.double() - exact).square().sum())
+        squares["theirs"] += float((theirs - exact).square().sum())
     ratio = (squares["ours"] / squares["theirs"]) ** 0.5
     assert ratio <= 1.25, f"{ratio:.2f} times the error that transformers has"
 
