@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,34 @@ class CompiledAttention:
         self.run(Call(one, self._packed_context, nbytes))
         return output
 
+    def attend_parts(
+        self, query: Tensor, new: tuple[Tensor, Tensor], parts: Iterable[Sequence[Tensor]],
+        window: tuple[Tensor, Tensor], length: int, unseen: int, layout: PageLayout, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """The same, to the last bit, where pages come in `parts`, each of which is tensors [n, page_bytes] that are
+        there until the next is asked for; of all their tokens those behind the first `unseen`. `window` and `length`
+        are as in `PackedTokens`.
+        """
+        heads, dim = query.shape[0], query.shape[2]
+        output = query.new_empty(heads, 1, dim)
+        state = torch.empty(heads * packed_attention.state_bytes(layout), dtype=torch.uint8)
+        one, _ = self._packed_functions(layout, heads)
+        page_bytes, *_ = places = packed_attention.places(layout)
+        first = _words(query, new, window, output.data_ptr(), 0, 0, length, scale)
+        goes_on = 0
+        for part in parts:
+            runs = context_of([word for pages in part for word in (pages.data_ptr(), len(pages))])
+            self._packed_context[:] = (
+                *first, 0, 0, unseen, *places, ctypes.addressof(runs), len(part), state.data_ptr(), goes_on, 1
+            )  # fmt: skip
+            self.run(Call(one, self._packed_context, sum(len(pages) for pages in part) * page_bytes))
+            goes_on, unseen = 1, 0
+        ahead = min(unseen, length - 1)
+        last = _words(query, new, window, output.data_ptr(), 0, ahead, length, scale)
+        self._packed_context[:] = (*last, 0, 0, 0, *places, 0, 0, state.data_ptr(), goes_on, 0)
+        self.run(Call(one, self._packed_context, 4 * layout.heads * dim * (length - ahead)))
+        return output
+
     def each_packed(
         self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[PackedTokens], layout: PageLayout,
         scale: float, output: Tensor,
@@ -220,6 +248,7 @@ _NEXT, _KEYS, _VALUES, _LENGTH, _KEYS_STRIDE, _VALUES_STRIDE = map(
     attention.FIELDS.index, ("next", "keys", "values", "length", "keys_stride", "values_stride")
 )
 _NUM_PAGES = packed_attention.FIELDS.index("num_pages")
+_IN_ONE_CALL = (0, 0, 0, 0, 0)  # from `runs` on
 
 
 def _words(
@@ -252,6 +281,6 @@ def _packed_words(
     start = pages.untyped_storage().data_ptr() + int(pages.storage_offset())
     words = (
         *_words(query, new, memory.window, output, column, ahead, memory.length, scale),
-        start + whole * page_bytes, count, unseen, *places,
+        start + whole * page_bytes, count, unseen, *places, *_IN_ONE_CALL,
     )  # fmt: skip
     return words, count * page_bytes + 4 * layout.heads * layout.key_dim * (memory.length - ahead)

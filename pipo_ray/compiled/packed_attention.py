@@ -16,7 +16,7 @@ Needs AVX512F, BW, VNNI and BF16. The instructions by name: VPDPBUSD, VDPBF16PS.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,11 +29,15 @@ from pipo_ray.plan.low_bit_pages import PageLayout
 
 FIELDS = (
     *attention.FIELDS, "pages", "num_pages", "unseen", "page_bytes", "value_codes", "key_scales", "key_zeros",
-    "value_scales", "value_zeros", "sharing",
+    "value_scales", "value_zeros", "sharing", "runs", "num_runs", "state", "goes_on", "comes_back",
 )  # fmt: skip
 """The context of `attention.py`, with keys and values behind the pages; address of the first page, number of pages, of
 the first page's tokens those that are not seen, bytes of a page and of where its parts begin, and how many heads share
-a value's scale.
+a value's scale. Pages that lie in several places: the address of `num_runs` pairs of address and number, instead of the
+first two; 0: there are none.
+
+A call that *goes on* (1) begins with what one that *comes back* (1) has left of each head at `state`, `state_bytes`
+apart; one that comes back adds no tokens behind the pages, and has no output. Either flag is 0 where all is one call.
 """
 
 NAME = "attend_packed"
@@ -52,6 +56,7 @@ _MAGIC = 1.5 * 2**23  # with it, a number of less than 2^22 is rounded, and in t
 _BYTES = "<64 x i8>"
 _MORE = f"""
 declare {INTS} @llvm.x86.avx512.vpdpbusd.512({INTS}, {INTS}, {INTS})
+declare i64 @llvm.umax.i64(i64, i64)
 """
 
 
@@ -64,8 +69,13 @@ def takes(layout: PageLayout) -> bool:
 
 @cache
 def places(layout: PageLayout) -> tuple[int, ...]:
-    """The context's last words, from `page_bytes` on."""
+    """The context's words from `page_bytes` to `sharing`."""
     return (layout.page_bytes, *itertools.accumulate(layout.parts[:-1]), layout.heads_per_group)
+
+
+def state_bytes(layout: PageLayout) -> int:
+    """Of what a head's call leaves for the next one."""
+    return 64 * (2 + layout.value_dim // _LANES + layout.value_groups)
 
 
 def module(layout: PageLayout, at_once: int) -> str:
@@ -133,20 +143,44 @@ class _Code:
                         f.store(FLOATS, scaled, f.at(room.query, 4 * at))
                     for part in range(self._groups):
                         f.store(FLOATS, "zeroinitializer", f.at(room.offsets, 64 * part))
-                with f.loop(f.field("num_pages")) as page:
-                    self._page(page, starts, so_far, mine)
-                for one, room in zip(so_far, mine, strict=True):
-                    self._in_order(one, room)
-                add_tokens(f, dim, queries, so_far, keys, values, scale)
-                for head, one in zip(heads, so_far, strict=True):
-                    one.store_mean(f, f.at(f.field("output", "ptr"), f.multiply(head, 2 * dim)))
+                with f.loop(f.field("goes_on")):
+                    for head, one, room in zip(heads, so_far, mine, strict=True):
+                        for place, kept in self._state(head, one, room):
+                            f.store(FLOATS, f.load(FLOATS, kept), place)
+                several = f.value(f"icmp ne i64 {f.field('num_runs')}, 0")
+                runs = f.value(f"select i1 {several}, ptr {f.field('runs', 'ptr')}, ptr {f.place_of('pages')}")
+                with f.loop(f.value(f"call i64 @llvm.umax.i64(i64 {f.field('num_runs')}, i64 1)")) as run:
+                    pair = f.at(runs, f.multiply(run, 16))
+                    with f.loop(f.load("i64", f.at(pair, 8))) as page:
+                        before = f.value(f"or i64 {run}, {page}")
+                        self._page(f.load("ptr", pair), page, before, starts, so_far, mine)
+                with f.loop(f.field("comes_back")):
+                    for head, one, room in zip(heads, so_far, mine, strict=True):
+                        for place, kept in self._state(head, one, room):
+                            f.store(FLOATS, f.load(FLOATS, place), kept)
+                with f.loop(f.without("1", f.field("comes_back"))):
+                    for one, room in zip(so_far, mine, strict=True):
+                        self._in_order(one, room)
+                    add_tokens(f, dim, queries, so_far, keys, values, scale)
+                    for head, one in zip(heads, so_far, strict=True):
+                        one.store_mean(f, f.at(f.field("output", "ptr"), f.multiply(head, 2 * dim)))
         return f.text()
 
-    def _page(self, page: str, starts: list[str], so_far: list[HeadSoFar], rooms: list[_Rooms]) -> None:
-        """Add a page to several heads."""
+    def _state(self, head: str, one: HeadSoFar, room: _Rooms) -> Iterator[tuple[str, str]]:
+        """Places of what has come of a head so far, and those where it is kept between calls."""
+        f = self._f
+        start = f.at(f.field("state", "ptr"), f.multiply(head, state_bytes(self._layout)))
+        offsets = [f.at(room.offsets, 64 * part) for part in range(self._groups)]
+        for number, place in enumerate([one.largest, one.total, *one.sums, *offsets]):
+            yield place, f.at(start, 64 * number)
+
+    def _page(
+        self, pages: str, page: str, before: str, starts: list[str], so_far: list[HeadSoFar], rooms: list[_Rooms]
+    ) -> None:
+        """Add number `page` of `pages` to several heads; of the call's first page `before` is 0."""
         f = self._f
         stride = f.field("page_bytes")
-        start = f.at(f.field("pages", "ptr"), f.multiply(page, stride))
+        start = f.at(pages, f.multiply(page, stride))
         key_codes, value_codes, key_scales, key_zeros, value_scales, value_zeros = (f.at(start, at) for at in starts)
         for place, num_bytes in (
             (key_scales, 2 * self._dim), (key_zeros, 2 * self._dim),
@@ -159,7 +193,7 @@ class _Code:
         units = [self._digits_of_query(room, scales, zeros) for room in rooms]
         self._multiply_keys(key_codes, stride, rooms)
         tokens_scales, tokens_zeros = self._of_values(value_scales), self._of_values(value_zeros)
-        is_first = f.value(f"icmp eq i64 {page}, 0")
+        is_first = f.value(f"icmp eq i64 {before}, 0")
         unseen = f.value(f"select i1 {is_first}, i64 {f.field('unseen')}, i64 0")
         unseen = f.splat("i32", f.value(f"trunc i64 {unseen} to i32"))
         weighted = []

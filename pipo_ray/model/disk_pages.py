@@ -42,15 +42,16 @@ class DiskPages:
     def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
         """See `PackedPages`. Raises KVPagesLostError."""
         self._store.enter(self._cache)
-        index = first // self._per_page
-        while index * self._per_page < stop:
-            start = index * self._per_page
-            index = (index // self._store.at_once + 1) * self._store.at_once
-            index = min(index, -(-stop // self._per_page))
-            pages = self._cache.layers[self._layer][start // self._per_page : index]
-            packed = self._packed(self._store.read(pages))
-            yield (packed[max(0, first - start) : stop - start],)
-            self._store.used(pages)
+        pages = self._cache.layers.get(self._layer, [])
+        index, behind = first // self._per_page, -(-stop // self._per_page)
+        while index < behind and first < stop:
+            here, held, begin = [], index, index * self._per_page
+            for some in self._store.read_some(pages[index:behind]):
+                packed = self._packed(some)
+                here.append(packed[max(0, first - begin) : stop - begin])
+                index, begin = index + len(some), begin + len(packed)
+            yield here
+            self._store.used(pages[held:index])
 
     def whole(self, stop: int) -> Tensor | None:
         """See `PackedPages`."""

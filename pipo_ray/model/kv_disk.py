@@ -32,7 +32,7 @@ from pipo_ray.model.kv_page_layout import PageLayout
 from pipo_ray.pipeline.device_ops import DeviceOps
 from pipo_ray.pipeline.page_table import MOVING, FrameState, PageTable
 from pipo_ray.pipeline.slots import U8
-from pipo_ray.plan.kv_disk import GROUP_PAGES, PASSING_PAGES, KVDiskPlacement, kept_pages
+from pipo_ray.plan.kv_disk import GROUP_PAGES, PASSING_PAGES, RUN_BYTES, KVDiskPlacement, kept_pages
 
 
 class KVPagesLostError(Exception):
@@ -66,6 +66,8 @@ class KVDisk:
             newest = placement.gpu_pages - PASSING_PAGES
             self._copies = PageCopies(ram, ops, newest, GROUP_PAGES)
         self.at_once = 1 if ops is None else GROUP_PAGES
+        # Frames that are attended to are frames into which nothing is read.
+        self._most_together = max(1, min(RUN_BYTES // placement.page_bytes, placement.ahead_pages // 2))
         self._free = deque(range(placement.ram_pages))
         self._free_stored = list(reversed(range(placement.disk_pages)))
         self._saving: deque[Page] = deque()
@@ -145,6 +147,19 @@ class KVDisk:
         self._into_group(self._copies, len(pages), here)
         return self._copies.group(len(pages))
 
+    def read_some(self, pages: Sequence[Page]) -> list[Tensor]:
+        """As many of the first of `pages` as are worth a call and cost no further wait, uint8 [n, page_bytes] each;
+        they are valid until `used`.
+        """
+        if self._copies is not None:
+            return [self.read(pages[: self.at_once])]
+        here = [self.read(pages[:1])]
+        for page in pages[1 : self._most_together]:
+            if not self._is_here(page):
+                break
+            here.append(self.read([page]))
+        return here
+
     def _into_group(self, copies: PageCopies, stop: int, here: list[Page]) -> None:
         """These pages are copied to the group's rows before `stop`. Their frames are needed for that alone: so RAM need
         not hold a group at once.
@@ -178,7 +193,9 @@ class KVDisk:
         if self._copies is not None:
             self._copies.passed()
         else:
-            self.release(pages[0])
+            for page in pages:
+                self._give_back(page)
+            self._claim()
 
     def release(self, page: Page) -> None:
         """The page in RAM has been used, or will not be."""

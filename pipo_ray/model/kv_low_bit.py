@@ -278,16 +278,23 @@ class LowBitLayer:
     def _compiles(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether `_attend_alone` is for these."""
         compiled = self._store.compiled
-        is_whole = self._pages.whole(packed_pages(self._length)) is not None
-        takes = compiled is not None and packed_attention.takes(self.layout) and compiled.takes(query, keys, values)
-        return takes and is_whole
+        return compiled is not None and packed_attention.takes(self.layout) and compiled.takes(query, keys, values)
 
     def _attend_alone(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """Append a token, number `start`, and let it attend to what it sees of all."""
         assert self._store.compiled is not None
         _, size = self._grow(start, 1)
-        seen = self.seen(size, packed_pages(start), rule)
-        output = self._store.compiled.attend_packed(query, (keys, values), seen, self.layout, rule.scale)
+        num_pages = packed_pages(start)
+        if self._pages.whole(num_pages) is not None:
+            seen = self.seen(size, num_pages, rule)
+            output = self._store.compiled.attend_packed(query, (keys, values), seen, self.layout, rule.scale)
+        else:
+            first = rule.first_visible(self._length)
+            begin = min(first // PAGE_TOKENS, num_pages)
+            output = self._store.compiled.attend_parts(
+                query, (keys, values), self._pages.parts(begin, num_pages), self._window, size,
+                first - begin * PAGE_TOKENS, self.layout, rule.scale,
+            )  # fmt: skip
         if self._leaving(start):
             self._let_go(start, *(window[:, :size].clone() for window in self._window))
         return output

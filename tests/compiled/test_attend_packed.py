@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -81,6 +82,39 @@ def test_it_is_attention_to_what_the_pages_stand_for(
     # In 3000 random cases it was off by 0.0027 at most besides the result's rounding; how far it is off on the whole,
     # the next test tells.
     torch.testing.assert_close(got.double(), case.exact(first, scale), rtol=2**-8, atol=8e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    SHAPES, st.sampled_from([8, 4]), st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), max_size=4),
+    st.integers(1, SHORT_TOKENS), st.floats(0, 1), st.integers(0, 99),
+)  # fmt: skip
+def test_pages_that_come_in_parts_change_no_bit(
+    shape: tuple[int, int], bits: int, parts: list[list[int]], length: int, unseen: float, seed: int
+) -> None:
+    """A part is gone when the next one comes, and so is what a call has left on its stack."""
+    pages = sum(map(sum, parts))
+    case = Case(2, shape[1], shape[0], bits, pages, length, seed)
+    first = round(unseen * (pages * PAGE_TOKENS + length - 1))
+    expected = case.attend(first, 0.1)
+    begin, within = divmod(min(first, pages * PAGE_TOKENS), PAGE_TOKENS)
+    if begin == pages:
+        within = first - pages * PAGE_TOKENS
+
+    def arriving() -> Iterator[list[torch.Tensor]]:
+        at = 0
+        for part in parts:
+            here = []
+            for count in part:
+                here += [case.pages[max(at, begin) : at + count].clone()] if at + count > begin else []
+                at += count
+            if here:
+                yield here
+                for one in here:
+                    one.fill_(255)
+
+    got = ATTENTION.attend_parts(case.query, case.new, arriving(), case.window, length, within, case.layout, 0.1)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -19,6 +19,7 @@ from pipeline.page_loader import Pages
 from pipeline.pages_on_disk import pages_on_disk
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.errors import DriveError, UnsupportedModelError
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.disk_cache import DiskCache
@@ -320,3 +321,18 @@ def test_larger_pages_than_the_facts_say_are_refused() -> None:
         wide = [torch.zeros(heads, 1, 64) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         with pytest.raises(UnsupportedModelError, match="layer 0 caches pages of 4608 bytes, its model's facts say"):
             cache.attend(0, *wide, AttentionRule(1.0))
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.parametrize("bits", [(8, 8), (4, 16)])
+def test_the_compiled_kernel_reads_them(bits: tuple[int, ...]) -> None:
+    """A token that comes alone: to the last bit what it is with all pages in one place."""
+    torch.manual_seed(5)
+    with stage(bits, STAGING + 3 * 2, dim=64, dtype=torch.bfloat16, compiled=CompiledAttention()) as one:
+        one.join(2500)
+        one.sweep({0: 2200})
+        for window in (None, None, 600, 100):
+            for _ in range(20):
+                one.sweep({0: 1}, window)
+        assert one.disk.loaded_pages
+        one.check(0)
