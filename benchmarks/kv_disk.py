@@ -4,14 +4,15 @@ encryption costs.
 How to run (1 GiB free in --folder, which is to be on the drive that is asked about; three minutes, --quick: one):
 
     python benchmarks/kv_disk.py [--tokens 8192] [--new 32] [--layers 8] [--hidden 1024] [--rounds 3] [--folder DIR]
-        [--quick] [--json FILE]
+        [--kv-precision 4] [--share 4] [--quick] [--json FILE]
 
 A random Llama (hidden size 1024, 8 KV heads of 64, bf16; all weights in memory, so that nothing but KV moves) reads the
 bundled held-out text in chunks of 512 tokens and goes on for 32. Printed per run: seconds to the first token and per
 token behind it, bytes saved and loaded, and whether the log probabilities of all of the vocabulary are bit-equal to
 those of the run with all pages in RAM, at every new token. "one range" is the KV cache without pages, as it is without
---kv-on-disk. Below: GB/s of pages through the file with the loader's number of threads, as they are, with a checksum,
-and encrypted, in turns; and of the cipher alone.
+--kv-on-disk. With --kv-precision the same of a KV cache of so many bits, with as much RAM. Below: GB/s of pages through
+the file with the loader's number of threads, as they are, with a checksum, and encrypted, in turns; and of the cipher
+alone.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ CHUNK = 512
 MIB = 1 << 20
 
 
-def run(store: Path, kv_bytes: int, wish: KVOnDisk | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One start with so much RAM for KV."""
+def run(store: Path, kv_bytes: int, wish: KVOnDisk | None, bits: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One start with so much RAM for KV of so many bits."""
     prepared = prepare_store(str(store))
     total = arguments.tokens + arguments.new
     plan = plan_run(
@@ -60,7 +61,8 @@ def run(store: Path, kv_bytes: int, wish: KVOnDisk | None, arguments: argparse.N
         temperature=0.0, max_tokens=arguments.new, ignore_eos=True, logprobs=prepared.facts.vocab_size
     )
     with LLM(store, memory=memory, weight_memory=plan.weight_bytes, device="cpu", ray_address="local",
-             max_batch_tokens=CHUNK, max_kv_tokens=total, kv_on_disk=wish) as llm:  # fmt: skip
+             max_batch_tokens=CHUNK, max_kv_tokens=total, kv_on_disk=wish,
+             kv_precision=bits) as llm:  # fmt: skip
         prompt = llm.encode((BUNDLED / "heldout.txt").read_text())[: arguments.tokens]
         assert len(prompt) == arguments.tokens, f"the held-out text has {len(prompt)} tokens"
         output = llm.generate([{"prompt_token_ids": prompt}], params)[0]
@@ -87,20 +89,28 @@ def generate(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     total = arguments.tokens + arguments.new
     everything = facts.num_layers * pages_of(total) * disk_page_bytes(facts)
     plenty = ram_bytes_for(facts, total)
+    share = arguments.share
     kinds: dict[str, tuple[int, KVOnDisk | None]] = {
         "one range": (plenty, None),
         "pages in RAM": (plenty, KVOnDisk(64 * MIB, str(base))),
-        "1/4 in RAM": (everything // 4, KVOnDisk(2 * everything, str(base), encrypted=False)),
-        "1/4, encrypted": (everything // 4, KVOnDisk(2 * everything, str(base))),
+        f"1/{share} in RAM": (everything // share, KVOnDisk(2 * everything, str(base), encrypted=False)),
+        f"1/{share}, encrypted": (everything // share, KVOnDisk(2 * everything, str(base))),
     }
     rounds: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
-        rows = {name: run(checkpoint, kv_bytes, wish, arguments) for name, (kv_bytes, wish) in kinds.items()}
+        rows: dict[str, Any] = {}
+        for name, (kv_bytes, wish) in kinds.items():
+            for bits in sorted({16, arguments.kv_precision}, reverse=True):
+                rows[_named(name, bits)] = run(checkpoint, kv_bytes, wish, bits, arguments) | {"bits": bits}
         answers = {name: row.pop("answer") for name, row in rows.items()}
         for name, row in rows.items():
-            row["bit_equal"] = answers[name] == answers["pages in RAM"]
+            row["bit_equal"] = answers[name] == answers[_named("pages in RAM", row["bits"])]
         rounds.append(rows)
     return {"kv_bytes": everything, "page_bytes": disk_page_bytes(facts), "rounds": rounds}
+
+
+def _named(kind: str, bits: int) -> str:
+    return kind if bits == 16 else f"{kind}, {bits} bits"
 
 
 def page_rates(page_bytes: int, folder: Path, rounds: int, file_bytes: int = 512 * MIB) -> dict[str, Any]:
@@ -167,6 +177,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024, help="size, a multiple of 128")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kv-precision", type=int, default=16, choices=(16, 8, 4), help="bits to compare with 16")
+    parser.add_argument("--share", type=int, default=4, help="RAM is for one in so many bytes of the KV at 16 bits")
     parser.add_argument("--folder", type=Path, help="where everything is; default: the temporary folder")
     parser.add_argument("--quick", action="store_true", help="one round, 4 layers, 4096 tokens")
     parser.add_argument("--json", type=Path)
@@ -183,9 +195,10 @@ def main() -> int:
     rounds = result["rounds"]
     sizes = f"KV {format_size(result['kv_bytes'])}, pages of {PAGE_TOKENS} tokens, {format_size(result['page_bytes'])}"
     print(f"{arguments.tokens} tokens and {arguments.new} more, {arguments.layers} layers, {sizes}")
-    print(rounds[-1]["1/4, encrypted"]["plan"])
+    for bits in sorted({16, arguments.kv_precision}, reverse=True):
+        print(rounds[-1][_named(f"1/{arguments.share}, encrypted", bits)]["plan"])
     columns = f"{'saved':>10} {'loaded':>10} {'waiting':>8} bit-equal"
-    print(f"{'':>16} {'first token':>12} {'per token':>10} {'ratio':>11} {columns}")
+    print(f"{'':>24} {'first token':>12} {'per token':>10} {'ratio':>11} {columns}")
     for name in rounds[0]:
         first, each, waiting = (
             statistics.median(r[name][field] for r in rounds) for field in ("first_token_s", "per_token_s", "waiting_s")
@@ -195,7 +208,7 @@ def main() -> int:
             for field in ("first_token_s", "per_token_s")
         ]
         last, equal = rounds[-1][name], all(r[name]["bit_equal"] for r in rounds)
-        print(f"{name:>16} {first:10.2f} s {each * 1e3:7.1f} ms {ratios[0]:5.2f} {ratios[1]:5.2f} "
+        print(f"{name:>24} {first:10.2f} s {each * 1e3:7.1f} ms {ratios[0]:5.2f} {ratios[1]:5.2f} "
               f"{format_size(last['saved_bytes']):>10} {format_size(last['loaded_bytes']):>10} {waiting:6.2f} s "
               f"{'yes' if equal else 'no'}")  # fmt: skip
     print(f"{'pages through the file':>24} {'write':>10} {'read':>10}")
@@ -204,7 +217,7 @@ def main() -> int:
     print(f"AES-256-GCM, one thread: {result['cipher']:.1f} GB/s")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
-    equal = all(row["bit_equal"] for rows in rounds for name, row in rows.items() if name != "one range")
+    equal = all(row["bit_equal"] for rows in rounds for name, row in rows.items() if "one range" not in name)
     return 0 if equal else 1
 
 

@@ -120,7 +120,8 @@ def wanted_kv_bytes(
 ) -> int:
     """Bytes for the tokens of `num_sequences` sequences that are wanted."""
     wanted = max(WANTED_KV_TOKENS, context) if max_kv_tokens is None else max_kv_tokens
-    nbytes = wanted * facts.kv_bytes_per_token + num_sequences * facts.state_bytes
+    _, state_tokens = kv_tokens_of(facts, 0)
+    nbytes = (wanted + num_sequences * state_tokens) * max(1, facts.kv_bytes_per_token)
     # However short the sequences are, no token takes more than one at 16 bits.
     return nbytes if low_bit_kv is None else min(nbytes, wanted * low_bit_kv.wide_token_bytes)
 

@@ -96,6 +96,16 @@ def test_more_tokens_fit_the_same_budget_and_the_user_is_told() -> None:
     assert "at 16" not in wide.explanation[0]
 
 
+@given(st.integers(300, 5000), st.sampled_from([8, 4]), st.integers(1, 5))
+def test_what_was_asked_for_is_what_fits(tokens: int, bits: int, layers: int) -> None:
+    one = model(layers, 64, 100)
+    facts = replace(facts_of(2, 32, 32, layers), chunked=True, context_length=8192)
+    low = LowBitKV.of((bits,) * layers, facts)
+    weights = plan((one[0], facts)).weight_bytes
+    found = plan((one[0], facts), weight_memory_bytes=weights, max_kv_tokens=tokens, low_bit_kv=low)
+    assert limits_of(found, facts, prefix_cache=False).longest >= tokens
+
+
 def test_beside_a_gpu_the_same_ram_holds_more_tokens_and_the_gpu_has_no_more_of_them() -> None:
     one = model(4, 64, 100)
     facts = replace(facts_of(8, 128, 128, 4, 4), chunked=True, context_length=4096)
