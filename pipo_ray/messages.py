@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo_ray.errors import PipoError
-from pipo_ray.model.batch import PrefixPart, WantedLogits
+from pipo_ray.model.batch import KeptPoint, PrefixPart, WantedLogits
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.outputs import FinishReason, Logprob
 from pipo_ray.params import SamplingParams
@@ -128,6 +128,7 @@ class SequenceStep:
     spec: SequenceSpec | None = None
     follows: bool = False
     prefix: tuple[PrefixPart, ...] = ()
+    keep: tuple[KeptPoint, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -28,6 +28,7 @@ class Stage:
         self._runner = pipeline.runner
         self.computed = 0
         self.uses: set[str] = set()
+        self.points = 0
 
     async def set_up(self) -> None:
         self._runner.drop_all()
@@ -35,10 +36,13 @@ class Stage:
     async def run_sweep(self, request: SweepRequest) -> SweepResult:
         self._runner.drop(request.drop)
         self._runner.cut(request.cut)
-        entries = [SweepEntry(s.sequence, s.token_ids, s.start, s.capacity, s.logits, s.prefix) for s in request.steps]
+        entries = [
+            SweepEntry(s.sequence, s.token_ids, s.start, s.capacity, s.logits, s.prefix, s.keep) for s in request.steps
+        ]
         outputs = self._runner.run(entries)
         self.computed += sum(s.num_tokens for s in request.steps)
         self.uses |= {part.use for s in request.steps for part in s.prefix}
+        self.points += sum(len(s.keep) for s in request.steps)
         results = []
         for one, logits in zip(request.steps, outputs, strict=True):
             if logits is None or not one.sample:
@@ -68,12 +72,12 @@ async def answers(stage: Stage, limits: Limits, turns: list[list[RequestSpec]]) 
     return result
 
 
-def conversations(vocab_size: int, seed: int) -> list[list[RequestSpec]]:
+def conversations(vocab_size: int, seed: int, system_tokens: int = 60) -> list[list[RequestSpec]]:
     """Three turns of four conversations with one beginning, some of whose requests want several samples. What was
     answered is told anew, and not always as it was.
     """
     chance = random.Random(seed)
-    system = random_prompts(vocab_size, (60,), seed)[0]
+    system = random_prompts(vocab_size, (system_tokens,), seed)[0]
     said = [system + [chance.randrange(3, vocab_size) for _ in range(chance.randrange(1, 9))] for _ in range(4)]
     turns = []
     for turn in range(3):

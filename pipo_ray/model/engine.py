@@ -228,7 +228,9 @@ class ComputeEngine:
                 )
                 self._sequences[step.sequence] = _Running(step.spec, text)
             steps.append(step)
-            entries.append(SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits, step.prefix))
+            entries.append(
+                SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits, step.prefix, step.keep)
+            )
         if not steps:
             return SweepResult(request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0)
         self._trace.add("no sweep", self._idle_since, begin, {})

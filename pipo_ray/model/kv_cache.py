@@ -158,6 +158,13 @@ class SequenceCache:
                 self.append(layer, cache.layers[layer][0][:, :count], cache.layers[layer][1][:, :count])
             self.advance(count)
 
+    def put(self, layer: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Its own tokens from number `first` on in `layer`, which count by `length` alone."""
+        if layer not in self.layers:
+            self.layers[layer] = self._memory.pair(layer, keys, values, self.capacity)
+        for memory, tensor in zip(self.layers[layer], (keys, values), strict=True):
+            memory[:, first : first + tensor.shape[1]] = tensor
+
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
         self.length += num_tokens

@@ -42,25 +42,25 @@ class MemoryPages:
     """Pages in memory of their own, `memory` [most pages, page_bytes]."""
 
     def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+        self.memory = memory
 
     def places(self, first: int, stop: int) -> Iterator[Tensor]:
         """See `PackedPages`."""
-        yield self._memory[first:stop]
+        yield self.memory[first:stop]
 
     def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
         """See `PackedPages`."""
         if first < stop:
-            yield (self._memory[first:stop],)
+            yield (self.memory[first:stop],)
 
     def whole(self, stop: int) -> Tensor | None:
         """See `PackedPages`."""
-        return self._memory[:stop]
+        return self.memory[:stop]
 
     @property
     def nbytes(self) -> int:
         """See `PackedPages`."""
-        return self._memory.nbytes
+        return self.memory.nbytes
 
 
 class VisitingPages:
@@ -94,3 +94,48 @@ class VisitingPages:
     def nbytes(self) -> int:
         """See `PackedPages`."""
         return 0
+
+
+class Owner(Protocol):
+    """A sequence's cache with packed pages that others read, too."""
+
+    def own_pages(self, layer: int) -> Tensor:
+        """Those of a layer that are its own, [pages, page_bytes], as they lie now."""
+        ...
+
+
+class LinePages:
+    """Pages that begin in other caches' memory: of each in `line` its own first so many, and behind them `memory`."""
+
+    def __init__(self, layer: int, line: Sequence[tuple[Owner, int]], memory: Tensor) -> None:
+        self._layer, self._line, self.memory = layer, line, memory
+        self._before = sum(count for _, count in line)
+
+    def places(self, first: int, stop: int) -> Iterator[Tensor]:
+        """See `PackedPages`."""
+        yield self.memory[first - self._before : stop - self._before]
+
+    def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
+        """See `PackedPages`."""
+        if runs := self._runs(first, stop):
+            yield runs
+
+    def whole(self, stop: int) -> Tensor | None:
+        """See `PackedPages`."""
+        runs = self._runs(0, stop)
+        return runs[0] if len(runs) == 1 else None if runs else self.memory[:0]
+
+    def _runs(self, first: int, stop: int) -> list[Tensor]:
+        runs, at = [], 0
+        for owner, count in self._line:
+            if max(first, at) < min(stop, at + count):
+                runs.append(owner.own_pages(self._layer)[max(first, at) - at : min(stop, at + count) - at])
+            at += count
+        if max(first, at) < stop:
+            runs.append(self.memory[max(first, at) - at : stop - at])
+        return runs
+
+    @property
+    def nbytes(self) -> int:
+        """See `PackedPages`."""
+        return self.memory.nbytes

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.errors import DriveError
 from pipo_ray.model.attention import ragged_row
-from pipo_ray.model.batch import SweepEntry
+from pipo_ray.model.batch import KeptPoint, PrefixPart, SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.disk_cache import DiskCache
@@ -20,7 +20,7 @@ from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV, at_16_bits
 from pipo_ray.model.kv_disk import KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
-from pipo_ray.model.kv_low_bit import LowBitCache
+from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.lanes import Lanes
 
@@ -66,6 +66,8 @@ class ModelRunner:
                 self._shrink_what_is_taken(entry)
             for entry in entries:
                 self._check_step(entry)
+                for point in entry.keep:
+                    self._open_point(point)
         try:
             with torch.inference_mode():
                 result = self._run_ragged(entries) if self._ragged else self._run_lanes(entries)
@@ -75,7 +77,7 @@ class ModelRunner:
             raise
         except BaseException:
             self._binder.abandon()
-            self.drop([entry.sequence for entry in entries])
+            self.drop([entry.sequence for entry in entries] + [one.name for entry in entries for one in entry.keep])
             raise
         return result
 
@@ -145,13 +147,29 @@ class ModelRunner:
         if store is None:
             cache = SequenceCache(entry.own_capacity, prefix=prefix, compiled=self._attention)
         elif prefix:
-            assert isinstance(store, KVPool), "in other stores each sequence is by itself: see scheduling/limits.py"
+            assert isinstance(store, KVPool | LowBitStore), "elsewhere each is by itself: see scheduling/limits.py"
             cache = store.open(entry.own_capacity, prefix)
         else:
             cache = store.open(entry.own_capacity)
-        if own:
-            cache.copy_from([(self._kept(part.sequence), part.num_tokens) for part in own])
+        if copied := [(self._kept(part.sequence), part.num_tokens) for part in own if part.use == "copy"]:
+            cache.copy_from(copied)
+        self._begin_window(cache, own)
         return cache
+
+    def _begin_window(self, cache: Any, parts: Sequence[PrefixPart]) -> None:
+        """Its last tokens at 16 bits, if they are another's."""
+        for part in parts:
+            if part.use == "window":
+                cache.begin_with(self._kept(part.sequence), part.num_tokens)
+
+    def _open_point(self, point: KeptPoint) -> None:
+        """A cache on which others are to begin."""
+        assert isinstance(self._kv_store, LowBitStore), "others begin anywhere"
+        *shared, window = point.prefix
+        prefix = [(self._kept(part.sequence), part.num_tokens) for part in shared]
+        cache = self._kv_store.open(window.num_tokens, prefix)
+        self._begin_window(cache, [window])
+        self._caches[point.name] = cache
 
     def _shrink_what_is_taken(self, entry: SweepEntry) -> None:
         """A cache that `entry` will take gives back what it has too much: those who begin before may count on it."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.plan.budget import RunPlan
-from pipo_ray.plan.low_bit_pages import SHORT_TOKENS
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS
 from pipo_ray.scheduling.prefixes import Sharing
 from pipo_ray.scheduling.sequences import Sequence
+from pipo_ray.scheduling.window import NO_WINDOW, Window
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Limits:
     `rebuild_length`: once a sequence is longer, its cache is rebuilt (RoPE that changes with the length); None: never.
     `max_sequences`: sequences that run at the same time, because each may want a row of logits in the same sweep.
     `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
-    tokens (a recurrent state, or a window at 16 bits in front of a low-bit KV cache), in tokens of KV cache; one of at
-    most `short_tokens` takes `short_share` of its tokens instead. `page_tokens`: a sequence takes KV cache in pages of
+    tokens (a recurrent state, or a window at 16 bits in front of a low-bit KV cache), in tokens of KV cache; one that
+    never has more than `window` at 16 bits takes what that says. `page_tokens`: a sequence takes KV cache in pages of
     so many tokens. `sharing`: how sequences use KV that is there already.
     """
 
@@ -34,29 +36,34 @@ class Limits:
     state_tokens: int = 0
     page_tokens: int = 1
     sharing: Sharing = "none"
-    short_tokens: int = 0
-    short_share: float = 0.0
+    window: Window = NO_WINDOW
 
     def reserved(self, sequence: Sequence) -> int:
-        """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, less what it shares, and
-        its state.
+        """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, less what it shares, its
+        state, and what it is to leave at 16 bits for others.
         """
         own = sequence.capacity - sequence.shared
         short = sequence.capacity <= self.short_tokens
-        state = math.ceil(self.short_share * sequence.capacity) if short else self.state_tokens
-        return -(-own // self.page_tokens) * self.page_tokens + state
+        state = math.ceil(self.window.share * sequence.capacity) if short else self.state_tokens
+        return -(-own // self.page_tokens) * self.page_tokens + state + sequence.to_keep
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the KV cache holds alone."""
-        short = min(self.short_tokens, int(self.kv_tokens / (1 + self.short_share)))
+        short = min(self.short_tokens, int(self.kv_tokens / (1 + self.window.share)))
         return max(short, self.kv_tokens - self.state_tokens)
+
+    @property
+    def short_tokens(self) -> int:
+        """A sequence of at most so many tokens has no packed page."""
+        return self.window.tokens + self.window.page_tokens if self.window.tokens else 0
 
 
 def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits:
     """The limits of a run; with `prefix_cache` sequences share what they can."""
+    low = plan.low_bit_kv
     # Where windows are not tokens of the KV cache, but have room of their own, a short sequence has no more of it.
-    short_share = plan.low_bit_kv.short_share if plan.low_bit_kv is not None and plan.state_tokens else 0.0
+    window = Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share) if low is not None and plan.state_tokens else NO_WINDOW
     return Limits(
         kv_tokens=plan.kv_tokens,
         max_batch_tokens=plan.max_batch_tokens,
@@ -67,17 +74,16 @@ def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits
         state_tokens=plan.state_tokens,
         page_tokens=plan.kv_page_tokens,
         sharing=_sharing(plan, facts) if prefix_cache else "none",
-        short_tokens=SHORT_TOKENS if short_share else 0,
-        short_share=short_share,
+        window=window,
     )
 
 
 def _sharing(plan: RunPlan, facts: ModelFacts) -> Sharing:
-    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages in two tiers, on the
-    drive or in few bits belong to one sequence each.
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages in two tiers, on
+    the drive, or packed ones in RAM beside a GPU belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
-    if plan.kv is not None or plan.kv_disk is not None or plan.low_bit_kv is not None:
+    if plan.kv is not None or plan.kv_disk is not None or (plan.kv_on_cpu and plan.low_bit_kv is not None):
         return "none"
     return "shared"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pipo_ray.messages import SequenceStep
@@ -25,16 +26,35 @@ def admit(
 
 
 def _fits(sequence: Sequence, running: list[Sequence], limits: Limits, prefixes: PrefixCache) -> bool:
-    free = limits.kv_tokens - sum(limits.reserved(other) for other in running)
+    def has_room() -> bool:
+        return prefixes.make_room(prefixes.held - free_tokens([*running, sequence], limits))
+
+    prefixes.place(sequence)
+    prefixes.wish(sequence)
+    if has_room():
+        return True
+    if sequence.to_keep:
+        prefixes.wish(sequence, no_points=True)
+        if has_room():
+            return True
     # A prefix that is copied is there twice at first, for which there may be no room, nor for others' behind them.
-    for alone, others_alone in ((False, False), (True, False), (True, True)):
+    for others_alone in (False, True):
+        prefixes.end(sequence)
         if others_alone:
+            alone = [replace(other, shared=0, to_keep=0) for other in [*running, sequence]]
+            if limits.window.tokens and free_tokens(alone, limits) < 0:
+                break  # it would be of no use, and what they share by pages counts on it
             prefixes.forgo_copies()
-        prefixes.place(sequence, alone=alone)
-        if prefixes.make_room(limits.reserved(sequence) + prefixes.held - free):
+        prefixes.place(sequence, alone=True)
+        if has_room():
             return True
         prefixes.end(sequence)
     return False
+
+
+def free_tokens(sequences: Iterable[Sequence], limits: Limits) -> int:
+    """Tokens of KV budget beyond what these have reserved."""
+    return limits.kv_tokens - sum(limits.reserved(sequence) for sequence in sequences)
 
 
 def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | None = None) -> list[SequenceStep]:
@@ -45,6 +65,10 @@ def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | 
     is running.
     """
     prefixes = prefixes or PrefixCache()
+
+    def free() -> int:
+        return free_tokens(prefixes.sequences, limits) - prefixes.held
+
     for sequence in running:
         if limits.rebuild_length is not None and sequence.cached <= limits.rebuild_length < sequence.length:
             sequence.cached = 0
@@ -61,7 +85,7 @@ def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | 
             continue
         if sequence.cached == 0:  # since it was admitted, more of its prefix may have come to be there
             prefixes.place(sequence)
-        wanted = sequence.length - (sequence.cached or sequence.begins)
+        wanted = sequence.length - (sequence.cached or prefixes.start(sequence))
         room = min(left, scored_left) if sequence.score else left
         if limits.chunked and wanted > room:
             if room < min(wanted, _least_chunk(limits, sequence)) and steps:
@@ -69,12 +93,15 @@ def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | 
             wanted = max(1, min(wanted, room))
         elif wanted > room and steps:
             break
-        steps.append(_step(sequence, wanted, () if sequence.cached else prefixes.begin(sequence)))
+        prefix = () if sequence.cached else prefixes.begin(sequence, free)
+        steps.append(_step(sequence, wanted, prefix))
         prefixes.computes(steps[-1])
+        if kept := prefixes.keep(sequence, steps[-1].start, steps[-1].start + wanted):
+            steps[-1] = replace(steps[-1], keep=kept)
         left -= wanted
         if sequence.score:
             scored_left -= wanted
-    prefixes.formed()
+    prefixes.formed(steps)
     return steps
 
 

@@ -6,19 +6,26 @@ computes only what comes behind, and keeps only that itself. So nodes are trees,
 parent behind some of the parent's tokens. Keys and values of a token depend on the tokens before it alone, and never
 change: parts of a node that still grows may be shared as well, even in the sweep that computes them.
 
+Where older tokens are in packed pages, a sequence needs the last ones before it at 16 bits, and a node has those only
+of its own last tokens. So sequences share whole pages, copy what is behind them, and can only begin where a node ends
+or in the sweep that computes past it; and where a *point* was kept, which is a node that only has such last tokens: at
+the end of a long prompt, and where two sequences were seen to part.
+
 Requests reach the compute worker in order. What a sweep computes that has been sent counts as there for what is sent
 behind it; if that sweep fails, all begin anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from pipo_ray.messages import SequenceStep
-from pipo_ray.model.batch import PrefixPart
+from pipo_ray.model.batch import KeptPoint, PrefixPart
+from pipo_ray.scheduling.prefix_node import Node
 from pipo_ray.scheduling.sequences import Sequence
+from pipo_ray.scheduling.window import NO_WINDOW, Window
 
 Sharing = Literal["none", "shared"]
 """Whether sequences stand on each other's KV."""
@@ -29,58 +36,18 @@ LEAST_SHARED = 32
 MOST_PARTS = 8
 """The most parts that a prefix is read from; one in more parts is copied."""
 
+LEAST_KEPT = 64
+"""Tokens that whoever comes next must be spared at least for a point to be kept."""
 
-@dataclass(eq=False)
-class _Node:
-    """KV of tokens `first` to `computed` of a sequence; those before are its ancestors'.
 
-    `name` is that of the compute worker's cache, which is not there before the sequence has `begun`. The node is
-    attached behind `attached` tokens of its parent's line: where the cache begins, or, until it has been copied, where
-    the copy will end. `sequence` is None once it has ended, and `token_ids` are then the node's own.
-    """
+@dataclass(frozen=True)
+class _Found:
+    """A node on which a sequence may begin behind `matched` tokens; and the one that agrees with it for longest."""
 
-    name: str
-    sequence: Sequence | None
-    first: int = 0
-    computed: int = 0
-    stored: int = 0
-    begun: bool = False
-    token_ids: tuple[int, ...] = ()
-    parent: _Node | None = None
-    attached: int = 0
-    children: list[_Node] = field(default_factory=list)
-    last_used: int = 0
-
-    def tokens(self, count: int) -> tuple[int, ...]:
-        """The ids of its own first `count` tokens, or of those that there are."""
-        stop = min(self.computed, self.first + count)
-        if self.sequence is None:
-            return self.token_ids[: stop - self.first]
-        return self.sequence.tokens(self.first, stop)
-
-    @property
-    def needed(self) -> int:
-        """Where the tokens end on which others stand."""
-        return max((child.attached for child in self.children), default=self.first)
-
-    @property
-    def needed_by_running(self) -> int:
-        """Where the tokens end on which those that run stand: the least to which it could ever be cut."""
-        return max(
-            (child.attached for child in self.children if child.sequence or child.needed_by_running > child.first),
-            default=self.first,
-        )
-
-    def line(self, stop: int) -> list[tuple[_Node, int]]:
-        """The nodes that hold tokens 0 to `stop`, and how many of its own each contributes."""
-        parts: list[tuple[_Node, int]] = []
-        node: _Node | None = self
-        while node is not None:
-            if stop > node.first:
-                parts.append((node, stop - node.first))
-                stop = node.first
-            node = node.parent
-        return parts[::-1]
+    source: Node | None = None
+    matched: int = 0
+    alike: Node | None = None
+    agreed: int = 0
 
 
 class PrefixCache:
@@ -88,51 +55,61 @@ class PrefixCache:
     `page_tokens`; what those that run have reserved is not in it.
     """
 
-    def __init__(self, sharing: Sharing = "none", page_tokens: int = 1) -> None:
-        self._sharing, self._page_tokens = sharing, page_tokens
-        self._running: dict[str, _Node] = {}
-        self._ended: list[_Node] = []
+    def __init__(self, sharing: Sharing = "none", page_tokens: int = 1, window: Window = NO_WINDOW) -> None:
+        self._sharing, self._page_tokens, self._window = sharing, page_tokens, window
+        self._running: dict[str, Node] = {}
+        self._ended: list[Node] = []
+        self._made: list[Node] = []  # points, in the request that is being formed
         self._drop: list[str] = []
         self._cut: dict[str, int] = {}
-        self._clock = 0
+        self._clock = self._points = 0
 
     @property
     def held(self) -> int:
-        """Tokens of KV budget that ended sequences take."""
-        return sum(self._pages(node.computed - node.first) for node in self._ended)
+        """Tokens of KV budget that ended sequences, and points, take."""
+        return sum(self._cost(node, node.computed) for node in self._ended)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that have room."""
+        return [node.sequence for node in self._running.values() if node.sequence is not None]
 
     # -- where a sequence begins
     # ------------------------------------------------------------------------------------------
 
     def place(self, sequence: Sequence, *, alone: bool = False) -> None:
-        """Let `sequence`, which has not begun, stand on the longest prefix that is there; with `alone` on none. Sets
-        its `begins` and `shared`. Doing it again can only make them larger.
+        """Let `sequence`, which has not begun, stand on the longest prefix that is there for sure; with `alone` on
+        none. Sets its `begins` and `shared`. Doing it again can only make them larger.
         """
         node = self._running.get(sequence.name)
         if node is None:
-            node = self._running[sequence.name] = _Node(sequence.name, sequence)
+            node = self._running[sequence.name] = Node(sequence.name, sequence)
         if self._sharing == "none" or sequence.score or alone or node.computed > node.first:
             return
-        source, matched = self._longest(sequence, stored=False)
-        copied = source is not None and len(source.line(matched)) > MOST_PARTS
+        found = self._longest(sequence)
+        copied = found.source is not None and self._parts(found.source, found.matched) > MOST_PARTS
         if copied:
             if sequence.shared:  # it has reserved no more than what comes behind
                 return
-            source, matched = self._longest(sequence, stored=True)
+            found = self._longest(sequence, stored=True)
+        source, matched = found.source, found.matched
         if source is None or matched < LEAST_SHARED or matched <= sequence.begins:
             return
         self._touch(source.line(matched))
-        if source.sequence is None and not source.children and source.computed - matched < LEAST_SHARED:
+        if source.takeable and source.computed - matched < LEAST_SHARED:
             self._take(sequence, source, matched)
-            return
-        self._detach(node)
-        source.children.append(node)
-        node.parent, node.attached = source, matched
-        node.first = node.computed = node.stored = 0 if copied else matched
-        sequence.begins, sequence.shared = matched, node.first
+        else:
+            self._stand(node, source, matched, copied)
 
-    def begin(self, sequence: Sequence) -> tuple[PrefixPart, ...]:
-        """`sequence` takes its first step in the request that is being formed: what it begins on."""
+    def start(self, sequence: Sequence) -> int:
+        """Where `sequence` begins if it does in the request that is being formed."""
+        found = self._in_passing(sequence)
+        return sequence.begins if found is None else found.matched
+
+    def begin(self, sequence: Sequence, room: Callable[[], int] = lambda: 0) -> tuple[PrefixPart, ...]:
+        """`sequence` takes its first step in the request that is being formed: what it begins on. So many tokens of KV
+        budget there is `room` for to keep a point.
+        """
         node = self._node(sequence)
         node.begun = True
         if self._sharing == "none":
@@ -143,32 +120,92 @@ class PrefixCache:
             parts.append(PrefixPart(node.name, own, "take"))
             self._cut.pop(node.name, None)
             node.name = sequence.name
+            node.packed = max(node.packed, self._window.packed_of(node.computed, sequence.most_cached))
             return tuple(parts)
+        if (found := self._in_passing(sequence)) is not None and found.source is not None:
+            self._stand(node, found.source, found.matched, copied=False)
+        self._wish(node, room)
         if node.parent is None:
             return ()
-        line = node.parent.line(node.attached)
-        if node.first:
-            return tuple(PrefixPart(part.name, count) for part, count in line)
-        node.computed = node.attached
+        source, matched = node.parent, node.attached
+        packed = self._packed_at(source, matched)
+        line = source.line(packed)
+        parts = [PrefixPart(part.name, count, "share" if node.first else "copy") for part, count in line]
+        if matched > packed:
+            parts.append(PrefixPart(source.name, matched - packed, "window"))
+        node.computed, node.packed = matched, self._window.packed_of(matched, sequence.most_cached)
         self._detach(node)
-        return tuple(PrefixPart(part.name, count, "copy") for part, count in line)
+        if node.first:
+            self._attach(node, line[-1][0], node.first)
+        return tuple(parts)
 
     def forgo_copies(self) -> None:
-        """Let nobody who has not begun insist on a prefix that would be copied: until it begins it may be given up."""
+        """Let nobody who has not begun insist on a prefix that would be copied: until it begins it may be given up. Nor
+        on room for points.
+        """
         for node in self._running.values():
-            if node.parent is not None and node.attached > node.first and node.sequence is not None:
+            if node.sequence is None:
+                continue
+            self._want(node, [])
+            if node.parent is not None and node.attached > node.first:
                 self._detach(node)
-                node.sequence.begins = 0
+                node.first = node.computed = node.stored = node.sequence.begins = node.sequence.shared = 0
 
     def computes(self, step: SequenceStep) -> None:
         """`step`, which does not follow, is in the request that is being formed; or it has been done."""
         if (node := self._running.get(step.sequence)) is not None:
             node.computed = max(node.computed, step.start + step.num_tokens)
+            node.reached = max(node.reached, node.computed)
 
-    def formed(self) -> None:
-        """The request is complete."""
+    def formed(self, steps: Iterable[SequenceStep] = ()) -> None:
+        """The request is complete, with these steps."""
+        for step in steps:
+            if (node := self._running.get(step.sequence)) is not None:
+                node.reached = max(node.reached, step.start + step.num_tokens)
         for node in self._running.values():
+            assert node.sequence is not None
             node.stored = node.computed
+            if node.reached:
+                node.packed = max(node.packed, self._window.packed_of(node.reached, node.sequence.most_cached))
+        for node in self._made:
+            node.stored = node.computed
+        self._made.clear()
+
+    # -- points
+    # -----------------------------------------------------------------------------------------------------------
+
+    def wish(self, sequence: Sequence, *, no_points: bool = False) -> None:
+        """Let `sequence`, which has not begun, have room for the points that it is to keep. Sets its `to_keep`."""
+        node = self._running[sequence.name]
+        if no_points:
+            self._want(node, [])
+        else:
+            self._wish(node, None)
+
+    def keep(self, sequence: Sequence, start: int, stop: int) -> tuple[KeptPoint, ...]:
+        """The points that are kept while `sequence` computes its tokens `start` to before `stop`."""
+        node = self._running.get(sequence.name)
+        if node is None or not node.keep:
+            return ()
+        result = []
+        for point in [one for one in node.keep if start <= one <= stop]:
+            packed = self._packed_at(node, point)
+            line = node.line(packed)
+            self._points += 1
+            kept = Node(
+                f"point {self._points}", None, packed, point, packed, True, sequence.tokens(packed, point),
+                packed=packed, is_point=True,
+            )  # fmt: skip
+            if line:
+                self._attach(kept, line[-1][0], packed)
+            if point < sequence.length - 1:  # one at a prompt's end is the first to go until it has been of use
+                self._touch([(kept, 0)])
+            self._ended.append(kept)
+            self._made.append(kept)
+            parts = [PrefixPart(part.name, count) for part, count in line]
+            result.append(KeptPoint(kept.name, (*parts, PrefixPart(node.name, point - packed, "window"))))
+        self._want(node, [one for one in node.keep if one > stop])
+        return tuple(result)
 
     # -- what stays
     # -------------------------------------------------------------------------------------------------------
@@ -179,13 +216,17 @@ class PrefixCache:
         if node is None:
             return
         node.token_ids, node.sequence = sequence.tokens(node.first, node.computed), None
-        sequence.begins = sequence.shared = 0
+        node.keep = []
+        sequence.begins = sequence.shared = sequence.to_keep = 0
         if not node.begun:
             self._detach(node)
             return
         self._ended.append(node)
         self._touch([(node, 0)])
-        if node.children or (self._sharing != "none" and not sequence.score and self._is_new(node, sequence)):
+        node.stored = node.computed
+        if self._window.tokens and self._window.packed(node.computed) < node.packed:
+            self._cut_to(node, node.needed)  # it may have computed more than is wanted of it: its last tokens are gone
+        elif node.children or (self._sharing != "none" and not sequence.score and self._is_new(node, sequence)):
             self._cut[node.name] = node.computed - node.first
         else:
             self._cut_to(node, node.first)
@@ -194,21 +235,21 @@ class PrefixCache:
         """Let ended sequences give up so many tokens of KV budget, those first that were used least recently; if they
         cannot, they give up nothing.
         """
-        if lacking > sum(self._pages(n.computed - n.first) - self._pages(n.needed_by_running - n.first)
-                         for n in self._ended):  # fmt: skip
+        if lacking > sum(self._cost(n, n.computed) - self._cost(n, n.needed_by_running) for n in self._ended):
             return False
         while lacking > 0:
             node = min((n for n in self._ended if n.needed < n.computed), key=lambda n: n.last_used)
-            before = self._pages(node.computed - node.first)
+            before = self._cost(node, node.computed)
             self._cut_to(node, node.needed)
-            lacking -= before - self._pages(node.computed - node.first)
+            lacking -= before - self._cost(node, node.computed)
         return True
 
     def clear(self) -> None:
         """Forget everything, as the compute worker has."""
         for node in self._running.values():
             assert node.sequence is not None
-            node.sequence.begins = node.sequence.shared = 0
+            node.sequence.begins = node.sequence.shared = node.sequence.to_keep = 0
+        self._made.clear()
         self._drop.clear()
         self._cut.clear()
         self._running.clear()
@@ -223,52 +264,134 @@ class PrefixCache:
     # -- inside
     # -----------------------------------------------------------------------------------------------------------
 
-    def _node(self, sequence: Sequence) -> _Node:
+    def _node(self, sequence: Sequence) -> Node:
         self.place(sequence, alone=True)
         return self._running[sequence.name]
 
-    def _longest(self, sequence: Sequence, stored: bool, other_than: _Node | None = None) -> tuple[_Node | None, int]:
+    def _longest(
+        self, sequence: Sequence, *, stored: bool = False, passing: bool = False, other_than: Node | None = None
+    ) -> _Found:
         """The node with most of the first tokens of `sequence` (all but the last, whose logits are wanted), and how
-        many, in whole pages; `stored`: of those that are there before the request that is being formed.
+        many, in whole pages; `stored`: of those that are there before the request that is being formed; `passing`: with
+        those, too, that only that request passes.
         """
         tokens = sequence.tokens(0, sequence.length - 1)
-        best: _Node | None = None
-        most = 0
+        best: tuple[Node | None, int] = (None, 0)
+        alike = best
         roots = [node for node in self._nodes() if node.parent is None or node.attached > node.first]
         candidates = [(node, 0) for node in roots]
         while candidates:
             node, matched = candidates.pop()
             if node is other_than:
                 continue
-            there = node.stored if stored and node.sequence is not None else node.computed
+            there = node.stored if stored else node.computed
             head = node.tokens(LEAST_SHARED)
             if matched == 0 and head != tokens[: len(head)]:  # as most are; the rest need not be looked at
                 continue
             own = node.tokens(max(0, there - node.first))
             common = _common(tokens[matched:], own) // self._page_tokens * self._page_tokens
             matched += common
-            if common and (best is None or (matched, node.last_used) > (most, best.last_used)):
-                best, most = node, matched
+            if common and _is_better(node, matched, *alike):
+                alike = node, matched
+            if common and _is_better(node, matched, *best) and self._is_way_in(node, matched, passing):
+                best = node, matched
             candidates += [(n, n.first) for n in node.children if n.attached == n.first and n.first <= matched]
-        return best, most
+        return _Found(*best, *alike)
 
-    def _is_new(self, node: _Node, sequence: Sequence) -> bool:
+    def _is_way_in(self, node: Node, matched: int, passing: bool) -> bool:
+        """Whether a sequence can begin behind so many tokens that it has in common with the node."""
+        if not self._window.tokens:
+            return True
+        if node.sequence is not None and not (passing and node.reached):  # it goes on, and its window with it
+            return False
+        return self._window.packed(matched) >= node.packed
+
+    def _in_passing(self, sequence: Sequence) -> _Found | None:
+        """What `sequence`, which is to begin in the request that is being formed, can begin on in it alone."""
+        node = self._node(sequence)
+        if self._sharing == "none" or not self._window.tokens or sequence.score or node.computed > node.first:
+            return None
+        found = self._longest(sequence, passing=True)
+        if found.source is None or found.matched < max(LEAST_SHARED, sequence.begins + 1):
+            return None
+        return found if self._parts(found.source, found.matched) <= MOST_PARTS else None
+
+    def _packed_at(self, source: Node, matched: int) -> int:
+        """Of the first `matched` tokens of its line, those that whoever begins behind them finds in pages."""
+        if not self._window.tokens:
+            return matched
+        if source.sequence is None:
+            return source.packed
+        return self._window.packed_of(matched, source.sequence.most_cached)
+
+    def _parts(self, source: Node, matched: int) -> int:
+        return len(source.line(self._packed_at(source, matched)))
+
+    def _wish(self, node: Node, room: Callable[[], int] | None) -> None:
+        """Want points of `node`, which has not begun: at its prompt's end, if that takes at most half as much as the
+        prompt, and where it parts from another one; none where there is one, or somebody wants one. Without `room` the
+        KV budget has to make some.
+        """
+        sequence = node.sequence
+        assert sequence is not None
+        if self._sharing == "none" or not self._window.tokens or sequence.score:
+            return
+        begins, end = sequence.begins, sequence.length - 1
+        wanted = [end] if end in node.keep or (room is None and 2 * self._point_cost(end) <= end) else []
+        parting = self._longest(sequence, passing=True, other_than=node).agreed
+        is_on_its_way = node.parent is not None and node.parent.sequence is not None
+        if parting > begins or (parting == begins and is_on_its_way):
+            wanted.append(parting)
+        there = self._longest(sequence, other_than=node).matched
+        wanted = [one for one in {*wanted} if begins <= one and there + LEAST_KEPT <= one]
+        wanted = [one for one in wanted if not any(self._wants(other, sequence, one) for other in self._nodes()
+                                                   if other is not node)]  # fmt: skip
+        had = node.keep
+        self._want(node, wanted)
+        if room is not None and not {*wanted} <= {*had} and room() < 0:
+            self._want(node, [one for one in wanted if one in had])
+
+    def _wants(self, node: Node, sequence: Sequence, point: int) -> bool:
+        """Whether a point of these first tokens is wanted of `node`."""
+        if node.sequence is None or point not in node.keep:
+            return False
+        return node.sequence.tokens(0, point) == sequence.tokens(0, point)
+
+    def _want(self, node: Node, points: list[int]) -> None:
+        assert node.sequence is not None
+        node.keep = sorted(points)
+        node.sequence.to_keep = sum(map(self._point_cost, points))
+
+    def _point_cost(self, num_tokens: int) -> int:
+        return self._window.budget(0, num_tokens - self._window.packed(num_tokens))
+
+    def _is_new(self, node: Node, sequence: Sequence) -> bool:
         """Whether the ended `node` has tokens worth keeping, and no other has the same."""
         if node.computed - node.first < LEAST_SHARED:
             return False
-        return self._longest(sequence, stored=False, other_than=node)[1] + LEAST_SHARED <= node.computed
+        return self._longest(sequence, other_than=node).matched + LEAST_SHARED <= node.computed
 
-    def _take(self, sequence: Sequence, source: _Node, matched: int) -> None:
+    def _stand(self, node: Node, source: Node, matched: int, copied: bool) -> None:
+        """Let `node`, which has not begun, begin behind `matched` tokens of the line of `source`."""
+        assert node.sequence is not None
+        self._detach(node)
+        self._attach(node, source, matched)
+        node.first = node.computed = node.stored = 0 if copied else self._packed_at(source, matched)
+        node.sequence.begins, node.sequence.shared = matched, node.first
+
+    def _take(self, sequence: Sequence, source: Node, matched: int) -> None:
         """`sequence` goes on with the cache of a sequence that has ended, on which nobody else stands."""
         self._detach(self._running[sequence.name])
         self._ended.remove(source)
         source.sequence, source.token_ids = sequence, ()
         source.computed = source.stored = matched
+        source.reached = 0
         self._running[sequence.name] = source
         sequence.begins, sequence.shared = matched, source.first
 
-    def _cut_to(self, node: _Node, stop: int) -> None:
-        node.computed = stop
+    def _cut_to(self, node: Node, stop: int) -> None:
+        node.computed = node.stored = stop
+        node.packed = min(node.packed, stop)
         node.token_ids = node.token_ids[: stop - node.first]
         if stop > node.first:
             self._cut[node.name] = stop - node.first
@@ -278,22 +401,33 @@ class PrefixCache:
         self._drop.append(node.name)
         self._cut.pop(node.name, None)
 
-    def _detach(self, node: _Node) -> None:
+    def _attach(self, node: Node, parent: Node, attached: int) -> None:
+        parent.children.append(node)
+        node.parent, node.attached = parent, attached
+
+    def _detach(self, node: Node) -> None:
         if node.parent is not None:
             node.parent.children.remove(node)
             node.parent, node.attached = None, 0
 
-    def _touch(self, line: list[tuple[_Node, int]]) -> None:
+    def _touch(self, line: list[tuple[Node, int]]) -> None:
         self._clock += 1
         for node, _ in line:
             node.last_used = self._clock
 
-    def _nodes(self) -> Iterator[_Node]:
+    def _nodes(self) -> Iterator[Node]:
         yield from self._running.values()
         yield from self._ended
 
-    def _pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._page_tokens) * self._page_tokens
+    def _cost(self, node: Node, stop: int) -> int:
+        """Tokens of KV budget of what the node has before `stop`."""
+        packed = min(stop, node.packed) if self._window.tokens else stop
+        pages = -(-(packed - node.first) // self._page_tokens) * self._page_tokens
+        return self._window.budget(pages, stop - packed)
+
+
+def _is_better(node: Node, matched: int, other: Node | None, others: int) -> bool:
+    return other is None or (matched, node.last_used) > (others, other.last_used)
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -14,7 +14,8 @@ class Sequence:
 
     `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the most tokens that it
     can have. Its first step is at position `begins`: the KV of the tokens before is there already, that of `shared`
-    of them in other sequences' caches. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that
+    of them in other sequences' caches. `to_keep`: tokens of KV budget for what it is to leave at 16 bits, on its way,
+    for others to begin on. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that
     runs. `scored`: positions whose logits the client has.
     """
 
@@ -31,6 +32,7 @@ class Sequence:
     cached: int = 0
     begins: int = 0
     shared: int = 0
+    to_keep: int = 0
     chosen_ahead: int = 0
     scored: int = 0
 

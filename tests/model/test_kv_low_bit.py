@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model import kv_low_bit
+from pipo_ray.model import low_bit_layer
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
@@ -90,7 +90,7 @@ def test_every_token_sees_its_pages_packed_and_its_window_as_it_was(
     tensors = random_tensors(sum(chunks), seed)
     rule = AttentionRule(0.7, window, softcap, torch.randn(HEADS) if sinks else None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_low_bit, "_SCRATCH_BYTES", scratch)
+        patch.setattr(low_bit_layer, "_SCRATCH_BYTES", scratch)
         cache = LowBitStore((bits,)).open(sum(chunks) + seed % 3)
         got = in_chunks(cache, tensors, rule, chunks)
     torch.testing.assert_close(got.double(), reference(*tensors, rule, bits), rtol=1e-5, atol=2e-5)
@@ -120,8 +120,8 @@ def test_a_token_that_comes_alone_attends_to_pages_as_they_are(
     unpacking, packed = (LowBitStore((bits,), one).open(400) for one in (None, CompiledAttention()))
     wanted = in_chunks(unpacking, tensors, rule, chunks)
     unpacked: list[int] = []
-    real = kv_low_bit.unpack_pages
-    monkeypatch.setattr(kv_low_bit, "unpack_pages", lambda *given: unpacked.append(1) or real(*given))
+    real = low_bit_layer.unpack_pages
+    monkeypatch.setattr(low_bit_layer, "unpack_pages", lambda *given: unpacked.append(1) or real(*given))
     got = in_chunks(packed, tensors, rule, chunks)
     assert len(unpacked) <= 2 * sum(chunk > 1 for chunk in chunks)  # for the others nothing is
     torch.testing.assert_close(got, wanted, rtol=2**-7, atol=6e-3)  # torch rounds weights to bf16
@@ -159,13 +159,13 @@ def test_up_to_the_window_nothing_is_rounded() -> None:
 
 def test_a_page_is_unpacked_once_for_all_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked: list[int] = []
-    real = kv_low_bit.unpack_pages
+    real = low_bit_layer.unpack_pages
 
     def recording(views: PageViews, *rest: Any) -> None:
         unpacked.append(len(views.key_codes))
         real(views, *rest)
 
-    monkeypatch.setattr(kv_low_bit, "unpack_pages", recording)
+    monkeypatch.setattr(low_bit_layer, "unpack_pages", recording)
     in_chunks(LowBitStore((4,)).open(900), random_tensors(900, 5), AttentionRule(0.5), [500, 400])
     assert sum(unpacked) == packed_pages(499) + packed_pages(899)
 

@@ -38,9 +38,7 @@ def with_low_bit(low: LowBitKV) -> RunPlan:
 
 
 def of_plan(found: RunPlan, facts: ModelFacts) -> Limits:
-    limits = limits_of(found, facts, prefix_cache=True)
-    assert limits.sharing == "none"  # low-bit pages belong to one sequence each
-    return limits
+    return limits_of(found, facts, prefix_cache=True)
 
 
 FOUND = plan(model(1, 64, 100), memory_bytes=3 * GIB)
@@ -73,6 +71,32 @@ def test_what_is_reserved_is_what_the_cache_takes(capacity: int, bits: list[int]
     assert cache.nbytes <= reserved * low.token_bytes
     if capacity <= 192:  # of a short sequence no more than at 16 bits
         assert reserved <= capacity * low.wide_token_bytes / low.token_bytes + 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 500), st.integers(0, 3),
+    st.lists(st.sampled_from([16, 8, 4]), min_size=1, max_size=3).filter(lambda b: min(b) < 16),
+)  # fmt: skip
+def test_what_has_ended_takes_what_the_books_say(length: int, more: int, bits: list[int]) -> None:
+    """And so does whoever stands on its pages, and a point."""
+    facts = facts_of(2, 128, 128, len(bits))
+    low, store = LowBitKV.of(bits, facts), LowBitStore(tuple(bits))
+    window = of_plan(with_low_bit(low), facts).window
+    cache = store.open(length + more)
+    for layer in range(len(bits)):
+        cache.attend(layer, *[torch.zeros(2, length, 128, dtype=torch.bfloat16)] * 3, AttentionRule(1.0))
+    cache.advance(length)
+    cache.resize(length, length)
+    packed = window.packed_of(length, length + more)
+    assert cache.nbytes <= window.budget(packed, length - packed) * low.token_bytes
+    point = store.open(length - packed, ((cache, packed),) if packed else ())
+    point.begin_with(cache, length - packed)
+    assert point.nbytes <= window.budget(0, length - packed) * low.token_bytes
+    child = store.open(length + 200 - packed, ((cache, packed),) if packed else ())
+    child.begin_with(cache, length - packed)
+    sequence = SEQUENCE(prompt=(0,) * (length + 199), shared=packed)
+    assert child.nbytes <= of_plan(with_low_bit(low), facts).reserved(sequence) * low.token_bytes
 
 
 @given(st.integers(1, 5000), st.sampled_from([8, 4]))

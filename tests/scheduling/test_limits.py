@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from plan.budget_models import GIB, model, plan
 
+from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.scheduling.limits import limits_of
+from pipo_ray.scheduling.window import Window
 
 ONE = model(2, 64, 100)
 GPU = {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}
@@ -23,6 +25,14 @@ def test_prefixes_are_shared_where_a_sequence_can_read_anothers_cache(budgets: d
     assert (found.kv is not None) == (wanted == "none")
     assert limits_of(found, ONE[1], prefix_cache=True).sharing == wanted
     assert limits_of(found, ONE[1], prefix_cache=False).sharing == "none"
+
+
+def test_few_bits_are_shared_too() -> None:
+    facts = replace(ONE[1], kv_shapes=((2, 64, 64),))
+    low = LowBitKV.of((4, 16), facts)
+    limits = limits_of(plan((ONE[0], facts), low_bit_kv=low), facts, prefix_cache=True)
+    assert limits.sharing == "shared"
+    assert limits.window == Window(128, 64, low.short_share)
 
 
 @pytest.mark.parametrize("change", [{"ragged": False}, {"chunked": False}, {"rebuild_length": 100}])
