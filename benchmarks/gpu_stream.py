@@ -2,23 +2,26 @@
 
 How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes):
 
-    python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk] [--gpu-memory 6GiB]
-                                    [--folder FOLDER] [--json FILE] [--trace FOLDER] [--kv-on-cpu] [--quick]
+    python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk,kv] [--gpu-memory 6GiB]
+                                    [--folder FOLDER] [--json FILE] [--trace FOLDER] [--[no-]kv-on-cpu] [--quick]
     python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b,llama-3-70b --rows 1,4,32    (100 GB of RAM)
-    python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b --rows 32 --kv-on-cpu
+    python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b --rows 32 --no-kv-on-cpu
 
 Checkpoints of these shapes with random bf16 weights are made and packed in --folder (a temporary one); with --precision
 the bits of the checkpoint are made up as they are read (`invented_weights.py`). Decoding: 1, 4, or 32 requests with
 prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a sweep moves, from
 pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens (or as many as the model has positions for) in one
 sweep, others in every round; KV beyond the GPU's room goes to RAM as it is made. `disk`: one request, and 8 GiB of RAM
-for everything.
+for everything. `kv`: 8 requests decode behind such long prompts, and what the GPU has no room for of their KV crosses
+the link from RAM in every sweep, beside the weights.
 
     link limit   (weights without what is looked up - (GPU budget - 1 GiB)) / rate of the pure copies
     disk limit   of the row `disk`: (the same - (RAM budget - 1.5 GiB)) / the best rate of plain O_DIRECT reads, of
                  several sizes and depths, before each round (for want of fio, 3 s)
+    copies' time of the row `kv`, its limit: (weights and KV that cross the link in a sweep) / rate of the pure copies
     of limit     median over the rounds of link limit / seconds per sweep
     fed          share of the sweeps in which the compute stream did not wait for a piece, by CUDA's events
+    *            behind a row: the KV cache is in RAM, and the processor attends
     busy         seconds in which a kernel ran, by CUPTI in a further sweep, over those of a sweep in the compute worker
     retries      how often in the rounds torch's allocator gave memory back for want of a place, while the GPU is idle
     link         share of the time between tokens in which weights were being copied, by CUDA's events, and how fast
@@ -60,7 +63,7 @@ SHAPES: dict[str, LlamaShape | OptShape] = {
 }
 PROMPT = 32
 LONG, LONG_PROMPTS = 2048, 8
-ROWS = ("1", "4", "32", "prompt", "disk")
+ROWS = ("1", "4", "32", "prompt", "disk", "kv")
 BESIDE_WEIGHTS = 1 << 30
 """Bytes of the GPU budget that the link limit leaves for everything that is not weights."""
 
@@ -72,9 +75,9 @@ DISK_ROW_MEMORY = 8 << 30
 
 def settings(row: str, sweeps: int, gpu_memory: int, shape: LlamaShape | OptShape) -> dict[str, Any]:
     """The arguments of LLM for a row."""
-    if row == "prompt":
+    if row in ("prompt", "kv"):
         tokens = LONG_PROMPTS * long_prompt(shape)
-        large = tokens * shape.kv_bytes_per_token > gpu_memory // 2
+        large = row == "kv" or tokens * shape.kv_bytes_per_token > gpu_memory // 2
         return {
             "max_batch_tokens": tokens, "memory": "64GiB",
             **({"kv_in_ram": True} if large else {"max_kv_tokens": tokens + 16 * LONG_PROMPTS}),
@@ -94,14 +97,15 @@ def long_prompt(shape: LlamaShape | OptShape) -> int:
 
 def prompts_for(row: str, shape: LlamaShape | OptShape, number: int) -> list[list[int]]:
     """Token ids without meaning, different in every prompt and for every `number`: nothing is there from before."""
-    count = LONG_PROMPTS if row == "prompt" else 1 if row == "disk" else int(row)
-    length = long_prompt(shape) if row == "prompt" else PROMPT
+    long = row in ("prompt", "kv")
+    count = LONG_PROMPTS if long else 1 if row == "disk" else int(row)
+    length = long_prompt(shape) if long else PROMPT
     generator = torch.Generator().manual_seed(1000 * number + count)
     return torch.randint(3, shape.vocabulary, (count, length), generator=generator).tolist()
 
 
 def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int, watched: bool = False) -> float:
-    """Seconds per sweep: between the tokens of the first request, when all of them decode. With `watched` one of the
+    """Seconds per sweep: between the tokens of the last request, when all of them decode. With `watched` one of the
     sweeps in which they do is watched by CUPTI.
     """
     params = SamplingParams(temperature=0.0, max_tokens=sweeps + 2, ignore_eos=True)
@@ -137,11 +141,11 @@ def run_row(
     shape: LlamaShape | OptShape,
     precision: str | None = None,
     trace: Path | None = None,
-    kv_on_cpu: bool = False,
+    kv_on_cpu: bool | None = None,
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
-    options = {**settings(row, sweeps, gpu_memory, shape), **({"kv_on_cpu": True} if kv_on_cpu else {})}
+    options = {**settings(row, sweeps, gpu_memory, shape), "kv_on_cpu": kv_on_cpu}
     prompts = prompts_for(row, shape, 0)
     with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **options) as llm:
         started = time.perf_counter() - begin
@@ -158,7 +162,7 @@ def run_row(
         warm_up = time.perf_counter() - warm_up
         wait_until_pinned(llm, sum(plan.placement.arena_bytes))
         worker = worker_times(llm)
-        seconds, limits, fed, links, copying, in_worker = [], [], [], [], [], []
+        seconds, limits, fed, links, copying, in_worker, kv_bytes = [], [], [], [], [], [], [0.0]
         with PinnedLink() as link:
             link.rate(sizes)
             streamable = plan.model_bytes
@@ -169,6 +173,10 @@ def run_row(
                 links.append(link.rate(sizes))
                 drive = drive_rate(store) if row == "disk" else 0.0
                 before, sweeps_before = worker_times(llm), llm.report()["sweeps"]
+                if row == "kv":  # the same with fewer sweeps, to know what one of them loads
+                    decode(llm, prompts, 2)
+                    short = before
+                    before, sweeps_before = worker_times(llm), llm.report()["sweeps"]
                 if row == "prompt":
                     begin_s = time.perf_counter()
                     llm.generate(prompts, one)
@@ -183,7 +191,11 @@ def run_row(
                 copying.append(spent["weight_copies_s"] / (count if row == "prompt" else count + 1))
                 in_worker.append((spent["busy_s"] + spent["waiting_s"]) / count)
                 left = streamable - max(0, gpu_memory - BESIDE_WEIGHTS)
-                if row == "disk":
+                if row == "kv":
+                    moved = [one["kv_loaded_bytes"] for one in (short, before, after)]
+                    kv_bytes.append((moved[2] - 2 * moved[1] + moved[0]) / (sweeps - 2))
+                    limits.append((sum(sizes) + kv_bytes[-1]) / links[-1])
+                elif row == "disk":
                     limits.append((left - (DISK_ROW_MEMORY - BESIDE_RAM_WEIGHTS)) / drive)
                 else:
                     limits.append(left / links[-1])
@@ -198,7 +210,7 @@ def run_row(
         kernels_s = worker_times(llm)["kernels_s"]
     shares = [limit / took for limit, took in zip(limits, seconds, strict=True)]
     return {
-        "shape": name, "row": row, "kv_on_cpu": kv_on_cpu,
+        "shape": name, "row": row, "kv_on_cpu": plan.kv_on_cpu,
         "seconds": statistics.median(seconds), "limit_s": statistics.median(limits),
         "share": statistics.median(shares), "shares": shares, "fed": statistics.median(fed),
         "kernels_s": kernels_s, "busy": kernels_s / statistics.median(in_worker if row == "prompt" else seconds),
@@ -209,7 +221,7 @@ def run_row(
         "gpu_reserved_gb": worker["gpu_reserved_bytes"] / 1e9, "gpu_context_gb": worker["gpu_context_bytes"] / 1e9,
         "gpu_budget_gb": gpu_memory / 1e9, "pinned_gb": worker["pinned_bytes"] / 1e9,
         "unpinned_gb": worker["unpinned_bytes"] / 1e9, "start_s": started, "warm_up_s": warm_up,
-        "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9,
+        "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9, "kv_gb_per_sweep": kv_bytes[-1] / 1e9,
     }  # fmt: skip
 
 
@@ -231,8 +243,9 @@ def wait_until_pinned(llm: LLM, arena_bytes: int, patience_s: float = 60.0) -> N
 
 def show(row: dict[str, Any]) -> None:
     """A line."""
+    name = row["row"] + "*" * row["kv_on_cpu"]
     print(
-        f"{row['shape']:>11}{row['row']:>7}{row['seconds']:9.3f} s{row['tokens'] / row['seconds']:10.1f} tok/s"
+        f"{row['shape']:>11}{name:>7}{row['seconds']:9.3f} s{row['tokens'] / row['seconds']:10.1f} tok/s"
         f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['fed']:7.1f} %{100 * row['busy']:7.1f} %"
         f"{100 * row['copying_s'] / row['seconds']:6.1f} %{row['copied_gb'] / row['copying_s']:6.1f}"
         f"{row['link_gb_s']:8.1f}{row['copied_gb']:8.2f}{row['gpu_reserved_gb'] + row['gpu_context_gb']:8.2f}"
@@ -252,7 +265,11 @@ def main() -> int:
     parser.add_argument("--sweeps", type=int, default=12, help="in a round")
     parser.add_argument("--folder", type=Path, help="for checkpoints and stores, which are kept there")
     parser.add_argument("--keep-checkpoints", action="store_true", help="for `gpu_peers/`")
-    parser.add_argument("--kv-on-cpu", action="store_true", help="the processor attends, to KV in RAM")
+    parser.add_argument(
+        "--kv-on-cpu",
+        action=argparse.BooleanOptionalAction,
+        help="KV in RAM, the processor attends; default: pipo's choice",
+    )
     parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--trace", type=Path, help="a folder for a trace of each row, which costs speed")

@@ -1,17 +1,18 @@
 """How much staging memory speed needs: the sweep over sizes, and --mode memory-saver against performance.
 
-How to run (--size of free disk, twice that while it is made; ten minutes):
+How to run (--size of free disk, twice that while it is made; a quarter of an hour):
 
     python benchmarks/staging_modes.py [--size 4GiB] [--rounds 5] [--sweeps 3] [--modes] [--folder DIR] [--quick]
         [--json FILE]
 
-All settings keep the same amount of weights resident (--resident), and have what staging takes on top. They take turns,
-every second round backwards, so that what else happens on the machine meets all of them. Which memory the slots lie in
-changes a virtual drive's rate by 5 % and more, and sessions that follow each other would get the same: so in every turn
-this process holds a random amount of memory, up to 1 GiB. --modes leaves out all but the two modes. Printed: staging,
-resident bytes, seconds per sweep, and the speed relative to `performance` in the same round: median and spread, and the
-geometric mean with its standard error. Goals: `performance` within 1 % of the best; `memory-saver` 75 % less staging,
-at most 8 % slower.
+The settings keep the same amount of weights resident (--resident), and have what staging takes on top; and once more
+("all") every size with as much memory in all as `performance`: what staging takes then is not resident, as on a PC
+whose memory is what there is. They take turns, every second round backwards, so that what else happens on the machine
+meets all of them. Which memory the slots lie in changes a virtual drive's rate by 5 % and more, and sessions that
+follow each other would get the same: so in every turn this process holds a random amount of memory, up to 1 GiB.
+--modes leaves out all but the two modes. Printed: staging, resident bytes, seconds per sweep, and the speed relative to
+`performance` in the same round: median and spread, and the geometric mean with its standard error. Goals: `performance`
+within 1 % of the best; `memory-saver` 75 % less staging, at most 8 % slower.
 """
 
 from __future__ import annotations
@@ -39,14 +40,20 @@ SIZES = (0.5, 2.0, 4.0)
 MOST_BALLAST_MIB = 1024
 
 
-def settings(store: Path, modes_only: bool) -> dict[str, Transfer]:
-    """By name: the two modes, and `performance` with slots that take a multiple of its memory."""
+def settings(store: Path, modes_only: bool, resident: int) -> dict[str, tuple[Transfer, int]]:
+    """By name: the two modes, and `performance` with slots that take a multiple of its memory; each with the memory
+    that weights and slots may take.
+    """
     profile = drive_profile(store, cache_folder())
     chosen = choose_transfer(profile)
-    result = {"performance": chosen, "memory-saver": choose_transfer(profile, "memory-saver")}
+    saver = choose_transfer(profile, "memory-saver")
+    total = resident + chosen.staging_bytes
+    result = {"performance": (chosen, total), "memory-saver": (saver, resident + saver.staging_bytes)}
     for factor in () if modes_only else SIZES:
         slots = max(3, round(chosen.num_slots * factor))
-        result[f"x {factor:g}"] = Transfer(chosen.transfer_bytes, chosen.read_threads, chosen.slot_bytes, slots)
+        other = Transfer(chosen.transfer_bytes, chosen.read_threads, chosen.slot_bytes, slots)
+        result[f"x {factor:g}"] = other, resident + other.staging_bytes
+        result[f"x {factor:g}, all"] = other, total
     return result
 
 
@@ -54,11 +61,10 @@ def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
     """Seconds per sweep of every setting, by rounds. One session at a time: Ray allows one per process."""
     resident = parse_size(arguments.resident)
     rows: dict[str, dict[str, Any]] = {}
-    chosen = settings(store, arguments.quick or arguments.modes)
+    chosen = settings(store, arguments.quick or arguments.modes, resident)
     chance = random.Random(1)
     for number in range(arguments.rounds):
-        for name, transfer in list(chosen.items())[:: -1 if number % 2 else 1]:
-            weights = resident + transfer.staging_bytes
+        for name, (transfer, weights) in list(chosen.items())[:: -1 if number % 2 else 1]:
             ballast = np.ones(chance.randrange(MOST_BALLAST_MIB) * MIB, np.uint8)
             with LLM(
                 store, weight_memory=weights, device="cpu", ray_address="local", max_kv_tokens=512, transfer=transfer

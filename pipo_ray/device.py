@@ -15,7 +15,7 @@ _CONTEXT_GUESS = 850 << 20
 
 # Run in a child process: a CUDA context would cost the driver hundreds of megabytes, of RAM as well as of the GPU.
 _QUESTION = """
-import json, subprocess, torch
+import json, subprocess, time, torch
 if not torch.cuda.is_available():
     print(json.dumps(None))
     raise SystemExit
@@ -32,17 +32,41 @@ for dtype in (torch.float32, torch.bfloat16):
 torch.cuda.synchronize()
 free, total = torch.cuda.mem_get_info()
 free += torch.cuda.memory_reserved()
-print(json.dumps([free, None if before is None else max(0, before - free)]))
+try:
+    here = torch.ones(32 << 20, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(here, device="cuda")
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        for _ in range(4):
+            there.copy_(here, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    link = 4 * here.nbytes / min(seconds)
+except RuntimeError:
+    link = 0.0
+large = torch.ones(64 << 20, dtype=torch.float32)  # beyond what the processor's caches hold
+seconds = []
+for _ in range(5):
+    begin = time.perf_counter()
+    large.sum()
+    seconds.append(time.perf_counter() - begin)
+print(json.dumps([free, None if before is None else max(0, before - free), link, large.nbytes / min(seconds)]))
 """
 
 
 @dataclass(frozen=True)
 class Device:
-    """`kind` is "cpu" or "cuda"; on a GPU `free_bytes` are free beside our own context, which takes `context_bytes`."""
+    """`kind` is "cpu" or "cuda"; on a GPU `free_bytes` are free beside our own context, which takes `context_bytes`.
+    What crosses to it from pinned memory, and what all of the processor's threads read from RAM, in bytes per second;
+    0 where that is not known.
+    """
 
     kind: str
     free_bytes: int = 0
     context_bytes: int = 0
+    link_bytes_per_s: float = 0.0
+    ram_bytes_per_s: float = 0.0
 
 
 def choose_device(wanted: str) -> Device:
@@ -69,7 +93,7 @@ def _ask_gpu() -> Device | None:
         return None
     if figures is None:
         return None
-    free, context = figures
+    free, context, link, ram = figures
     # Kernels are loaded as they are first used: a real run's context ends up a little larger than the child's.
     measured = _CONTEXT_GUESS if context is None else int(context * 1.1) + (32 << 20)
-    return Device("cuda", free, measured)
+    return Device("cuda", free, measured, link, ram)

@@ -29,10 +29,10 @@ from pipo_ray.params import SamplingParams
 from pipo_ray.pipeline.polite_drive import cannot_give_way
 from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
-from pipo_ray.plan.drive_probe import describe_drive, drive_profiles
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.low_bit_pages import low_bit_kv
-from pipo_ray.plan.transfer import ReadRate, Transfer, check_mode, choose_transfer, slowest
+from pipo_ray.plan.transfer import Transfer, check_mode
+from pipo_ray.planner import choose_plan, open_kv_place
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.kv_policy import KVPrecision
@@ -74,7 +74,8 @@ class LLM:
     weights; `transfer` takes the
     place of what would be chosen from a short measurement of the drive (made once, and kept in the cache).
     `kv_in_ram` keeps in RAM what the GPU has no room for of the KV cache; with `kv_on_cpu` all of it is there, and
-    the processor attends for tokens that come alone, so that the link has weights to carry only; `kv_on_disk`
+    the processor attends for tokens that come alone, so that the link has weights to carry only (None: where that is
+    faster by 5 % and more, for what `max_kv_tokens` says); `kv_on_disk`
     ("8GiB", "auto") on the drive what RAM has none for, in the cache folder, encrypted (a `plan.kv_disk.KVOnDisk`
     for another folder, or without). `prefix_cache` keeps the KV of what has ended, as long as there is room, for
     requests that begin with the same tokens. `calibrate` rounds int4 weights for the inputs that a text gives them:
@@ -115,7 +116,7 @@ class LLM:
         calibrate: bool | str | os.PathLike[str] = False,
         kv_precision: str | int = 16,
         max_kv_sequences: int = 1,
-        kv_on_cpu: bool = False,
+        kv_on_cpu: bool | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._trace = None if trace is None else Path(trace)
@@ -132,7 +133,7 @@ class LLM:
                 raise InputError(f"{name} {count} is below 1")
         chosen_mode = check_mode(mode)
         chosen_kv = KVPrecision.parse(kv_precision)
-        require_one_place(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None, kv_on_cpu=kv_on_cpu)
+        require_one_place(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None, kv_on_cpu=bool(kv_on_cpu))
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         chosen = choose_device(device)
@@ -146,25 +147,27 @@ class LLM:
             on_progress=on_progress, calibrate=calibrate, memory=budget,
         )  # fmt: skip
         self._facts = prepared.facts
+        few_bits = low_bit_kv(chosen_kv, self._facts)
         plan = partial(
             plan_run, prepared.manifest, self._facts, memory_bytes=budget, weight_memory_bytes=weights,
             gpu_memory_bytes=self._gpu_memory, gpu_context_bytes=chosen.context_bytes,
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
-            kv_in_ram=kv_in_ram, kv_on_disk=on_disk, low_bit_kv=low_bit_kv(chosen_kv, self._facts),
-            max_kv_sequences=max_kv_sequences, kv_on_cpu=kv_on_cpu,
+            kv_in_ram=kv_in_ram, kv_on_disk=on_disk, low_bit_kv=few_bits,
+            max_kv_sequences=max_kv_sequences,
         )  # fmt: skip
         folders = prepared.manifest.folders(prepared.folder)
-        self._plan = plan(transfer=transfer or choose_transfer((), chosen_mode, num_drives=len(folders)))
-        profiles: list[tuple[ReadRate, ...]] = []
-        if transfer is None and self._plan.streamed_bytes_per_sweep:
-            profiles = drive_profiles(folders, cache_folder(), on_progress)
-        if profile := slowest(profiles):
-            sizes = {"model_bytes": self._plan.model_bytes, "weight_bytes": self._plan.weight_bytes}
-            self._plan = plan(transfer=choose_transfer(profile, chosen_mode, num_drives=len(folders), **sizes))
+        kv_place = None
+        if kv_on_cpu is None:
+            kv_place = open_kv_place(
+                chosen, self._facts, few_bits, tokens=max_kv_tokens, precision=prepared.manifest.precision,
+                elsewhere=kv_in_ram or on_disk is not None,
+            )  # fmt: skip
+        self._plan, reasons = choose_plan(
+            plan, folders, cache_folder(), chosen, chosen_mode,
+            transfer=transfer, kv_on_cpu=bool(kv_on_cpu), kv_place=kv_place, on_progress=on_progress,
+        )  # fmt: skip
         processor = (machine_layout(), obstacle()) if chosen.kind == "cpu" else ()
-        self._lines = [budget_line, *prepared.describe(*processor), *self._plan.explanation]
-        if profile:
-            self._lines.append(describe_drive(profiles[0], self._plan.transfer, *profiles[1:]))
+        self._lines = [budget_line, *prepared.describe(*processor), *self._plan.explanation, *reasons]
         if background:
             self._lines += cannot_give_way(folders)
         if self._facts.probe_reason:
@@ -193,7 +196,7 @@ class LLM:
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                     str(cache_folder() / "machine-code"), self._plan.kv, self._plan.kv_tokens,
-                    None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits, kv_on_cpu,
+                    None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits, self._plan.kv_on_cpu,
                     self._plan.tables_in_ram,
                 ),
                 limits,

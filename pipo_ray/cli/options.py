@@ -48,8 +48,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        'layer like {"layers": [["0-1", 16], ["*", 4]]}; default: 16')  # fmt: skip
     group.add_argument("--kv-in-ram", action="store_true", help="keep in RAM what the GPU has no room for of the KV "
                        "cache")  # fmt: skip
-    group.add_argument("--kv-on-cpu", action="store_true", help="keep all of a GPU's KV cache in RAM and let the "
-                       "processor attend: for many requests whose KV would take the weights' place")  # fmt: skip
+    group.add_argument("--kv-on-cpu", action=argparse.BooleanOptionalAction, help="keep all of a GPU's KV cache in RAM "
+                       "and let the processor attend; default: where the KV of all prompts would take so much of the "
+                       "GPU from the weights that this is faster")  # fmt: skip
     group.add_argument("--kv-on-disk", metavar="SIZE", help="keep on the drive what RAM has no room for of the KV "
                        "cache: so much, or auto: what the prompts can need")  # fmt: skip
     group.add_argument("--kv-folder", metavar="FOLDER", help="where that is, in a file without a name; default: the "
@@ -151,8 +152,8 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["kv_precision"] = options.kv_precision
     if options.kv_in_ram:
         arguments["kv_in_ram"] = True
-    if options.kv_on_cpu:
-        arguments["kv_on_cpu"] = True
+    if options.kv_on_cpu is not None:
+        arguments["kv_on_cpu"] = options.kv_on_cpu
     if options.kv_on_disk is not None:
         arguments["kv_on_disk"] = _kv_on_disk(options)
     elif options.kv_folder is not None or options.no_kv_encryption:

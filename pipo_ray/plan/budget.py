@@ -61,8 +61,10 @@ PROCESS_BYTES = 850 * MIB
 tokenizers, and for architectures that import more of torch.
 """
 
-CUDA_PROCESS_BYTES = 2600 * MIB
-"""The same with CUDA's libraries loaded in the compute worker."""
+CUDA_PROCESS_BYTES = 2200 * MIB
+"""The same with CUDA's libraries loaded in the compute worker: 1930 MiB behind a run of Llama-3-8B's shape in bf16,
+1890 of OPT-30B's in int4 with Triton (an H200 with 16 cores, torch 2.11; `benchmarks/footprint.py --device cuda`).
+"""
 
 LOADER_BYTES = 60 * MIB
 """Each loader beyond the first, one for every further drive of a striped store."""
@@ -83,7 +85,7 @@ class RunPlan:
     pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive;
     `low_bit_kv` says what a KV cache of fewer than 16 bits is; with `kv_on_cpu` all of it is in RAM beside a GPU, and
     the processor attends. With `tables_in_ram` the matrices whose rows are looked up are in RAM as a whole, counted in
-    `weight_bytes`.
+    `weight_bytes`. `copied_bytes_per_sweep` are the weights that cross to a GPU in each sweep.
     """
 
     sweep: SweepPlan
@@ -108,6 +110,7 @@ class RunPlan:
     low_bit_kv: LowBitKV | None = None
     kv_on_cpu: bool = False
     tables_in_ram: bool = False
+    copied_bytes_per_sweep: int = 0
 
     @property
     def kv_page_tokens(self) -> int:
@@ -436,6 +439,7 @@ def _plan_gpu_run(
         low_bit_kv=low_bit_kv,
         kv_on_cpu=kv_on_cpu,
         tables_in_ram=tables_in_ram,
+        copied_bytes_per_sweep=copied,
     )
 
 
