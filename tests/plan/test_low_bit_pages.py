@@ -17,8 +17,7 @@ from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.params import SamplingParams
-from pipo_ray.plan.budget import CUDA_PROCESS_BYTES
-from pipo_ray.plan.budget import RunPlan
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, RunPlan
 from pipo_ray.plan.kv_pages import fits
 from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout, low_bit_kv
 from pipo_ray.quant.kv_policy import KVPrecision
@@ -134,8 +133,8 @@ def test_what_was_asked_for_is_what_fits(tokens: int, bits: int, layers: int) ->
 def test_beside_a_gpu_the_same_ram_holds_more_tokens_and_the_gpu_has_no_more_of_them() -> None:
     one = model(4, 64, 100)
     facts = replace(facts_of(8, 128, 128, 4, 4), chunked=True, context_length=4096)
-    options = {"memory_bytes": CUDA_PROCESS_BYTES + (472 << 20), "gpu_memory_bytes": GIB, "gpu_context_bytes": 100 << 20, "max_batch_tokens": 64,
-               "kv_on_cpu": True}  # fmt: skip
+    options = {"memory_bytes": CUDA_PROCESS_BYTES + (472 << 20), "gpu_memory_bytes": GIB,
+               "gpu_context_bytes": 100 << 20, "max_batch_tokens": 64, "kv_on_cpu": True}  # fmt: skip
     kinds = [None, LowBitKV.of((4,) * 4, facts), LowBitKV.of((16, 4, 4, 4), facts)]
     wide, low, mixed = (plan((one[0], facts), low_bit_kv=few, **options) for few in kinds)
     for found, few in ((low, kinds[1]), (mixed, kinds[2])):
