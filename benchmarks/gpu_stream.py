@@ -80,7 +80,7 @@ def settings(row: str, sweeps: int, gpu_memory: int, shape: LlamaShape | OptShap
         large = row == "kv" or tokens * shape.kv_bytes_per_token > gpu_memory // 2
         return {
             "max_batch_tokens": tokens, "memory": "64GiB",
-            **({"kv_in_ram": True} if large else {"max_kv_tokens": tokens + 16 * LONG_PROMPTS}),
+            "max_kv_tokens": tokens + 16 * LONG_PROMPTS, "max_kv_sequences": LONG_PROMPTS, "kv_in_ram": large,
         }  # fmt: skip
     batch = 1 if row == "disk" else int(row)
     length = PROMPT + sweeps + 3

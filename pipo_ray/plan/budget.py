@@ -29,6 +29,7 @@ from pipo_ray.plan.kv_budget import (
     tier_units,
     tiers_line,
     wanted_kv_bytes,
+    wanted_pages,
 )
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
 from pipo_ray.plan.kv_pages import (
@@ -211,10 +212,11 @@ def plan_run(
             f"weights {format_size(wanted_weights)}{lower}"
         )
     spare = memory_bytes - fixed - wanted_weights
+    staging = transfer.staging_bytes if weight_memory_bytes is None else 0
     wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         wanted_kv = ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_sequences)
-    kv_bytes = max(least_kv, min(kv_room(spare, max_kv_tokens), wanted_kv))
+    kv_bytes = max(least_kv, min(kv_room(spare, max_kv_tokens, staging), wanted_kv))
     weight_bytes = weight_memory_bytes if weight_memory_bytes is not None else memory_bytes - fixed - kv_bytes
     sweep, placement, used, resident, streamed = place(manifest, facts, weight_bytes, transfer)
     if weight_memory_bytes is not None:
@@ -301,7 +303,9 @@ def _plan_gpu_run(
     if kv_in_ram and facts.ragged and facts.kv_bytes_per_token:
         nbytes, units = tier_units(facts, low_bit_kv)
         least_kv = least_tier_bytes(facts, low_bit_kv)
-        sweep_kv = in_flight_units(units, pages_of_sweep) * nbytes
+        # Or of all tokens that are wanted: a layer of each, and the next one's, are on the GPU at a time.
+        passing = max(pages_of_sweep, wanted_pages(max_kv_tokens, max_kv_sequences))
+        sweep_kv = in_flight_units(units, passing) * nbytes
     if kv_on_disk is not None:
         least_kv = gpu_bytes_for(facts, 1, low_bit_kv)
     least_host_kv = 0
@@ -326,8 +330,10 @@ def _plan_gpu_run(
     if kv_on_cpu:
         wanted_kv, wanted_host_kv = 0, wanted_kv
     # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
-    kv_bytes = max(least_kv, min(kv_room(spare, None if kv_on_disk is not None else max_kv_tokens), wanted_kv))
-    # Prompts that take two sweeps for want of pages load all weights twice: more than what these pages take from them.
+    wanted_slots = _WANTED_GPU_SLOTS_BESIDE_CPU if kv_on_cpu else _WANTED_GPU_SLOTS
+    some = None if kv_in_ram or kv_on_disk is not None else max_kv_tokens
+    kv_bytes = max(least_kv, min(kv_room(spare, some, wanted_slots * transfer.slot_bytes), wanted_kv))
+    # Requests that take two sweeps for want of pages load all weights twice: more than what these pages take from them.
     kv_bytes = max(kv_bytes, min(spare // 2, sweep_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
     least_host = 2 * least_slot
@@ -351,7 +357,16 @@ def _plan_gpu_run(
         num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
         tokens_each = context if max_kv_tokens is None else min(context, -(-max_kv_tokens // num_sequences))
         kv = kv_tiers(
-            manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep, low_bit_kv, num_sequences, tokens_each
+            manifest,
+            facts,
+            kv_bytes,
+            spare_ram,
+            context,
+            pages_of_sweep,
+            low_bit_kv,
+            num_sequences,
+            tokens_each,
+            max_kv_tokens,
         )
     kv_ram_bytes = kv.ram_bytes if kv is not None else 0
     if kv_on_cpu:
@@ -373,7 +388,6 @@ def _plan_gpu_run(
     host = memory_bytes - processes - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
-    wanted_slots = _WANTED_GPU_SLOTS_BESIDE_CPU if kv_on_cpu else _WANTED_GPU_SLOTS
     slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // wanted_slots,
                                      int(host * STAGING_SHARE) // transfer.num_slots) // 4096 * 4096)  # fmt: skip
     sweep = sweep_plan(manifest, facts, slot_bytes)

@@ -61,10 +61,11 @@ def least_tier_bytes(facts: ModelFacts, low_bit_kv: LowBitKV | None) -> int:
 
 def kv_tiers(
     manifest: Manifest, facts: ModelFacts, gpu_bytes: int, spare_ram_bytes: int, context: int, pages_of_sweep: int,
-    low_bit_kv: LowBitKV | None, num_sequences: int, tokens_each: int,
+    low_bit_kv: LowBitKV | None, num_sequences: int, tokens_each: int, max_kv_tokens: int | None = None,
 ) -> KVPlacement | None:  # fmt: skip
     """The KV cache's two tiers: `gpu_bytes` on the GPU, and in RAM what is wanted beyond them, a full sweep's pages at
-    least: of `spare_ram_bytes` a share, or what the whole model leaves. None where transformers keeps the cache
+    least, or those of `max_kv_tokens` of `num_sequences` sequences: of `spare_ram_bytes` a share, or what the whole
+    model leaves. None where transformers keeps the cache
     (requests in lanes). With few bits the GPU has windows for at most `num_sequences` sequences, for as many as can
     pass through it if each has `tokens_each` tokens.
     """
@@ -82,12 +83,21 @@ def kv_tiers(
     beside_model = spare_ram_bytes - manifest.total_bytes
     contexts = 4 if beside_model > 0 else 1
     wanted = max(pages_of_sweep, pages_of(max(WANTED_KV_TOKENS, contexts * context)))
+    if max_kv_tokens is not None:
+        wanted = max(pages_of_sweep, wanted_pages(max_kv_tokens, num_sequences))
     wanted = min(wanted, max(gpu_units // in_flight_units(units, 1), gpu_units // all_units))
     most_ram_units = max(0, int(spare_ram_bytes * _KV_SHARE), beside_model) // nbytes
     ram_units = min(most_ram_units, ram_units_for(units, wanted, gpu_units))
     if most_pages_per_layer(units, gpu_units, ram_units) == gpu_units // all_units:
         ram_units = 0  # too little to hold more than the GPU does
     return KVPlacement(units, nbytes, gpu_units, ram_units, bits, window_bytes, windows)
+
+
+def wanted_pages(max_kv_tokens: int | None, num_sequences: int) -> int:
+    """Pages of a layer for so many tokens of so many sequences, of whose last pages a part is not used; 0 if nobody
+    says how many.
+    """
+    return 0 if max_kv_tokens is None else pages_of(max_kv_tokens) + num_sequences
 
 
 def tiers_line(kv: KVPlacement | None) -> str:
@@ -126,11 +136,14 @@ def wanted_kv_bytes(
     return nbytes if low_bit_kv is None else min(nbytes, wanted * low_bit_kv.wide_token_bytes)
 
 
-def kv_room(spare_bytes: int, max_kv_tokens: int | None) -> int:
-    """What the KV cache may take of what is spare: a share, or all of it for a number of tokens that the user named.
-    With less, requests would wait for each other, and each wait costs sweeps over all weights.
+def kv_room(spare_bytes: int, max_kv_tokens: int | None, staging_bytes: int = 0) -> int:
+    """What the KV cache may take of what is spare: a share, or for a number of tokens that the user named all but the
+    staging of weights. With less, requests would wait for each other, and each wait costs sweeps over all weights;
+    without staging every sweep would take many times as long. Where that is short itself, it has a fourth.
     """
-    return int(spare_bytes * _KV_SHARE) if max_kv_tokens is None else spare_bytes
+    if max_kv_tokens is None:
+        return int(spare_bytes * _KV_SHARE)
+    return spare_bytes - min(staging_bytes, spare_bytes // 4)
 
 
 def kv_tokens_of(facts: ModelFacts, kv_bytes: int) -> tuple[int, int]:

@@ -287,3 +287,24 @@ def test_kv_on_the_cpu_leaves_the_gpu_to_weights() -> None:
         plan((manifest, facts), kv_on_cpu=True)
     with pytest.raises(BudgetError, match=r"--memory .* is too low: .* KV cache of 256 tokens 64.0 MiB"):
         plan((manifest, facts), **{**gpu, "memory_bytes": CUDA_PROCESS_BYTES + (60 << 20)}, kv_on_cpu=True)
+
+
+@pytest.mark.parametrize("gpu", [{}, {"gpu_memory_bytes": 3 * GIB, "gpu_context_bytes": 500 << 20}])
+def test_kv_for_more_tokens_than_there_is_room_for_leaves_weights_their_staging(gpu: dict[str, int]) -> None:
+    manifest, facts = model(32, 4096, 1000)
+    facts = replace(facts, kv_bytes_per_token=32 * 8192, num_layers=32)
+    found = plan((manifest, facts), memory_bytes=4 * GIB, max_kv_tokens=10**7, **gpu)
+    slots = found.placement.num_gpu_slots if gpu else found.placement.num_slots
+    assert slots >= 4
+    assert found.placement.slot_bytes > 8 << 20
+    assert found.kv_tokens * facts.kv_bytes_per_token > GIB  # and still most of what there is is theirs
+
+
+def test_ram_holds_as_many_tokens_beside_a_gpu_as_were_asked_for() -> None:
+    manifest, facts = model(8, 1000, 1000)
+    facts = replace(facts, kv_bytes_per_token=8 * 32768, num_layers=8)
+    gpu = {"gpu_memory_bytes": 3 * GIB, "gpu_context_bytes": 500 << 20, "memory_bytes": 64 * GIB, "kv_in_ram": True}
+    for tokens, sequences in ((9_000, 1), (16_000, 20)):
+        found = plan((manifest, facts), **gpu, max_kv_tokens=tokens, max_kv_sequences=sequences)
+        # Each sequence takes whole pages.
+        assert tokens + 63 * sequences <= found.kv_tokens <= tokens + 64 * (sequences + 1)
