@@ -139,7 +139,7 @@ class KVDiskPlacement:
             f"KV pages of up to {self.kv_tokens} tokens{bits}: {in_ram} of them in RAM, the others in a file of "
             f"{format_size(self.disk_bytes)} without a name in {self.folder} ({cipher}), "
             f"{format_size(self.staging_pages * self.page_bytes)} of RAM for those on their way"
-            + (f"; windows at 16 bits of {self.num_windows} sequences" if self.window_bytes else "")
+            + (f"; windows at 16 bits: {self.num_windows}" if self.window_bytes else "")
         )
 
 

@@ -51,7 +51,7 @@ def test_text_is_that_of_one_process_also_when_the_loader_is_killed(tmp_path: Pa
         ray_address="local", device="cpu", max_batch_tokens=CHUNK, max_kv_tokens=2 * 3072, max_kv_sequences=2,
         kv_on_disk="8MiB", kv_precision=4,
     ) as llm:  # fmt: skip
-        assert any("tokens at 4 bits: " in line and "windows at 16 bits of" in line for line in llm.describe())
+        assert any("tokens at 4 bits: " in line and "windows at 16 bits: 2" in line for line in llm.describe())
         computed, loader, done = (
             details(llm, "Scheduler")["tokens_computed"],
             llm.pids()["NvmeLoader"],

@@ -128,7 +128,7 @@ def test_a_plan_with_packed_pages_on_the_drive_keeps_its_budget_and_says_so() ->
     assert plan.kv_tokens >= 50_000
     assert kv.tokens == (256, *(65536 // PageLayout(2, 32, 32, 4).page_bytes * 64,) * 2)
     assert f"up to {plan.kv_tokens} tokens at 16 and 4 bits: " in plan.explanation[-1]
-    assert "windows at 16 bits of 2 sequences" in plan.explanation[-1]
+    assert "windows at 16 bits: 2" in plan.explanation[-1]
     limits = limits_of(plan, facts, prefix_cache=True)
     assert (limits.short_tokens, limits.state_tokens, limits.sharing) == (0, 0, "none")
     on_gpu = plan_run(manifest, facts, memory_bytes=3 * GIB, gpu_memory_bytes=100 << 20, **options,
