@@ -3,7 +3,7 @@
 How to run (half a minute; --quick: 15 s):
 
     python benchmarks/footprint.py [--model FOLDER] [--starts 3] [--against OTHER_PIPO] [--device cuda] [--quick]
-                                   [--json FILE]
+                                   [--tokens 64] [--json FILE]
 
 The bundled model runs with a weight budget smaller than itself, so that all four actors work. For every process of the
 session: private memory, mapped files, and PSS without the buffers in /dev/shm, idle (everything is loaded, nothing
@@ -89,15 +89,15 @@ def name_of(pid: int) -> str:
     return next((name for key, name in NAMES.items() if any(word.endswith(key) for word in words)), words[0][-30:])
 
 
-def measure_memory(model: Path, device: str) -> dict[str, Any]:
-    """Idle, and after a run."""
+def measure_memory(model: Path, device: str, tokens: int) -> dict[str, Any]:
+    """Idle, and after a run of so many tokens."""
     options: dict[str, Any] = {"memory": "1536MiB", "weight_memory": "3MiB"}
     if device == "cuda":
         options = {"memory": "8GiB", "gpu_memory": "2GiB"}
     with LLM(model, device=device, ray_address="local", **options) as llm:
-        params = SamplingParams(temperature=0.0, max_tokens=64)
+        params = SamplingParams(temperature=0.0, max_tokens=tokens)
         idle = look(llm._session.pids())
-        llm.generate([PROMPT], params)
+        llm.generate([PROMPT if (model / "tokenizer.json").is_file() else list(range(3, 13))], params)
         return {"idle": idle, "after a run": look(llm._session.pids())}
 
 
@@ -151,10 +151,11 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=3, help="starts of `pipo run`")
     parser.add_argument("--against", help="another pipo program, started in turns with this one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="of the run; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="one start")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
-    result = measure_memory(arguments.model, arguments.device)
+    result = measure_memory(arguments.model, arguments.device, arguments.tokens)
     pipos = [str(Path(sys.executable).with_name("pipo")), *([arguments.against] if arguments.against else [])]
     starts = 0 if arguments.device == "cuda" else 1 if arguments.quick else arguments.starts
     result["first_token_s"] = measure_starts(pipos, arguments.model, starts) if starts else {}
