@@ -19,8 +19,8 @@ _ALIGNMENT = 4096
 @dataclass(frozen=True)
 class DiskPages:
     """Pages of `page_bytes`, whole blocks of the drive, which are so many `tokens` of each layer: PAGE_TOKENS at 16
-    bits, and of fewer as many whole packed pages as fit. Each sequence has `window_bytes` besides: the last tokens of
-    its layers of few bits.
+    bits, and of fewer as many whole packed pages as fit (smaller pages would take as many calls as those). Each
+    sequence has `window_bytes` besides: the last tokens of its layers of few bits.
     """
 
     page_bytes: int
@@ -35,8 +35,7 @@ class DiskPages:
             return DiskPages(_whole_blocks(PAGE_TOKENS * wide), (PAGE_TOKENS,) * facts.num_layers)
         wide = low_bit.wide_token_bytes // len(low_bit.bits)
         packed = {bits: most_page_bytes(facts.kv_shapes, bits) for bits in set(low_bit.bits) - {16}}
-        nbytes = PAGE_TOKENS // kv_pages.PAGE_TOKENS * max(packed.values())
-        nbytes = _whole_blocks(PAGE_TOKENS * wide if 16 in low_bit.bits else nbytes)
+        nbytes = _whole_blocks(PAGE_TOKENS * wide)
         tokens = (PAGE_TOKENS if bits == 16 else nbytes // packed[bits] * kv_pages.PAGE_TOKENS for bits in low_bit.bits)
         num_low = sum(bits != 16 for bits in low_bit.bits)
         return DiskPages(nbytes, tuple(tokens), SHORT_TOKENS * wide * num_low)

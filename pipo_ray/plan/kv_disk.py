@@ -171,8 +171,8 @@ def ram_bytes_for(facts: ModelFacts, num_tokens: int, low_bit: LowBitKV | None =
 
 def _windows_in(sizes: DiskPages, ram_bytes: int, num_sequences: int) -> int:
     """How many of `num_sequences` sequences are to have a window in `ram_bytes`: each takes its newest pages, too."""
-    beyond = ram_bytes - _LEAST_STAGING * sizes.page_bytes - sizes.num_layers * sizes.page_bytes
-    most = min(beyond // _newest_bytes(sizes), int(ram_bytes * _MOST_WINDOWS_SHARE) // sizes.window_bytes)
+    room = (ram_bytes - _LEAST_STAGING * sizes.page_bytes) // _newest_bytes(sizes)
+    most = min(room, int(ram_bytes * _MOST_WINDOWS_SHARE) // sizes.window_bytes)
     return max(1, min(num_sequences, most))
 
 

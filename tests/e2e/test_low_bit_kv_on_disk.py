@@ -18,6 +18,7 @@ from harness import Pipeline, pack_checkpoint
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
 from pipo_ray.plan.disk_pages import DiskPages
+from pipo_ray.plan.kv_disk import least_ram_bytes
 from pipo_ray.plan.low_bit_pages import low_bit_kv
 from pipo_ray.prepare import prepare_store
 from pipo_ray.quant.kv_policy import KVPrecision
@@ -37,23 +38,24 @@ def test_text_is_that_of_one_process_whoever_is_killed(actor: str, tmp_path: Pat
     config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 8192}
     checkpoint = make_checkpoint(tmp_path / "long-llama", Architecture("long-llama", "Llama", "llama", config))
     packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
-    layers = packed.facts.num_layers
-    with Pipeline(packed, kv_bits=(4,) * layers, chunk=CHUNK, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
+    with Pipeline(packed, kv_bits=(8, 4, 8), chunk=CHUNK, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
         expected = pipeline.greedy([LONG, SHORT], NEW)
+    policy = tmp_path / "kv.json"
+    policy.write_text('{"layers": [["1", 4], ["*", 8]]}')
     prepared = prepare_store(str(checkpoint))
-    low = low_bit_kv(KVPrecision.parse(4), prepared.facts)
+    low = low_bit_kv(KVPrecision.parse(str(policy)), prepared.facts)
     without = plan_run(prepared.manifest, prepared.facts, memory_bytes=4 << 30, weight_memory_bytes=WEIGHTS,
                        max_batch_tokens=CHUNK)  # fmt: skip
     sizes = DiskPages.of(prepared.facts, low)
-    kv_bytes = 4 * sizes.window_bytes  # the windows of two sequences, and as much for pages
-    assert kv_bytes - 2 * sizes.window_bytes < sizes.page_bytes * sizes.pages_of(len(LONG))  # and staging is of it
+    two = 2 * sizes.window_bytes + sizes.num_layers * sizes.page_bytes
+    kv_bytes = least_ram_bytes(prepared.facts, low, num_windows=0) + two
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
     with LLM(
         checkpoint, memory=PROCESS_BYTES + without.activation_bytes + WEIGHTS + kv_bytes, weight_memory=WEIGHTS,
         ray_address="local", device="cpu", max_batch_tokens=CHUNK, max_kv_tokens=2 * 3072, max_kv_sequences=2,
-        kv_on_disk="8MiB", kv_precision=4,
+        kv_on_disk="8MiB", kv_precision=str(policy),
     ) as llm:  # fmt: skip
-        assert any("tokens at 4 bits: " in line and "windows at 16 bits: 2" in line for line in llm.describe())
+        assert any("tokens at 8 and 4 bits: " in line and "windows at 16 bits: 2" in line for line in llm.describe())
         computed, victim = details(llm, "Scheduler")["tokens_computed"], llm.pids()[actor]
         done = threading.Event()
 

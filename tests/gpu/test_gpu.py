@@ -151,7 +151,7 @@ def test_packed_pages_on_the_drive_give_the_logits_of_those_on_the_gpu(bits: tup
     options = {"slot_bytes": 1 << 20, "chunk": 500, "device": torch.device("cuda", 0)}
     with Pipeline(packed, kv_bits=bits, **options) as pipeline:
         wanted = pipeline.follow(prompts, [1880, 280])
-    with pages_on_disk(packed.facts, tmp_path, 15, bits) as disk:
+    with pages_on_disk(packed.facts, tmp_path, 12, bits) as disk:
         stores = []
 
         def store(dtype: torch.dtype, ops: object) -> LowBitStore:

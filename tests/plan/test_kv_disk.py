@@ -126,6 +126,7 @@ def test_a_plan_with_packed_pages_on_the_drive_keeps_its_budget_and_says_so() ->
     assert plan.kv_bytes == kv.ram_bytes + 2 * 192 * 2 * 256
     assert (plan.max_sequences, plan.state_tokens, plan.kv_page_tokens) == (2, 0, max(kv.tokens))
     assert plan.kv_tokens >= 50_000
+    assert kv.page_bytes == disk_page_bytes(facts) == 65536
     assert kv.tokens == (256, *(65536 // PageLayout(2, 32, 32, 4).page_bytes * 64,) * 2)
     assert f"up to {plan.kv_tokens} tokens at 16 and 4 bits: " in plan.explanation[-1]
     assert "windows at 16 bits: 2" in plan.explanation[-1]
