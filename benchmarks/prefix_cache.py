@@ -2,7 +2,8 @@
 
 How to run (a model of 0.4 GiB, random, in a temporary folder; four minutes):
 
-    python benchmarks/prefix_cache.py [--layers 8] [--device cpu] [--folder DIR] [--quick] [--json FILE]
+    python benchmarks/prefix_cache.py [--layers 8] [--device cpu] [--kv-precision 4] [--folder DIR] [--quick]
+        [--json FILE]
 
 On one random Llama in bf16 that fits in memory, each once with `prefix_cache` and once without: a chat of ten turns,
 each of which sends the whole conversation again with 40 tokens more, and is answered with 32; and 16 requests whose
@@ -85,6 +86,7 @@ def measure(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         with LLM(
             checkpoint, device=arguments.device, memory=arguments.memory, ray_address="local",
             max_kv_tokens=REQUESTS * (system + OWN + NEW), prefix_cache=prefix_cache,
+            kv_precision=arguments.kv_precision,
         ) as llm:  # fmt: skip
             print("\n".join(llm.describe()), file=sys.stderr)
             llm.generate([tokens(64, 99)], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
@@ -105,6 +107,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--memory", default="6GiB")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--kv-precision", default="16", help="bits of the KV cache: 16, 8 or 4")
     parser.add_argument("--folder", type=Path, help="keep the model here")
     parser.add_argument("--quick", action="store_true", help="two layers, four turns, a system prompt of 300 tokens")
     parser.add_argument("--json", type=Path)
