@@ -2,13 +2,14 @@
 
 How to run (a model of 0.4 GiB, random, in a temporary folder; four minutes):
 
-    python benchmarks/prefix_cache.py [--layers 8] [--device cpu] [--kv-precision 4] [--folder DIR] [--quick]
-        [--json FILE]
+    python benchmarks/prefix_cache.py [--layers 8] [--device cpu] [--kv-precision 4] [--own 30] [--folder DIR]
+        [--quick] [--json FILE]
 
 On one random Llama in bf16 that fits in memory, each once with `prefix_cache` and once without: a chat of ten turns,
 each of which sends the whole conversation again with 40 tokens more, and is answered with 32; and 16 requests whose
 first 2000 tokens are one system prompt, with 30 of their own and 16 tokens of answer, the first one alone and 15 at the
-same time behind it. Printed: tokens computed; seconds to the first token (medians of the chat's later half, and of the
+same time behind it. In a KV cache of few bits these begin where the first one's last tokens at 16 bits reach back to;
+with `--own 130` they do not reach back so far, and the second one computes all again. Printed: tokens computed; seconds to the first token (medians of the chat's later half, and of the
 15); bytes of KV cache reserved while all 15 are answered; and the ratios of without to with.
 """
 
@@ -30,7 +31,7 @@ from random_llama import LlamaShape, make_checkpoint
 from pipo_ray import LLM, SamplingParams
 
 TURNS, ASKED, ANSWERED = 10, 40, 32
-REQUESTS, SYSTEM, OWN, NEW = 16, 2000, 30, 16
+REQUESTS, SYSTEM, NEW = 16, 2000, 16
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -58,13 +59,13 @@ def chat(llm: LLM, turns: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def requests(llm: LLM, system: int) -> dict[str, Any]:
+def requests(llm: LLM, system: int, own: int) -> dict[str, Any]:
     """Requests with one system prompt."""
     before = stage(llm, "Scheduler")["tokens_computed"]
     prompt = tokens(system, 100)
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
-    llm.generate([prompt + tokens(OWN, 101)], params)
-    prompts = [prompt + tokens(OWN, 102 + number) for number in range(1, REQUESTS)]
+    llm.generate([prompt + tokens(own, 101)], params)
+    prompts = [prompt + tokens(own, 102 + number) for number in range(1, REQUESTS)]
     reserved, last = 0, {}
     for output in llm.stream(prompts, params):
         last[output.request_id] = output
@@ -85,12 +86,12 @@ def measure(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
     for name, prefix_cache in (("with", True), ("without", False)):
         with LLM(
             checkpoint, device=arguments.device, memory=arguments.memory, ray_address="local",
-            max_kv_tokens=REQUESTS * (system + OWN + NEW), prefix_cache=prefix_cache,
+            max_kv_tokens=REQUESTS * (system + arguments.own + NEW), prefix_cache=prefix_cache,
             kv_precision=arguments.kv_precision,
         ) as llm:  # fmt: skip
             print("\n".join(llm.describe()), file=sys.stderr)
             llm.generate([tokens(64, 99)], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
-            result[name] = {"chat": chat(llm, turns), "requests": requests(llm, system)}
+            result[name] = {"chat": chat(llm, turns), "requests": requests(llm, system, arguments.own)}
     for load in ("chat", "requests"):
         one, other = result["with"][load], result["without"][load]
         result[load] = {key: other[key] / one[key] for key in ("tokens_computed", "ttft_s", "kv_bytes") if one.get(key)}
@@ -108,6 +109,7 @@ def main() -> int:
     parser.add_argument("--memory", default="6GiB")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kv-precision", default="16", help="bits of the KV cache: 16, 8 or 4")
+    parser.add_argument("--own", type=int, default=30, help="tokens that each request has behind the system prompt")
     parser.add_argument("--folder", type=Path, help="keep the model here")
     parser.add_argument("--quick", action="store_true", help="two layers, four turns, a system prompt of 300 tokens")
     parser.add_argument("--json", type=Path)

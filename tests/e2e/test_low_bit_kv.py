@@ -1,5 +1,5 @@
 """A KV cache in few bits through the real actors: the text is that of one process, also when the compute worker dies
-and its successor rebuilds the cache.
+and its successor rebuilds the cache, and a conversation goes on where it ended.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def test_text_is_that_of_one_process(dies: bool, checkpoint: Path, tmp_path: Pat
     packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
     with Pipeline(packed, kv_bits=BITS, chunk=64, resident_pieces=1 << 20) as pipeline:
         expected = pipeline.greedy(PROMPTS, NUM_TOKENS)
+        next_turn = PROMPTS[0] + expected[0] + prompts_of((9,), VOCAB_SIZE, 3)[0]
+        expected_then = pipeline.greedy([next_turn], NUM_TOKENS)
     with Pipeline(packed, chunk=64, resident_pieces=1 << 20) as pipeline:
         assert pipeline.greedy(PROMPTS, NUM_TOKENS) != expected, "4 bits change nothing here: the test shows nothing"
     file = tmp_path / "kv.json"
@@ -53,6 +55,10 @@ def test_text_is_that_of_one_process(dies: bool, checkpoint: Path, tmp_path: Pat
         assert [newest[request] for request in sorted(newest, key=int)] == expected
         assert killed
         assert (llm.pids()["ComputeWorker"] != worker) == dies
+        (output,) = llm.generate([next_turn], params)
+        assert [output.outputs[0].token_ids] == expected_then
+        (scheduler,) = (one for one in llm.report()["stages"] if one["stage"] == "Scheduler")
+        assert scheduler["tokens_reused"] == len(PROMPTS[0]) + NUM_TOKENS - 1
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(

@@ -14,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefix_runs import Stage, answers, conversations
 
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
+from pipo_ray.model import low_bit_layer
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
@@ -139,6 +142,36 @@ def test_whoever_begins_on_another_has_what_it_would_have_alone(
     check_same(child.cache, own)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.parametrize("window", [None, 150, 300])
+def test_a_token_that_comes_alone_attends_to_others_pages_as_they_are(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit what it is where all pages are its own, and without unpacking any."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(heads, 520, 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    rule, store = AttentionRule(0.2, window), LowBitStore((4,), CompiledAttention())
+    own, first = store.open(520), store.open(400)
+
+    def attend(cache: LowBitCache, count: int) -> torch.Tensor:
+        at = cache.start + cache.length
+        made = cache.attend(0, *(tensor[:, at : at + count] for tensor in tensors), rule)
+        cache.advance(count)
+        return made
+
+    attend(own, 400)
+    attend(first, 210)
+    second = store.open(480 - 64, ((first, 64),))
+    second.begin_with(first, 210 - 64)
+    attend(second, 160)
+    third = store.open(520 - 192, ((first, 64), (second, 128)))
+    third.begin_with(second, 370 - 192)
+    attend(third, 30)
+    monkeypatch.setattr(low_bit_layer, "unpack_pages", None)
+    for _ in range(120):
+        assert torch.equal(attend(third, 1), attend(own, 1))
 
 
 def test_what_ends_takes_what_it_has() -> None:
