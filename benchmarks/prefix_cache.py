@@ -9,8 +9,9 @@ On one random Llama in bf16 that fits in memory, each once with `prefix_cache` a
 each of which sends the whole conversation again with 40 tokens more, and is answered with 32; and 16 requests whose
 first 2000 tokens are one system prompt, with 30 of their own and 16 tokens of answer, the first one alone and 15 at the
 same time behind it. In a KV cache of few bits these begin where the first one's last tokens at 16 bits reach back to;
-with `--own 130` they do not reach back so far, and the second one computes all again. Printed: tokens computed; seconds to the first token (medians of the chat's later half, and of the
-15); bytes of KV cache reserved while all 15 are answered; and the ratios of without to with.
+with `--own 130` they do not reach back so far, and the second one computes all again. Printed: tokens computed; seconds
+to the first token (medians of the chat's later half, and of the 15); bytes of KV cache reserved while all 15 are
+answered; and the ratios of without to with.
 """
 
 from __future__ import annotations

@@ -33,10 +33,9 @@ def _fits(sequence: Sequence, running: list[Sequence], limits: Limits, prefixes:
     prefixes.wish(sequence)
     if has_room():
         return True
-    if sequence.to_keep:
-        prefixes.wish(sequence, no_points=True)
-        if has_room():
-            return True
+    prefixes.wish(sequence, no_points=True)
+    if has_room():
+        return True
     # A prefix that is copied is there twice at first, for which there may be no room, nor for others' behind them.
     for others_alone in (False, True):
         prefixes.end(sequence)

@@ -62,6 +62,7 @@ class PrefixCache:
         self._made: list[Node] = []  # points, in the request that is being formed
         self._drop: list[str] = []
         self._cut: dict[str, int] = {}
+        self._asked: tuple[Node, int] | None = None  # a point of one for the sake of another that is being admitted
         self._clock = self._points = 0
 
     @property
@@ -175,12 +176,18 @@ class PrefixCache:
     # -----------------------------------------------------------------------------------------------------------
 
     def wish(self, sequence: Sequence, *, no_points: bool = False) -> None:
-        """Let `sequence`, which has not begun, have room for the points that it is to keep. Sets its `to_keep`."""
+        """Let `sequence`, which has not begun, have room for the points that it is to keep, and one that runs before it
+        for one where it parts from that. Sets their `to_keep`.
+        """
         node = self._running[sequence.name]
-        if no_points:
-            self._want(node, [])
-        else:
+        asked, self._asked = self._asked, None
+        if not no_points:
             self._wish(node, None)
+            self._ask(node)
+            return
+        self._want(node, [])
+        if asked is not None:
+            self._want(asked[0], [one for one in asked[0].keep if one != asked[1]])
 
     def keep(self, sequence: Sequence, start: int, stop: int) -> tuple[KeptPoint, ...]:
         """The points that are kept while `sequence` computes its tokens `start` to before `stop`."""
@@ -337,7 +344,7 @@ class PrefixCache:
         if self._sharing == "none" or not self._window.tokens or sequence.score:
             return
         begins, end = sequence.begins, sequence.length - 1
-        wanted = [end] if end in node.keep or (room is None and 2 * self._point_cost(end) <= end) else []
+        wanted = [*node.keep, end] if room is None and 2 * self._point_cost(end) <= end else [*node.keep]
         parting = self._longest(sequence, passing=True, other_than=node).agreed
         is_on_its_way = node.parent is not None and node.parent.sequence is not None
         if parting > begins or (parting == begins and is_on_its_way):
@@ -350,6 +357,29 @@ class PrefixCache:
         self._want(node, wanted)
         if room is not None and not {*wanted} <= {*had} and room() < 0:
             self._want(node, [one for one in wanted if one in had])
+
+    def _ask(self, node: Node) -> None:
+        """Want a point of another that runs, where `node` is going to part from it, and which it has yet to reach."""
+        sequence = node.sequence
+        assert sequence is not None
+        if self._sharing == "none" or not self._window.tokens or sequence.score:
+            return
+        tokens = sequence.tokens(0, sequence.length - 1)
+        there = self._longest(sequence).matched
+        best, most = None, there + LEAST_KEPT - 1
+        for other in self._running.values():
+            if other is node or other.sequence is None or other.sequence.score:
+                continue
+            if other.sequence.tokens(0, LEAST_SHARED) != tokens[:LEAST_SHARED]:
+                continue
+            common = _common(tokens, other.sequence.tokens(0, other.sequence.length - 1))
+            if common in other.keep:
+                return
+            if common > max(most, other.computed, other.sequence.begins):
+                best, most = other, common
+        if best is not None:
+            self._want(best, [*best.keep, most])
+            self._asked = best, most
 
     def _wants(self, node: Node, sequence: Sequence, point: int) -> bool:
         """Whether a point of these first tokens is wanted of `node`."""
