@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
@@ -177,7 +178,8 @@ class ComputeEngine:
         compiled = CompiledAttention(code_folder) if reason is None else None
         low_bit = None if bits is None else LowBitStore(bits, compiled)
         calls = None if compiled is None else HostFunctions(self._device)
-        return HostKV(self._device, compiled, calls, low_bit)
+        packing = None if compiled is None or bits is None else CompiledPacking(code_folder)
+        return HostKV(self._device, compiled, calls, low_bit, packing)
 
     def _attention_to_pages(
         self, dtype: torch.dtype, code_folder: Path | None, notes: list[str]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipo_ray.compiled import packed_attention
 from pipo_ray.compiled.attend import Call, CompiledAttention
+from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.model.kv_spans import AttentionRule
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class HostRow(Protocol):
         output: Tensor,
     ) -> Call:  # fmt: skip
         """The kernel's call for them, in RAM, into `output` [n, heads, dim]. Raises ValueError without room."""
+        ...
+
+    def packing(self, packing: CompiledPacking) -> Call | None:
+        """A call that has to be over before: it packs what has left windows with the tokens before these."""
         ...
 
     def repeat(self, call: Call) -> None:
@@ -84,6 +89,10 @@ class WideRow:
         memories = [cache.memory_for(self._layer, keys[:, :1], values[:, :1]) for cache in self._caches]
         spans = [(rule.first_visible(cache.length + 1), cache.length + 1) for cache in self._caches]
         return compiled.each(query, (keys, values), memories, spans, rule.scale, output)
+
+    def packing(self, packing: CompiledPacking) -> Call | None:
+        """See `HostRow`."""
+        return None
 
     def repeat(self, call: Call) -> None:
         """See `HostRow`."""
@@ -131,6 +140,11 @@ class PackedRow:
         seen = [memory.seen(*sizes, rule) for memory, sizes in zip(self._memories, self._begin(), strict=True)]
         layout = self._memories[0].layout
         return compiled.each_packed(query, (keys, values), seen, layout, rule.scale, output)
+
+    def packing(self, packing: CompiledPacking) -> Call | None:
+        """See `HostRow`."""
+        pages = [page for memory in self._memories if (page := memory.take_leaving()) is not None]
+        return packing.each(self._memories[0].layout, pages) if pages else None
 
     def repeat(self, call: Call) -> None:
         """See `HostRow`."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipo_ray.compiled.attend import Call, CompiledAttention
+from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.host_link import HostLink, tokens_at_once
 from pipo_ray.model.host_rows import HostRow, PackedRow, WideRow
@@ -56,7 +57,8 @@ class HostKV:
     """Attention of rows on `device` whose sequences' caches are in RAM: each a `SequenceCache`, or what `low_bit`
     opens. `compiled` takes what it does of tokens that come alone; with `in_stream_order` it does so when the device's
     stream comes to it, and the thread that uses this, always the same, waits for nothing. A sweep has ended on the
-    device before the next one begins: what left a window in it is packed when the next token comes.
+    device before the next one begins: what left a window in it is packed when the next token comes, by `packing` in the
+    stream's order as well, or here by torch.
 
     Between RAM and `device` everything passes through two pinned buffers of at most 32 MiB, and a token that is larger.
     """
@@ -67,9 +69,11 @@ class HostKV:
         compiled: CompiledAttention | None = None,
         in_stream_order: Callable[[int, int], None] | None = None,
         low_bit: LowBitStore | None = None,
+        packing: CompiledPacking | None = None,
     ) -> None:
         self.low_bit = low_bit
-        self._compiled = compiled
+        self._compiled, self._packing = compiled, packing
+        self._packed: dict[int, Call] = {}  # by layer, what the sweep's call has to live with
         self._link, self._in_stream_order = HostLink(device), in_stream_order
         self._deferred: dict[int, _Deferred] = {}  # by layer
 
@@ -123,6 +127,8 @@ class HostKV:
             attended = self._link.buffer("output", (len(part), *output.shape[1:]), output.dtype)
             row = _row(part, layer, k, v, rule, packed=packed)
             if self._compiled is not None and row.compiles(self._compiled, q, k, v, rule):
+                if self._packing is not None and (packing := row.packing(self._packing)) is not None:
+                    self._compiled.run(packing)
                 self._compiled.run(row.call(self._compiled, q, k, v, rule, attended))
             else:
                 for number in range(len(part)):
@@ -140,6 +146,9 @@ class HostKV:
         """
         assert self._compiled is not None
         assert self._in_stream_order is not None
+        if self._packing is not None and (packing := row.packing(self._packing)) is not None:
+            self._packed[layer] = packing = self._compiled.deferred(packing)
+            self._in_stream_order(packing.function, ctypes.addressof(packing.context))
         q, k, v = self._link.copy_to_host([x.transpose(0, 1) for x in (query, keys, values)])
         attended = self._link.buffer("output", tuple(output.shape), output.dtype)
         memories = row.memories

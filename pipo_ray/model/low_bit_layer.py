@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipo_ray.compiled import packed_attention
 from pipo_ray.compiled.attend import PackedTokens
+from pipo_ray.compiled.pack import LeavingPage
 from pipo_ray.model.kv_spans import CHUNK_TOKENS, AttentionRule, OnlineAttention
 from pipo_ray.model.packed_pages import LinePages, MemoryPages, PackedPages
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
@@ -94,6 +95,15 @@ class LowBitLayer:
         self._settle()
         _, size = self._grow(start, 1)
         return size, packed_pages(start)
+
+    def take_leaving(self) -> LeavingPage | None:
+        """A page that is to leave the window, for a kernel that packs it before anything else is done with this."""
+        if self._leaving() != 1:
+            return None
+        first, held = self.begin // PAGE_TOKENS, self.num_held
+        (place,) = self._pages.places(first, first + 1)
+        self.begin += PAGE_TOKENS
+        return LeavingPage(place[0], self._window, held)
 
     def seen(self, size: int, num_pages: int, rule: AttentionRule) -> PackedTokens:
         """What the last token sees, given what `begin_token` said of it; in memory where pages are neighbours."""

@@ -10,6 +10,7 @@ from architectures import BASE, BY_SLUG, Architecture
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.kv_cache import RaggedCache, Segment
 from pipo_ray.model.kv_host import HostKV
@@ -57,11 +58,16 @@ def test_tokens_in_the_streams_order(tmp_path: Path) -> None:
     llama = Architecture("llama", "", "llama", {**BASE, **WIDE_HEADS})
     checkpoint = llama.save(tmp_path / "checkpoint", dtype="bfloat16")
     attention, calls = CompiledAttention(tmp_path / "code"), HostFunctions(device)
+    packing = CompiledPacking(tmp_path / "code")
+
+    def in_stream_order(*_: object) -> HostKV:
+        return HostKV(device, attention, calls, LowBitStore(BITS, attention), packing)
+
     errors, exact = [], torch.empty(0)
     for number, (dtype, options) in enumerate((
         (torch.float32, {"kv_bits": BITS}),
         (torch.bfloat16, {"kv_bits": BITS}),
-        (torch.bfloat16, {"kv_store": lambda *_: HostKV(device, attention, calls, LowBitStore(BITS, attention))}),
+        (torch.bfloat16, {"kv_store": in_stream_order}),
     )):  # fmt: skip
         model = pack_checkpoint(checkpoint, tmp_path / f"store-{number}", dtype)
         prompts = random_prompts(model.facts.vocab_size, (340, 270))

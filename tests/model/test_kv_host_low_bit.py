@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.machine import run_here
+from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model import host_link, packed_pages
 from pipo_ray.model.kv_cache import Segment
@@ -26,6 +27,7 @@ from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
 
 BITS = (8, 4, 16)
 COMPILED = CompiledAttention() if obstacle() is None else None
+PACKING = CompiledPacking() if obstacle() is None else None
 
 
 class Twins:
@@ -33,9 +35,12 @@ class Twins:
     has random queries, keys and values, and each result of the one must be that of the other.
     """
 
-    def __init__(self, dtype: torch.dtype, compiled: CompiledAttention | None, rule: AttentionRule) -> None:
+    def __init__(
+        self, dtype: torch.dtype, compiled: CompiledAttention | None, rule: AttentionRule,
+        packing: CompiledPacking | None,
+    ) -> None:  # fmt: skip
         self.generator, self.dtype, self.rule = torch.Generator().manual_seed(0), dtype, rule
-        self.host = HostKV(CPU, compiled, low_bit=LowBitStore(BITS, compiled))
+        self.host = HostKV(CPU, compiled, low_bit=LowBitStore(BITS, compiled), packing=packing)
         self.here = LowBitStore(BITS, compiled)
         self.pairs: dict[int, tuple[LowBitCache, LowBitCache]] = {}
 
@@ -97,16 +102,22 @@ class Twins:
         min_size=3, max_size=10,
     ),
     st.sampled_from([torch.bfloat16, torch.float32]), st.sampled_from([None, None, 150]), st.booleans(),
-    st.sampled_from([1, 4 << 20]),
+    st.sampled_from([1, 4 << 20]), st.booleans(),
 )  # fmt: skip
 def test_sequences_that_come_and_go(
-    history: list[dict[str, list[int]]], dtype: torch.dtype, window: int | None, caps: bool, at_once: int
+    history: list[dict[str, list[int]]],
+    dtype: torch.dtype,
+    window: int | None,
+    caps: bool,
+    at_once: int,
+    packs: bool,
 ) -> None:
     """Prompts, chunks and tokens that come alone in a row; by the kernel in bf16, by torch otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_link, "BUFFER_BYTES", 3000)
         patch.setattr(packed_pages, "VISITING_BYTES", at_once)
-        twins, names = Twins(dtype, COMPILED, AttentionRule(0.1, window, 5.0 if caps else None)), 0
+        twins = Twins(dtype, COMPILED, AttentionRule(0.1, window, 5.0 if caps else None), PACKING if packs else None)
+        names = 0
         for step in history:
             for capacity in step["joins"]:
                 twins.open(names, capacity)
@@ -124,19 +135,23 @@ def test_sequences_that_come_and_go(
 
 
 @pytest.mark.skipif(COMPILED is None, reason=str(obstacle()))
+@pytest.mark.parametrize("packing", [PACKING, None], ids=["kernel", "torch"])
 @pytest.mark.parametrize("window", [None, 70])
-def test_in_the_streams_order_a_page_leaves_its_window_when_the_next_token_comes(window: int | None) -> None:
+def test_in_the_streams_order_a_page_leaves_its_window_when_the_next_token_comes(
+    window: int | None, packing: CompiledPacking | None
+) -> None:
     """Three sequences, whose windows are full at different times; a call is told again only where it has to be."""
     pending: list[tuple[int, int]] = []
     assert COMPILED is not None
     rule = AttentionRule(0.1, window)
-    twins = Twins(torch.bfloat16, COMPILED, rule)
+    twins = Twins(torch.bfloat16, COMPILED, rule, packing)
     for name, capacity in ((0, 400), (1, 330), (2, 192)):
         twins.open(name, capacity)
     twins.sweep([(0, 250), (1, 180), (2, 120)])
     host = twins.host
     host._in_stream_order = lambda *call: pending.append(call)
     told: list[object] = []
+    packed_at = {6, 12, 70}  # behind token number 255 of the first sequence, 191 of the second, 319 of the first
     for step in range(72):
         order = [0, 1, 2] if step < 60 else [1, 0]
         rows = [twins.tensors(len(order)) for _ in BITS]
@@ -147,9 +162,10 @@ def test_in_the_streams_order_a_page_leaves_its_window_when_the_next_token_comes
                 twins.pairs[name][1].attend(layer, *(x[:, at : at + 1] for x in row), rule)[:, 0]
                 for at, name in enumerate(order)
             ]
-            (call,) = pending
             # The device comes to it behind all of the layer, and another layer's tokens use the same buffers then.
-            run_here(*call)
+            assert len(pending) == 1 + (step in packed_at and BITS[layer] != 16 and packing is not None)
+            for call in pending:
+                run_here(*call)
             pending.clear()
             got = host._link.buffers["output"][: 2 * 64 * 8 * len(order)].view(torch.bfloat16).view(-1, 8, 64)
             assert torch.equal(got, torch.stack(expected))
