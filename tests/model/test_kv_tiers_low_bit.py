@@ -178,6 +178,20 @@ def test_only_new_pages_are_saved_and_what_passes_through_comes_ahead() -> None:
     assert twins.check_pages() == 30
 
 
+@pytest.mark.parametrize("bits", [MIXED, (16, 4, 4, 16, 4), (4, 4, 16, 4, 4, 4, 8)])
+@pytest.mark.parametrize("seed", range(2))
+def test_some_layers_are_saved_in_every_sweep_and_some_are_not(bits: tuple[int, ...], seed: int) -> None:
+    """Layers at 16 bits, and those of few; with little room, so that none can stay."""
+    twins = Twins(FakeDevice(seed, 0.0), placement_of(bits, 12), torch.bfloat16)
+    for capacity in (5 * 64, 4 * 64, 3 * 64):
+        twins.open(capacity)
+    twins.sweep([(0, 300), (1, 200), (2, 100)])
+    for _ in range(6):
+        twins.sweep([(0, 1), (1, 1), (2, 1)])
+    assert twins.check_pages()
+    assert twins.tiers.loaded_bytes
+
+
 def test_pages_whose_units_lie_apart_are_brought_together() -> None:
     """Two units a page, in a pool of which single units are free."""
     placement = placement_of((4, 8, 8), 12)
