@@ -28,3 +28,13 @@ def test_tokens_are_the_processors_with_few_bits_of_kv_too(bits: int) -> None:
     pairs = zip(tokens("cuda", gpu_memory="2GiB", **precision), tokens("cpu", **precision), strict=True)
     same = [sum(one == other for one, other in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
     assert sum(same) >= 0.8 * len(PROMPTS) * 24, same
+
+
+@pytest.mark.parametrize("place", [{"kv_on_cpu": True}, {"kv_in_ram": True}, {"kv_on_disk": "64MiB"}], ids=str)
+def test_few_bits_of_kv_in_every_place_give_the_processors_tokens(place: dict[str, Any]) -> None:
+    """As above; so little of the GPU that pages do move."""
+    pairs = zip(
+        tokens("cuda", gpu_memory="1200MiB", kv_precision=4, **place), tokens("cpu", kv_precision=4), strict=True
+    )
+    same = [sum(one == other for one, other in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+    assert sum(same) >= 0.8 * len(PROMPTS) * 24, same
