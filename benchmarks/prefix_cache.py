@@ -72,11 +72,11 @@ def requests(llm: LLM, system: int, own: int) -> dict[str, Any]:
         last[output.request_id] = output
         if not reserved and len(last) == len(prompts):
             reserved = stage(llm, "ComputeWorker")["cache_bytes"]
-    outputs = list(last.values())
+    outputs = [last[request] for request in sorted(last, key=int)]
     return {
         "tokens_computed": stage(llm, "Scheduler")["tokens_computed"] - before,
         "ttft_s": statistics.median(output.metrics.ttft_s or 0.0 for output in outputs),
-        "kv_bytes": reserved, "tokens": sorted(output.outputs[0].token_ids for output in outputs),
+        "kv_bytes": reserved, "tokens": [output.outputs[0].token_ids for output in outputs],
     }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def _codes(layer: object, stop: int) -> torch.Tensor:
 @given(
     st.lists(st.sampled_from([1, 5, 63, 64, 65, 130, 200]), min_size=1, max_size=4),
     st.integers(0, 63), st.lists(st.sampled_from([1, 2, 64, 100, 150]), min_size=1, max_size=3),
-    st.sampled_from(["behind", "in passing", "point", "copied", "taken"]), st.integers(0, 50),
+    st.sampled_from(["behind", "ended", "in passing", "point", "copied", "taken"]), st.integers(0, 50),
 )  # fmt: skip
 def test_whoever_begins_on_another_has_what_it_would_have_alone(
     chunks: list[int], back: int, more: list[int], way: str, seed: int
@@ -125,6 +125,8 @@ def test_whoever_begins_on_another_has_what_it_would_have_alone(
         child.cache.begin_with(parent.cache, point - first)
     else:
         source = parent.cache
+        if way == "ended":
+            source.resize(length, length)
         if way == "point":
             source = store.open(point - first, prefix)
             source.begin_with(parent.cache, point - first)
