@@ -160,7 +160,8 @@ class LLM:
         if kv_on_cpu is None:
             kv_place = open_kv_place(
                 chosen, self._facts, few_bits, tokens=max_kv_tokens, precision=prepared.manifest.precision,
-                elsewhere=kv_in_ram or on_disk is not None,
+                # Few bits in RAM beside a GPU are one sequence's each: prefixes would be shared no more.
+                elsewhere=kv_in_ram or on_disk is not None or (few_bits is not None and prefix_cache),
             )  # fmt: skip
         self._plan, reasons = choose_plan(
             plan, folders, cache_folder(), chosen, chosen_mode,

@@ -64,7 +64,8 @@ tokenizers, and for architectures that import more of torch.
 
 CUDA_PROCESS_BYTES = 2200 * MIB
 """The same with CUDA's libraries loaded in the compute worker: 1930 MiB behind a run of Llama-3-8B's shape in bf16,
-1890 of OPT-30B's in int4 with Triton (an H200 with 16 cores, torch 2.11; `benchmarks/footprint.py --device cuda`).
+1890 of OPT-30B's in int4 with Triton (an H200 with 16 cores, torch 2.11, counted as `benchmarks/footprint.py` does, by
+hand).
 """
 
 LOADER_BYTES = 60 * MIB
