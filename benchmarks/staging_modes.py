@@ -2,8 +2,8 @@
 
 How to run (--size of free disk, twice that while it is made; a quarter of an hour):
 
-    python benchmarks/staging_modes.py [--size 4GiB] [--rounds 5] [--sweeps 3] [--modes] [--folder DIR] [--quick]
-        [--json FILE]
+    python benchmarks/staging_modes.py [--size 4GiB] [--rounds 5] [--sweeps 3] [--sizes 0.5,2,4] [--modes]
+        [--folder DIR] [--quick] [--json FILE]
 
 The settings keep the same amount of weights resident (--resident), and have what staging takes on top; and once more
 ("all") every size with as much memory in all as `performance`: what staging takes then is not resident, as on a PC
@@ -36,20 +36,19 @@ from pipo_ray.prepare import cache_folder
 from pipo_ray.session.memory import format_size, parse_size
 
 MIB = 1 << 20
-SIZES = (0.5, 2.0, 4.0)
 MOST_BALLAST_MIB = 1024
 
 
-def settings(store: Path, modes_only: bool, resident: int) -> dict[str, tuple[Transfer, int]]:
-    """By name: the two modes, and `performance` with slots that take a multiple of its memory; each with the memory
-    that weights and slots may take.
+def settings(store: Path, sizes: tuple[float, ...], resident: int) -> dict[str, tuple[Transfer, int]]:
+    """By name: the two modes, and `performance` with slots that take these multiples of its memory; each with the
+    memory that weights and slots may take.
     """
     profile = drive_profile(store, cache_folder())
     chosen = choose_transfer(profile)
     saver = choose_transfer(profile, "memory-saver")
     total = resident + chosen.staging_bytes
     result = {"performance": (chosen, total), "memory-saver": (saver, resident + saver.staging_bytes)}
-    for factor in () if modes_only else SIZES:
+    for factor in sizes:
         slots = max(3, round(chosen.num_slots * factor))
         other = Transfer(chosen.transfer_bytes, chosen.read_threads, chosen.slot_bytes, slots)
         result[f"x {factor:g}"] = other, resident + other.staging_bytes
@@ -61,7 +60,8 @@ def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
     """Seconds per sweep of every setting, by rounds. One session at a time: Ray allows one per process."""
     resident = parse_size(arguments.resident)
     rows: dict[str, dict[str, Any]] = {}
-    chosen = settings(store, arguments.quick or arguments.modes, resident)
+    sizes = () if arguments.quick or arguments.modes else tuple(map(float, arguments.sizes.split(",")))
+    chosen = settings(store, sizes, resident)
     chance = random.Random(1)
     for number in range(arguments.rounds):
         for name, (transfer, weights) in list(chosen.items())[:: -1 if number % 2 else 1]:
@@ -101,6 +101,7 @@ def main() -> int:
     """The command line."""
     parser = options(__doc__, rounds=5, sweeps=3, quick="a smaller model, the two modes, two rounds")
     parser.add_argument("--resident", default="1GiB", help="weights that stay")
+    parser.add_argument("--sizes", default="0.5,2,4", help="of staging, as multiples; default: %(default)s")
     parser.add_argument("--modes", action="store_true", help="nothing but the two modes")
     arguments = parser.parse_args()
     if arguments.quick:
