@@ -34,6 +34,7 @@ from pipo_ray.plan.drive_probe import drive_profile
 from pipo_ray.plan.transfer import Transfer, choose_transfer
 from pipo_ray.prepare import cache_folder
 from pipo_ray.session.memory import format_size, parse_size
+from pipo_ray.store.manifest import Manifest
 
 MIB = 1 << 20
 MOST_BALLAST_MIB = 1024
@@ -44,8 +45,10 @@ def settings(store: Path, sizes: tuple[float, ...], resident: int) -> dict[str, 
     memory that weights and slots may take.
     """
     profile = drive_profile(store, cache_folder())
-    chosen = choose_transfer(profile)
-    saver = choose_transfer(profile, "memory-saver")
+    # As a run of this model chooses it, which has so much memory for weights.
+    sizes_of = {"model_bytes": Manifest.load(store).total_bytes, "weight_bytes": resident + Transfer().staging_bytes}
+    chosen = choose_transfer(profile, **sizes_of)
+    saver = choose_transfer(profile, "memory-saver", **sizes_of)
     total = resident + chosen.staging_bytes
     result = {"performance": (chosen, total), "memory-saver": (saver, resident + saver.staging_bytes)}
     for factor in sizes:

@@ -60,9 +60,9 @@ WITHOUT_PROFILE = Transfer()
 WITHOUT_PROFILE_IN_PARTS = ReadRate(2 * MIB, 8, 1.0)
 """The reads of each of several such drives, on which weights lie in parts of 16 MiB (`store/striping.py`)."""
 
-# Of the best sweep: what less staging may cost. Two measurements of a drive differ by as much; with 1 % a lucky one of
-# 16 reads of 16 MiB made staging of 336 MiB where 96 to 144 read as fast.
-_WITHIN = 0.03
+# Of the best sweep: what less staging may cost. Two measurements of a drive differ by more, but what staging takes from
+# residents counts: of nine measurements of one drive, eight chose 112 MiB for a model of 4 GiB, of which 1 is resident.
+_WITHIN = 0.01
 # An idle machine reads as fast with less, as the probe sees it; while products keep the cores busy, a read that has
 # ended waits until its thread gets one, and the others must last as long. (Tried by hand on one machine:
 # no script varies these two; `benchmarks/staging_modes.py` varies the number of slots.)
@@ -97,7 +97,7 @@ def choose_transfer(
     """The transfer for `num_drives` drives, each with this profile (empty: not measured), and for a model of
     `model_bytes`, of which `weight_bytes` may be in memory, slots included.
 
-    Staging takes memory from what could be resident: of the points with which a sweep's reading is within 3 % of the
+    Staging takes memory from what could be resident: of the points with which a sweep's reading is within 1 % of the
     shortest, the one with the least staging. Slots hold several transfers, because large ones cut fewer matrices.
     All drives share the slots, of which each needs as many as it would by itself.
     """
