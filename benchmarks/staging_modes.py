@@ -31,7 +31,7 @@ from streaming import options, random_store, sweep_seconds
 
 from pipo_ray import LLM
 from pipo_ray.plan.drive_probe import drive_profile
-from pipo_ray.plan.transfer import Transfer, choose_transfer
+from pipo_ray.plan.transfer import WITHOUT_PROFILE, Transfer, choose_transfer
 from pipo_ray.prepare import cache_folder
 from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.manifest import Manifest
@@ -46,7 +46,10 @@ def settings(store: Path, sizes: tuple[float, ...], resident: int) -> dict[str, 
     """
     profile = drive_profile(store, cache_folder())
     # As a run of this model chooses it, which has so much memory for weights.
-    sizes_of = {"model_bytes": Manifest.load(store).total_bytes, "weight_bytes": resident + Transfer().staging_bytes}
+    sizes_of = {
+        "model_bytes": Manifest.load(store).total_bytes,
+        "weight_bytes": resident + WITHOUT_PROFILE.staging_bytes,
+    }
     chosen = choose_transfer(profile, **sizes_of)
     saver = choose_transfer(profile, "memory-saver", **sizes_of)
     total = resident + chosen.staging_bytes

@@ -17,6 +17,9 @@ from pipo_ray.plan.kv_place import MachineRates, attends_on_cpu
 from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.plan.transfer import Mode, ReadRate, Transfer, choose_transfer, slowest
 
+_UNMEASURED_DRIVE = 2e9
+"""Bytes per second of a drive where there was nothing to measure, because the caller knows its transfer."""
+
 
 class PlanRun(Protocol):
     """`plan_run`, with what does not depend on the machine's rates."""
@@ -103,10 +106,6 @@ def choose_plan(
             )
             found = beside
     return found, lines
-
-
-_UNMEASURED_DRIVE = 2e9
-"""Bytes per second of a drive where there was nothing to measure, because the caller knows its transfer."""
 
 
 def _with_kv_in_ram(

@@ -29,6 +29,7 @@ from pipo_ray.plan.kv_budget import (
     tier_units,
     tiers_line,
     wanted_kv_bytes,
+    wanted_kv_tokens,
     wanted_pages,
 )
 from pipo_ray.plan.kv_disk import KVDiskPlacement, KVOnDisk, gpu_bytes_for, least_ram_bytes, place_kv, ram_bytes_for
@@ -191,7 +192,7 @@ def plan_run(
     least_kv = LEAST_KV_TOKENS * facts.kv_bytes_per_token + facts.state_bytes
     if kv_on_disk is not None:
         least_kv = least_ram_bytes(facts, low_bit_kv)
-    wanted_tokens = max_kv_tokens or max(WANTED_KV_TOKENS, context)
+    wanted_tokens = wanted_kv_tokens(context, max_kv_tokens)
     num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
     fixed = processes + activations
     if weight_memory_bytes is not None:
@@ -287,6 +288,8 @@ def _plan_gpu_run(
     rows = logits_rows(facts, gpu_memory_bytes)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
+    wanted_tokens = wanted_kv_tokens(context, max_kv_tokens)
+    num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
     low_bit_weights = any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors)
     lean = not low_bit_weights and low_bit_kv is None and kv_on_disk is None
     place: Place = "lean gpu" if lean else "gpu"
@@ -326,12 +329,12 @@ def _plan_gpu_run(
     wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
     if kv_on_disk is not None:
         # The newest pages of those that run at the same time: what is beyond them is never used, and the weights'.
-        wanted_kv = gpu_bytes_for(facts, rows if max_kv_tokens is None else min(rows, max_kv_sequences), low_bit_kv)
+        wanted_kv = gpu_bytes_for(facts, num_sequences, low_bit_kv)
     wanted_host_kv = 0
     if kv_on_cpu:
         wanted_kv, wanted_host_kv = 0, wanted_kv
-    # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
     wanted_slots = _WANTED_GPU_SLOTS_BESIDE_CPU if kv_on_cpu else _WANTED_GPU_SLOTS
+    # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
     some = None if kv_in_ram or kv_on_disk is not None else max_kv_tokens
     kv_bytes = max(least_kv, min(kv_room(spare, some, wanted_slots * transfer.slot_bytes), wanted_kv))
     # Requests that take two sweeps for want of pages load all weights twice: more than what these pages take from them.
@@ -355,26 +358,16 @@ def _plan_gpu_run(
     spare_ram = max(0, memory_bytes - processes - wanted_host)
     kv = None
     if kv_in_ram:
-        num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
         tokens_each = context if max_kv_tokens is None else min(context, -(-max_kv_tokens // num_sequences))
         kv = kv_tiers(
-            manifest,
-            facts,
-            kv_bytes,
-            spare_ram,
-            context,
-            pages_of_sweep,
-            low_bit_kv,
-            num_sequences,
-            tokens_each,
+            manifest, facts, kv_bytes, spare_ram, context, pages_of_sweep, low_bit_kv, num_sequences, tokens_each,
             max_kv_tokens,
-        )
+        )  # fmt: skip
     kv_ram_bytes = kv.ram_bytes if kv is not None else 0
     if kv_on_cpu:
         kv_ram_bytes = max(least_host_kv, min(kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
     kv_disk = None
     if kv_on_disk is not None:
-        wanted_tokens = max_kv_tokens or max(WANTED_KV_TOKENS, context)
         room = kv_room(spare_ram, max_kv_tokens)
         kv_ram_bytes = min(room, ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_windows=0))
         kv_ram_bytes = max(kv_ram_bytes, least_ram_bytes(facts, low_bit_kv, num_windows=0))

@@ -125,11 +125,16 @@ def low_bit_line(kv_bytes: int, low_bit_kv: LowBitKV | None) -> str:
     return f" at {low_bit_kv.label}, {kv_bytes // low_bit_kv.wide_token_bytes} at 16"
 
 
+def wanted_kv_tokens(context: int, max_kv_tokens: int | None) -> int:
+    """Tokens of KV cache that are wanted: those that the user named, or what is usual."""
+    return max(WANTED_KV_TOKENS, context) if max_kv_tokens is None else max_kv_tokens
+
+
 def wanted_kv_bytes(
     facts: ModelFacts, context: int, max_kv_tokens: int | None, num_sequences: int, low_bit_kv: LowBitKV | None
 ) -> int:
     """Bytes for the tokens of `num_sequences` sequences that are wanted."""
-    wanted = max(WANTED_KV_TOKENS, context) if max_kv_tokens is None else max_kv_tokens
+    wanted = wanted_kv_tokens(context, max_kv_tokens)
     _, state_tokens = kv_tokens_of(facts, 0)
     nbytes = (wanted + num_sequences * state_tokens) * max(1, facts.kv_bytes_per_token)
     # However short the sequences are, no token takes more than one at 16 bits.
