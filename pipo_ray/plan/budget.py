@@ -356,6 +356,7 @@ def _plan_gpu_run(
     # Weights that were asked for have their room before keys and values in RAM, as on the CPU.
     wanted_host = max(least_host, min(weight_memory_bytes or 0, sum(p.read_bytes for p in least_sweep.pieces)))
     spare_ram = max(0, memory_bytes - processes - wanted_host)
+    ram_room = kv_room(spare_ram, max_kv_tokens, transfer.staging_bytes if weight_memory_bytes is None else 0)
     kv = None
     if kv_in_ram:
         tokens_each = context if max_kv_tokens is None else min(context, -(-max_kv_tokens // num_sequences))
@@ -365,11 +366,10 @@ def _plan_gpu_run(
         )  # fmt: skip
     kv_ram_bytes = kv.ram_bytes if kv is not None else 0
     if kv_on_cpu:
-        kv_ram_bytes = max(least_host_kv, min(kv_room(spare_ram, max_kv_tokens), wanted_host_kv))
+        kv_ram_bytes = max(least_host_kv, min(ram_room, wanted_host_kv))
     kv_disk = None
     if kv_on_disk is not None:
-        room = kv_room(spare_ram, max_kv_tokens)
-        kv_ram_bytes = min(room, ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_windows=0))
+        kv_ram_bytes = min(ram_room, ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_windows=0))
         kv_ram_bytes = max(kv_ram_bytes, least_ram_bytes(facts, low_bit_kv, num_windows=0))
         if memory_bytes - processes - least_host < kv_ram_bytes:
             raise BudgetError(

@@ -300,6 +300,17 @@ def test_kv_for_more_tokens_than_there_is_room_for_leaves_weights_their_staging(
     assert found.kv_tokens * facts.kv_bytes_per_token > GIB  # and still most of what there is is theirs
 
 
+@pytest.mark.parametrize("place", [{"kv_on_cpu": True}, {"kv_on_disk": KVOnDisk(None, "/x")}])
+def test_kv_in_ram_beside_a_gpu_leaves_what_streams_its_staging(place: dict[str, Any]) -> None:
+    manifest, facts = model(32, 4096, 1000)
+    facts = replace(facts, kv_bytes_per_token=32 * 8192, num_layers=32)
+    gpu = {"memory_bytes": 6 * GIB, "gpu_memory_bytes": 3 * GIB, "gpu_context_bytes": 500 << 20}
+    found = plan((manifest, facts), **gpu, max_kv_tokens=10**7, **place)
+    assert found.streamed_bytes_per_sweep > GIB
+    assert found.placement.num_slots >= 4
+    assert found.placement.slot_bytes > 8 << 20
+
+
 def test_ram_holds_as_many_tokens_beside_a_gpu_as_were_asked_for() -> None:
     manifest, facts = model(8, 1000, 1000)
     facts = replace(facts, kv_bytes_per_token=8 * 32768, num_layers=8)
