@@ -248,6 +248,7 @@ class KVTiers:
             for cache, run in moving:
                 if run.rows(run.tokens) > run.rows(cache.length):
                     stamp = self._save(layer, run, cache.length, computed)
+            # Behind earlier layers' saves, too: who takes these places and others waits for the later of two stamps.
             stamp = stamp or self._stamp(computed)
             for _, run in moving:
                 self._free_gpu(run, stamp)

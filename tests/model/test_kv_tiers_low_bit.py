@@ -192,6 +192,25 @@ def test_some_layers_are_saved_in_every_sweep_and_some_are_not(bits: tuple[int, 
     assert twins.tiers.loaded_bytes
 
 
+@pytest.mark.parametrize(
+    "bits, tokens", [((8, 4, 16, 16), (208, 17)), ((4, 4, 16, 4, 16), (194, 30)), ((8, 8, 16, 16), (192, 1, 1, 1))]
+)
+def test_a_layer_without_a_save_frees_its_places_behind_the_saves_before_it(
+    bits: tuple[int, ...], tokens: tuple[int, ...]
+) -> None:
+    """A layer at 16 bits is loaded again while its tokens may still be on their way to RAM. It goes to where a layer of
+    few bits was, which had no page to save: this place is free later than that save was asked for, and is what the load
+    waits for.
+    """
+    twins = Twins(FakeDevice(0, 0.0), placement_of(bits, 4), torch.bfloat16)
+    twins.open(4 * 64 - 4)
+    for count in tokens:
+        twins.sweep([(0, count)])
+    assert twins.check_pages()
+    assert twins.tiers.saved_bytes
+    assert twins.tiers.loaded_bytes
+
+
 def test_pages_whose_units_lie_apart_are_brought_together() -> None:
     """Two units a page, in a pool of which single units are free."""
     placement = placement_of((4, 8, 8), 12)
