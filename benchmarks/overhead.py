@@ -37,6 +37,7 @@ from pipo_ray.model.binding import Binder
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.pipeline.checksums import BlockChecksums
@@ -96,7 +97,7 @@ class LocalPipeline:
         )  # fmt: skip
         dtype = DTYPES[manifest.precision]
         graph = build_graph(load_config(folder), dtype, attention=facts.attention, device=CPU)
-        products = CpuProducts.for_run(dtype, kernels) if dtype in HALF_DTYPES else None
+        products = CpuProducts.for_run(dtype, ProfilePlaces(kernels)) if dtype in HALF_DTYPES else None
         binder = Binder(graph, trace_of(facts), sweep, manifest.aliases, stream, self._read_rows, products)
         self._runner = ModelRunner(graph, binder, CPU, ragged=facts.ragged)
 

@@ -10,7 +10,28 @@ from typing import Any
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`, whose folder is made; the file is there whole or not at all. Raises OSError."""
+    os.replace(_scratch(path, value), path)
+
+
+def write_json_once(path: Path, value: Any) -> bool:
+    """`write_json`, unless there is a file already, which stays: of several writers at the same time one is the first.
+    Whether it was this one. Where files have no second name (hard links) the last one wins. Raises OSError.
+    """
+    scratch = _scratch(path, value)
+    try:
+        os.link(scratch, path)
+    except FileExistsError:
+        os.unlink(scratch)
+        return False
+    except OSError:
+        os.replace(scratch, path)
+        return True
+    os.unlink(scratch)
+    return True
+
+
+def _scratch(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(scratch, path)
+    return scratch

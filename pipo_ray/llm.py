@@ -196,9 +196,9 @@ class LLM:
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
-                    str(cache_folder() / "machine-code"), self._plan.kv, self._plan.kv_tokens,
-                    None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits, self._plan.kv_on_cpu,
-                    self._plan.tables_in_ram,
+                    str(cache_folder() / "profiles"), str(cache_folder() / "machine-code"), self._plan.kv,
+                    self._plan.kv_tokens, None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits,
+                    self._plan.kv_on_cpu, self._plan.tables_in_ram,
                 ),
                 limits,
                 trace=self._trace is not None, verify_checksums=verify_checksums,

@@ -75,11 +75,11 @@ class StageSetup:
 class ComputeSetup:
     """What the compute worker must know besides: `device` is "cpu" or "cuda"; `dtype` a torch dtype name.
 
-    `kernel_profile` is a file in which the first compute worker of a run keeps which kernels it chose, for those that
-    take its place; `code_folder` is where machine code is kept that was compiled for this processor. `kv` are the tiers
-    of the KV cache, None: it is in the device's memory alone, which holds `kv_tokens`. `kv_bits` are the KV cache's
-    bits per layer, if any has fewer than 16. With `kv_on_cpu` it is in RAM, where a GPU leaves attention to the
-    processor. With `tables_in_ram` all rows of what is looked up are kept.
+    `kernel_profile` is a file in which the first compute worker of a run keeps what it chose kernels by, for those that
+    take its place, and `profile_folder` where the next run finds it; `code_folder` is where machine code is kept that
+    was compiled for this processor. `kv` are the tiers of the KV cache, None: it is in the device's memory alone, which
+    holds `kv_tokens`. `kv_bits` are the KV cache's bits per layer, if any has fewer than 16. With `kv_on_cpu` it is in
+    RAM, where a GPU leaves attention to the processor. With `tables_in_ram` all rows of what is looked up are kept.
     """
 
     facts: ModelFacts
@@ -89,6 +89,7 @@ class ComputeSetup:
     gpu_memory_bytes: int | None = None
     gpu_context_bytes: int = 0
     kernel_profile: str | None = None
+    profile_folder: str | None = None
     code_folder: str | None = None
     kv: KVPlacement | None = None
     kv_tokens: int = 0

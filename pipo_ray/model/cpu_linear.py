@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.support import obstacle
+from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import (
     KERNELS,
     SCRATCH_BYTES,
@@ -37,7 +38,8 @@ _MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 128)
 _MEASURED_SHAPE = (256, 2048)
 _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 32 << 20  # in a run, weights come from memory
-HOPELESS = 2.0  # times slower than the best with so many rows: not measured with more
+HOPELESS = 2.0  # times slower than the best with so many rows, and no better than with fewer: not measured with more
+_NO_BETTER = 0.75
 _REMEMBERED_SHAPES = 4096
 _ROWS_IN_PLACE = 32  # with fewer, a copy of the result is nothing beside the product
 # Float32 products with fewer columns, or an odd number, take as long as with many more: zeros fill them up.
@@ -61,17 +63,13 @@ class CpuProducts:
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
 
     @classmethod
-    def for_run(cls, dtype: torch.dtype, file: Path | None, code_folder: Path | None = None) -> CpuProducts:
-        """With the profile in `file`; measured (and written there) if there is none for this dtype and this number of
-        threads. It takes about 0.1 s. Machine code is kept in `code_folder`.
+    def for_run(cls, dtype: torch.dtype, places: ProfilePlaces, code_folder: Path | None = None) -> CpuProducts:
+        """With the profile in `places`; measured (and kept there) if there is none for this dtype and this number of
+        threads. It takes about 0.2 s. Machine code is kept in `code_folder`.
         """
         compiled = compiled_bf16(code_folder) if dtype is torch.bfloat16 else None
-        name, num_threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
-        profile = None if file is None else KernelProfile.load(file)
-        if profile is None or (profile.dtype, profile.num_threads) != (name, num_threads):
-            profile = measure_profile(dtype, compiled)
-            if file is not None:
-                profile.save(file)
+        wanted = {layout: Measurable(_kernels(layout, compiled)) for layout in SIXTEEN_BIT_LAYOUTS}
+        profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, compiled))
         return cls(profile, compiled)
 
     @property
@@ -266,9 +264,16 @@ def compiled_bf16(code_folder: Path | None = None) -> CompiledBf16 | None:
 
 def measure_profile(dtype: torch.dtype, compiled: CompiledBf16 | None = None) -> KernelProfile:
     """Time every kernel on this machine with the number of threads that torch has now."""
-    with torch.inference_mode():
-        costs = {layout: _measure_layout(layout, dtype, compiled) for layout in SIXTEEN_BIT_LAYOUTS}
+    costs = measure_costs(SIXTEEN_BIT_LAYOUTS, dtype, compiled)
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
+
+
+def measure_costs(
+    layouts: Collection[Layout], dtype: torch.dtype, compiled: CompiledBf16 | None = None
+) -> dict[Layout, dict[Kernel, Cost]]:
+    """`measure_profile` of some layouts."""
+    with torch.inference_mode():
+        return {layout: _measure_layout(layout, dtype, compiled) for layout in layouts}
 
 
 def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile:
@@ -280,11 +285,13 @@ def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
+def _kernels(layout: Layout, compiled: CompiledBf16 | None) -> list[Kernel]:
+    return [kernel for kernel in KERNELS[layout] if kernel != "compiled" or compiled is not None]
+
+
 def _measure_layout(layout: Layout, dtype: torch.dtype, compiled: CompiledBf16 | None) -> dict[Kernel, Cost]:
     multiply: dict[Kernel, Callable[..., torch.Tensor]] = {}
-    for kernel in KERNELS[layout]:
-        if kernel == "compiled" and compiled is None:
-            continue
+    for kernel in _kernels(layout, compiled):
         products = CpuProducts(always(kernel, dtype), compiled)
         multiply[kernel] = products.linear if layout == "linear" else products.matmul
     height, width = _MEASURED_SHAPE
@@ -298,9 +305,22 @@ def _measure_layout(layout: Layout, dtype: torch.dtype, compiled: CompiledBf16 |
         seconds = least_seconds(running, inputs, weights, _MEASURED_TIMES)
         for kernel, took in seconds.items():
             rates[kernel].append(max(0.0, took - fixed[kernel]) / (height * width))
-            if rows >= _COLUMNS // 4 and took > HOPELESS * min(seconds.values()):
+            if rows >= _COLUMNS // 4 and is_hopeless(rates[kernel], _MEASURED_ROWS, took / min(seconds.values())):
                 del running[kernel]
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
+
+
+def is_hopeless(rates: Sequence[float], rows: Sequence[int], times_the_best: float) -> bool:
+    """Whether a kernel whose last of `rates`, each for so many `rows`, was so many times the best kernel's will not be
+    the best with more rows: a row of inputs costs no less there than with fewer rows.
+
+    What it takes alone says too little. On a busy machine torch's product of 4 rows was slower than a compiled one by
+    2.3 times instead of 1.4, and with 128 rows, where it is the faster one by far, nobody asked (AMX).
+    """
+    if times_the_best <= HOPELESS or len(rates) < 2:
+        return False
+    before, last = (rate / count for rate, count in zip(rates[-2:], rows[len(rates) - 2 :], strict=False))
+    return last > _NO_BETTER * before
 
 
 def least_seconds(

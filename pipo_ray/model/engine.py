@@ -39,6 +39,7 @@ from pipo_ray.model.gpu import (
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
+from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_times import KernelTimes
 from pipo_ray.model.kv_cache import KVStore
 from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
@@ -139,10 +140,9 @@ class ComputeEngine:
         self._row_staging = RowStaging(self._device)
         products = None
         if self._device.type == "cpu" and dtype in HALF_DTYPES:
-            file = Path(compute.kernel_profile) if compute.kernel_profile else None
-            products = CpuProducts.for_run(dtype, file, code_folder)
-        profile = Path(compute.kernel_profile).with_name("low-bit-kernels.json") if compute.kernel_profile else None
-        low_bit = products_for(setup.plan, profile, self._device, code_folder)
+            products = CpuProducts.for_run(dtype, _profile_places(compute, "kernels.json"), code_folder)
+        places = _profile_places(compute, "low-bit-kernels.json")
+        low_bit = products_for(setup.plan, places, self._device, code_folder)
         if low_bit is not None and low_bit.obstacle is not None:
             notes.append(_unpacked_note(low_bit.obstacle))
         attention: CompiledAttention | None = None
@@ -406,6 +406,11 @@ class ComputeEngine:
 
 def _left_out(step: SequenceStep) -> StepResult:
     return StepResult(step.sequence, left_out=True)
+
+
+def _profile_places(compute: ComputeSetup, name: str) -> ProfilePlaces:
+    session = Path(compute.kernel_profile).with_name(name) if compute.kernel_profile else None
+    return ProfilePlaces(session, Path(compute.profile_folder) if compute.profile_folder else None)
 
 
 def _not_compiled(dtype: torch.dtype) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from pipo_ray.json_file import write_json
 
@@ -60,6 +60,12 @@ class Cost:
     per_element_s: tuple[float, ...]
     launch_s: float = 0.0
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Cost:
+        """From its fields by name, with lists for tuples; `launch_s` may be missing, as in older versions."""
+        rows, rates = tuple(raw["rows"]), tuple(raw["per_element_s"])
+        return cls(raw["fixed_s"], rows, rates, raw.get("launch_s", 0.0))
+
     def seconds(self, rows: int, elements: int) -> float:
         """Predicted seconds of a product of `rows` inputs with a weight of `elements` where it is computed; linear
         between what was measured and in proportion to `rows` beyond it.
@@ -86,8 +92,8 @@ def cleaned(rates: Sequence[float]) -> tuple[float, ...]:
 class KernelProfile:
     """Costs of every kernel for one 16-bit dtype and one number of threads.
 
-    The same profile chooses the same kernel for the same shapes: it is kept for a run, so that a compute worker that
-    was restarted computes what its predecessor would have.
+    The same profile chooses the same kernel for the same shapes: it is kept (`kept_profiles.py`), so that a compute
+    worker that was restarted, and the next run, compute what this one would have.
     """
 
     dtype: str
@@ -126,12 +132,7 @@ class KernelProfile:
         except FileNotFoundError:
             return None
         costs: dict[Layout, dict[Kernel, Cost]] = {
-            layout: {
-                kernel: Cost(
-                    cost["fixed_s"], tuple(cost["rows"]), tuple(cost["per_element_s"]), cost.get("launch_s", 0.0)
-                )
-                for kernel, cost in kernels.items()
-            }
+            layout: {kernel: Cost.from_json(cost) for kernel, cost in kernels.items()}
             for layout, kernels in raw["costs"].items()
         }
         return cls(raw["dtype"], raw["num_threads"], costs)

@@ -20,7 +20,8 @@ import torch
 
 from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.support import LAYOUT, obstacle
-from pipo_ray.model.cpu_linear import HOPELESS, least_seconds
+from pipo_ray.model.cpu_linear import is_hopeless, least_seconds
+from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
 from pipo_ray.model.streamed import LinearProduct, LowBitMatrix
 from pipo_ray.quant.codec import PanelViews, halves, views_of
@@ -71,12 +72,15 @@ class LowBitProducts:
         self._chosen: dict[tuple[int, Panels, int], Kernel] = {}
 
     @classmethod
-    def for_run(cls, layouts: Collection[Layout], file: Path | None, code_folder: Path | None = None) -> LowBitProducts:
-        """On the CPU, with the profile in `file`; measured (and written there) if there is none for these layouts and
-        this number of threads. It takes 0.2 s for each of them. Machine code is kept in `code_folder`.
+    def for_run(
+        cls, layouts: Collection[Layout], places: ProfilePlaces, code_folder: Path | None = None
+    ) -> LowBitProducts:
+        """On the CPU, with the profile in `places`; measured (and kept there) if there is none for these layouts and
+        this number of threads. It takes 0.3 s for each of them. Machine code is kept in `code_folder`.
         """
         compiled = compiled_low_bit(code_folder)
-        profile = kept_profile(file, layouts, lambda: measure_low_bit(layouts, compiled))
+        wanted = {layout: Measurable(_kernels(layout, compiled)) for layout in layouts}
+        profile = kept_profile(places, ACTIVATIONS, wanted, lambda missing: measure_low_bit(missing, compiled).costs)
         return cls(profile, machine_layout(), compiled=compiled)
 
     @property
@@ -243,18 +247,6 @@ class LowBitProducts:
         return scratch[:num_elements]
 
 
-def kept_profile(file: Path | None, layouts: Collection[Layout], measure: Callable[[], KernelProfile]) -> KernelProfile:
-    """The profile in `file`; measured, and written there, if there is none for these layouts and this number of
-    threads.
-    """
-    profile = None if file is None else KernelProfile.load(file)
-    if profile is None or profile.num_threads != torch.get_num_threads() or not set(layouts) <= set(profile.costs):
-        profile = measure()
-        if file is not None:
-            profile.save(file)
-    return profile
-
-
 def compiled_low_bit(code_folder: Path | None = None) -> CompiledLowBit | None:
     """Our own low-bit products, None where they cannot be had (see `obstacle`)."""
     return None if obstacle() else CompiledLowBit(code_folder)
@@ -284,8 +276,12 @@ def measure_low_bit(layouts: Collection[Layout], compiled: CompiledLowBit | None
 _LAYOUTS: tuple[Layout, ...] = ("int4", "int8")
 
 
+def _kernels(layout: Layout, compiled: CompiledLowBit | None) -> list[Kernel]:
+    return [kernel for kernel in KERNELS[layout] if kernel not in _OWN or compiled is not None]
+
+
 def _measure(layout: Layout, compiled: CompiledLowBit | None) -> dict[Kernel, Cost]:
-    kernels = [kernel for kernel in KERNELS[layout] if kernel not in _OWN or compiled is not None]
+    kernels = _kernels(layout, compiled)
     machine = machine_layout()
     panels = divide(*_MEASURED_SHAPE, LowBitFormat.parse(layout), machine)
     small = divide(BLOCK_ROWS, panels.low_bit.columns_multiple, panels.low_bit, machine)
@@ -309,7 +305,7 @@ def _measure(layout: Layout, compiled: CompiledLowBit | None) -> dict[Kernel, Co
         seconds = least_seconds(running, inputs, memory, times)
         for kernel, took in seconds.items():
             rates[kernel].append(max(0.0, took - fixed[kernel]) / elements)
-            if rows >= 32 and took > HOPELESS * min(seconds.values()):
+            if rows >= 32 and is_hopeless(rates[kernel], _MEASURED_ROWS, took / min(seconds.values())):
                 del running[kernel]
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 

@@ -45,7 +45,7 @@ _ROUNDS = 3
 _READING_S = 7.6
 _DEADLINE_S = 8.7
 """Of the ten seconds that a machine's first configuration may take. The compute worker has the rest for its kernels:
-those of 16-bit, int4 and int8 weights together take 1.2 s the first time, 0.35 s later (2 cores AMD EPYC).
+those of 16-bit, int4 and int8 weights together take 1.2 s, compiling included, once (2 cores AMD EPYC).
 """
 
 

@@ -1,8 +1,10 @@
-"""Below float32: the same text for the same composition of sweeps."""
+"""Below float32: the same text for the same composition of sweeps, in one session and in the next."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.plan.transfer import Mode
@@ -33,3 +35,25 @@ def test_bf16_repeats_itself_where_the_sweeps_are_the_same(mode: Mode, tmp_path:
     assert [output.outputs for output in first] == [output.outputs for output in second]
     assert [output.metrics.sweeps for output in first] == [output.metrics.sweeps for output in second]
     assert len({tuple(output.outputs[0].token_ids) for output in first}) == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("precision", "profiles"),
+    [("16bit", ["kernels.json"]), ("int4", ["kernels.json", "low-bit-kernels.json"])],
+)
+def test_the_next_session_repeats_it(
+    precision: str, profiles: list[str], bytes_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same kernels: it does not measure them anew, which would never give the same seconds twice."""
+    monkeypatch.setenv("PIPO_CACHE", str(tmp_path / "cache"))
+    prompts = prompts_of((3, 41, 11, 1), VOCAB_SIZE)
+    found = []
+    for _ in range(2):
+        with LLM(
+            bytes_llama, dtype="bfloat16", precision=precision, memory="3GiB", ray_address="local", max_batch_tokens=16
+        ) as llm:
+            outputs = llm.generate(prompts, SamplingParams(temperature=0.0, **COMMON))
+            kept = {path.name: path.read_text() for path in Path(llm._session.path).glob("*kernels.json")}
+        found.append(([output.outputs for output in outputs], kept))
+    assert found[0] == found[1]
+    assert sorted(found[0][1]) == profiles

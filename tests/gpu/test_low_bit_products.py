@@ -11,6 +11,7 @@ from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from low_bit_weights import RandomWeight
 
 from pipo_ray.model import low_bit_choice
+from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
 from pipo_ray.model.low_bit_choice import cuda_products, most_used
 from pipo_ray.quant.policy import Precision
@@ -77,7 +78,8 @@ def test_crossovers_are_measured_once_and_what_is_chosen_is_right(tmp_path: Path
     generator = torch.Generator().manual_seed(2)
     weights = [RandomWeight.make(name, "avx512", 3000, 1024, 1 << 20, generator) for name in ("int4-g32", "int8")]
     kinds = [weight.panels for weight in weights]
-    products = cuda_products(kinds, tmp_path / "profile.json", device(), tmp_path / "code")
+    places = ProfilePlaces(tmp_path / "profile.json", tmp_path / "profiles")
+    products = cuda_products(kinds, places, device(), tmp_path / "code")
     assert products.obstacle is None
     profile = KernelProfile.load(tmp_path / "profile.json")
     assert profile is not None
@@ -88,8 +90,8 @@ def test_crossovers_are_measured_once_and_what_is_chosen_is_right(tmp_path: Path
             inputs = torch.randn(num_inputs, 1024, generator=generator).bfloat16()
             got = products.linear(inputs.to(device()), memory, weight.panels, 3000, None)
             weight.require_product(got, inputs, rounded=True, step=STEP, sums=1e-4)
-    again = cuda_products(kinds, tmp_path / "profile.json", device(), tmp_path / "code")
-    assert again._profile == profile
+    next_session = ProfilePlaces(tmp_path / "next.json", tmp_path / "profiles")
+    assert cuda_products(kinds, next_session, device(), tmp_path / "code")._profile == profile
 
 
 @pytest.mark.parametrize("precision", ["int4-g32", "int8"])
@@ -105,7 +107,7 @@ def test_a_model_through_the_stream(precision: str, tmp_path: Path) -> None:
     with Pipeline(packed) as pipeline:
         wanted = pipeline.follow(prompts, [3, 20, 8])
     panels = [one.panels for block in packed.manifest.blocks for one in block.tensors if one.panels is not None]
-    products = cuda_products(most_used(panels), None, device(), None)
+    products = cuda_products(most_used(panels), ProfilePlaces(), device(), None)
     assert products.obstacle is None
     with Pipeline(packed, device=device(), gpu_resident_pieces=2, low_bit=products) as pipeline:
         followed = pipeline.follow(prompts, [3, 20, 8])
@@ -124,7 +126,7 @@ def test_without_triton_torch_unpacks_and_it_is_said(tmp_path: Path, monkeypatch
     for reason in ("triton is not installed", None):
         monkeypatch.setattr(low_bit_choice, "obstacle", lambda capability, reason=reason: reason)
         monkeypatch.setattr(low_bit_choice, "_triton_products", fails)
-        products = cuda_products([weight.panels], None, device(), None)
+        products = cuda_products([weight.panels], ProfilePlaces(), device(), None)
         assert products.obstacle == (
             reason or "its kernels do not work here (RuntimeError: Failed to find C compiler.)"
         )

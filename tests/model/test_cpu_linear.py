@@ -21,9 +21,11 @@ from pipo_ray.model.cpu_linear import (
     HalfMatrix,
     always,
     compiled_bf16,
+    is_hopeless,
     linear_into,
     measure_profile,
 )
+from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
@@ -253,15 +255,44 @@ def test_a_profile_is_measured_once_and_kept(
 ) -> None:
     file = tmp_path / "kernels.json"
     code = tmp_path / "code"
-    first = CpuProducts.for_run(dtype, file, code)
-    monkeypatch.setattr(cpu_linear, "measure_profile", lambda *_: pytest.fail("measured again"))
-    again = CpuProducts.for_run(dtype, file, code)
+    first = CpuProducts.for_run(dtype, ProfilePlaces(file), code)
+    monkeypatch.setattr(cpu_linear, "measure_costs", lambda *_: pytest.fail("measured again"))
+    again = CpuProducts.for_run(dtype, ProfilePlaces(file), code)
     assert again._profile == first._profile
     compiles = dtype is torch.bfloat16 and not MISSING
     assert set(tmp_path.iterdir()) == {file} | ({code} if compiles else set())
-    monkeypatch.setattr(cpu_linear, "measure_profile", lambda dtype, _: always("tall", dtype))
+    monkeypatch.setattr(cpu_linear, "measure_costs", lambda layouts, dtype, _: always("tall", dtype).costs)
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    assert CpuProducts.for_run(other, file)._profile.dtype == str(other).removeprefix("torch.")
+    assert CpuProducts.for_run(other, ProfilePlaces(file))._profile.dtype == str(other).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    ("rates", "times_the_best", "hopeless"),
+    [
+        ((1.0, 1.0, 1.05), 2.3, False),  # as many rows as there are cost the same
+        ((1.0, 2.0, 4.0), 2.3, True),
+        ((1.0, 2.0, 4.0), 1.9, False),
+        ((9.0,), 9.0, False),
+    ],
+)
+def test_a_kernel_is_given_up_if_rows_cost_no_less_where_there_are_more(
+    rates: tuple[float, ...], times_the_best: float, hopeless: bool
+) -> None:
+    assert is_hopeless(rates, (1, 2, 4, 8), times_the_best) == hopeless
+
+
+def test_what_is_slow_with_few_rows_is_still_measured_with_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's product where the processor multiplies matrices (AMX): as slow for one row as for sixteen."""
+
+    def seconds(multiply: dict[Kernel, object], inputs: torch.Tensor, *_: object) -> dict[Kernel, float]:
+        rows = len(inputs) if inputs.shape[1] > 8 else 0
+        return {kernel: 3e-4 if kernel == "native" else 1e-4 * max(1, rows / 4) for kernel in multiply}
+
+    monkeypatch.setattr(cpu_linear, "least_seconds", seconds)
+    profile = measure_profile(torch.bfloat16)
+    assert profile.costs["linear"]["native"].rows[-1] == 128
+    assert profile.choose("linear", 1, 1 << 20) != "native"
+    assert profile.choose("linear", 1024, 1 << 20) == "native"
 
 
 def test_measured_costs_are_positive_for_every_kernel() -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import pipo_ray.model.low_bit as low_bit_module
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
 from pipo_ray.quant.codec import read_rows, views_of, write_rows
@@ -125,15 +126,15 @@ def test_the_profile_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1, 32))
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
     file = tmp_path / "profile.json"
-    LowBitProducts.for_run(["int4"], file)
+    LowBitProducts.for_run(["int4"], ProfilePlaces(file))
     saved = KernelProfile.load(file)
     assert saved is not None
     assert set(saved.costs) == {"int4"}
     assert set(saved.costs["int4"]) == set(KERNELS["int4"]) - (set() if COMPILED else {"compiled"})
-    monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda layouts: pytest.fail("measured again"))
-    LowBitProducts.for_run(["int4"], file)
+    monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda *_: pytest.fail("measured again"))
+    LowBitProducts.for_run(["int4"], ProfilePlaces(file))
     monkeypatch.setattr(low_bit_module, "measure_low_bit", measure_low_bit)
-    LowBitProducts.for_run(["int8"], file)
+    LowBitProducts.for_run(["int8"], ProfilePlaces(file))
     measured = KernelProfile.load(file).costs["int8"]  # type: ignore[union-attr]
     assert set(measured) == set(KERNELS["int8"]) - (set() if COMPILED else {"compiled", "blocks"})
 
@@ -142,7 +143,7 @@ def test_without_a_compiler_the_other_kernels_are_measured(tmp_path: Path, monke
     monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1,))
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
     monkeypatch.setattr(low_bit_module, "obstacle", lambda: "llvmlite is not installed")
-    products = LowBitProducts.for_run(["int4", "int8"], tmp_path / "profile.json")
+    products = LowBitProducts.for_run(["int4", "int8"], ProfilePlaces(tmp_path / "profile.json"))
     saved = KernelProfile.load(tmp_path / "profile.json")
     assert saved is not None
     assert all(set(saved.costs[layout]) == {"packed", "native", "wide"} for layout in ("int4", "int8"))
