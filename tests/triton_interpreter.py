@@ -32,5 +32,24 @@ def _patched(tensor: Any, scope: Any) -> None:
 
 _interpreter._patch_lang_tensor = _patched
 
+_builder: Any = _interpreter.InterpreterBuilder
+_masked_load, _masked_store = _builder.create_masked_load, _builder.create_masked_store
+
+
+def _loaded(builder: Any, places: Any, mask: Any, *others: Any) -> Any:
+    """A condition that is the same everywhere is int8 in Triton 3.9, which takes none but bool as a mask."""
+    return _masked_load(builder, places, _boolean(mask), *others)
+
+
+def _stored(builder: Any, places: Any, values: Any, mask: Any, *others: Any) -> Any:
+    return _masked_store(builder, places, values, _boolean(mask), *others)
+
+
+def _boolean(mask: Any) -> Any:
+    return _interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
+
+_builder.create_masked_load, _builder.create_masked_store = _loaded, _stored
+
 STEP = 2.0**-7
 """What a bf16 number is off by at most: the interpreter cuts off where a GPU rounds."""

@@ -67,12 +67,18 @@ def ragged_attention(
         return attend_row(query[0].transpose(0, 1), keys, values, row, scale, sliding_window)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     cache.begin_layer()
-    for segment in cache.segments:
+    rows = cache.packed_rows
+    segments, alone = (
+        (cache.segments, ()) if rows is None else rows.part(cache.segments, cache.layer, query[0], key[0], value[0])
+    )
+    for segment in segments:
         columns = slice(segment.start, segment.stop)
         attended = segment.cache.attend(
             cache.layer, query[0, :, columns], key[0, :, columns], value[0, :, columns], rule
         )
         output[0, columns] = attended.transpose(0, 1)
+    if rows is not None and alone:  # behind those on whose tokens they may stand
+        rows.attend(alone, cache.layer, query[0], key[0], value[0], rule, output[0])
     cache.end_layer()
     return output, None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.packed_pages import PageRun
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import PageLayout
 
@@ -55,6 +56,10 @@ class DiskPages:
 
     def whole(self, stop: int) -> Tensor | None:
         """See `PackedPages`."""
+        return None
+
+    def runs(self, stop: int) -> Sequence[PageRun] | None:
+        """See `PackedPages`: they move."""
         return None
 
     @property

@@ -49,6 +49,8 @@ from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit_choice import products_for
+from pipo_ray.model.packed_choice import rows_for
+from pipo_ray.model.packed_rows import PackedRows
 from pipo_ray.model.row_staging import RowStaging
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
@@ -152,7 +154,8 @@ class ComputeEngine:
             layers = CompiledLayers(graph, products, low_bit, attention, code_folder)
         if compute.kv_bits is not None and not compute.kv_on_cpu:
             compiled = attention or self._attention_to_pages(dtype, code_folder, notes)
-            kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers)
+            rows = self._rows_of_pages(compute.kv_bits, dtype, code_folder, notes)
+            kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers, rows)
         self.notes = tuple(notes)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,
@@ -191,6 +194,17 @@ class ComputeEngine:
             notes.append(f"the KV cache is unpacked for every token, which is slower: {reason}")
             return None
         return CompiledAttention(code_folder)
+
+    def _rows_of_pages(
+        self, bits: tuple[int, ...], dtype: torch.dtype, code_folder: Path | None, notes: list[str]
+    ) -> PackedRows | None:
+        if self._device.type != "cuda" or self._kv_disk is not None or self._kv_tiers is not None:
+            return None
+        rows = rows_for(bits, self._facts, dtype, self._device, code_folder)
+        if isinstance(rows, PackedRows):
+            return rows
+        notes.append(f"the KV cache is unpacked for every token, which is slower: {rows}")
+        return None
 
     def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
         kv = KVMemory.attach(setup, memory.table)

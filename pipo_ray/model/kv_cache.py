@@ -26,6 +26,7 @@ from pipo_ray.model.kv_memory import SequenceMemory
 from pipo_ray.model.kv_pool import KVPool, PooledCache
 from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
+from pipo_ray.model.packed_rows import PackedRows
 
 
 class SequenceKV(Protocol):
@@ -204,6 +205,7 @@ class RaggedCache(Cache):
         paged = getattr(store, "paged", store)  # of few bits it is what holds their pages
         self._tiers = paged if isinstance(paged, KVTiers) else None
         self._disk = paged if isinstance(paged, KVDisk) else None
+        self.packed_rows: PackedRows | None = getattr(store, "rows", None)
         self.layer = -1
         self.rule: AttentionRule | None = None  # that a layer has attended by last
 

@@ -27,6 +27,7 @@ from pipo_ray.model.kv_cache import SequenceCache, SequenceKV
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.low_bit_layer import LowBitLayer
 from pipo_ray.model.packed_pages import LinePages, MemoryPages, PackedPages
+from pipo_ray.model.packed_rows import PackedRows
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout, packed_pages
 
@@ -55,14 +56,20 @@ Prefix = Sequence[tuple["LowBitCache", int]]
 
 class LowBitStore:
     """Opens sequences' caches at `bits` per layer (16, 8 or 4), and has the scratch that they share. All of it belongs
-    to the thread that computes. What `compiled` takes it does: a token that comes alone. Packed pages, and the layers
+    to the thread that computes. What `compiled` takes it does: a token that comes alone; `rows` is that for
+    all sequences of a row on a GPU. Packed pages, and the layers
     at 16 bits, are in `paged`; without it each sequence's are by themselves in the memory of its keys and values.
     """
 
     def __init__(
-        self, bits: tuple[int, ...], compiled: CompiledAttention | None = None, paged: PagedStore | None = None
+        self,
+        bits: tuple[int, ...],
+        compiled: CompiledAttention | None = None,
+        paged: PagedStore | None = None,
+        rows: PackedRows | None = None,
     ) -> None:
         self.bits, self.compiled, self.paged = bits, compiled, paged
+        self.rows = rows if paged is None else None  # pages that move have no address to be known by
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def bits_of(self, layer: int) -> int:
@@ -181,6 +188,11 @@ class LowBitCache:
         """Let those who wait take what they await."""
         for cache in self._waiting:
             cache._receive(layer, first, keys, values)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether others wait for what its window gets in this sweep."""
+        return bool(self._waiting)
 
     # -- attention
     # --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from pipo_ray.plan.pieces import SweepPlan
 from pipo_ray.quant.panels import Panels, machine_layout
 from pipo_ray.triton_kernels.support import keep_compiled_in, obstacle
 
-_TRITON_FOLDER = "triton"
+TRITON_FOLDER = "triton"
+"""Where, beside other machine code, what Triton compiles is kept."""
 
 
 def products_for(
@@ -50,11 +51,11 @@ def cuda_products(
     reason = obstacle(torch.cuda.get_device_capability(device))
     if reason is None:
         try:
-            keep_compiled_in(None if code_folder is None else code_folder / _TRITON_FOLDER)
+            keep_compiled_in(None if code_folder is None else code_folder / TRITON_FOLDER)
             return _triton_products(kinds, places, device)
         except Exception as error:
             # Whatever a compiler that we do not own may raise: without it everything can be computed, too.
-            reason = f"its kernels do not work here ({_first_line(error)})"
+            reason = f"its kernels do not work here ({first_line(error)})"
     empty = KernelProfile("bfloat16", torch.get_num_threads(), {})
     return LowBitProducts(empty, machine_layout(), device, obstacle=reason)
 
@@ -82,6 +83,7 @@ def _triton_products(kinds: Sequence[Panels], places: ProfilePlaces, device: tor
     return LowBitProducts(profile, machine_layout(), device, triton=products)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What the error is, in a line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -98,7 +98,7 @@ class LowBitLayer:
 
     def take_leaving(self) -> LeavingPage | None:
         """A page that is to leave the window, for a kernel that packs it before anything else is done with this."""
-        if self._leaving() != 1:
+        if self.num_leaving != 1:
             return None
         first, held = self.begin // PAGE_TOKENS, self.num_held
         (place,) = self._pages.places(first, first + 1)
@@ -142,7 +142,7 @@ class LowBitLayer:
 
     def _settle(self) -> None:
         """Pack what has left the window since it was filled in."""
-        if self._leaving():
+        if self.num_leaving:
             self._let_go(*(window[:, : self.num_held].clone() for window in self._window))
 
     def _append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class LowBitLayer:
                 torch.cat([window[:, :held], tensor], dim=1)
                 for window, tensor in zip(self._window, (keys, values), strict=True)
             )
-        if self._leaving() and size <= self._window[0].shape[1]:  # what is returned is not to change
+        if self.num_leaving and size <= self._window[0].shape[1]:  # what is returned is not to change
             window_keys, window_values = window_keys.clone(), window_values.clone()
         if self.hand_out is not None:
             self.hand_out(begin, window_keys, window_values)
@@ -206,13 +206,14 @@ class LowBitLayer:
         self._length = length
         return True
 
-    def _leaving(self) -> int:
+    @property
+    def num_leaving(self) -> int:
         """Pages that are to leave the window."""
         return max(0, min(packed_pages(self._length), self._most) - self.begin // PAGE_TOKENS)
 
     def _let_go(self, keys: Tensor, values: Tensor) -> None:
         """Pack the pages that are to leave the window, which has these keys and values with those that are new."""
-        old, tokens = self.begin // PAGE_TOKENS, self._leaving() * PAGE_TOKENS
+        old, tokens = self.begin // PAGE_TOKENS, self.num_leaving * PAGE_TOKENS
         if not tokens:
             return
         at = 0

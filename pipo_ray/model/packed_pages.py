@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pipo_ray.model.host_link import HostLink
 from pipo_ray.plan.low_bit_pages import VISITING_BYTES
+
+
+class PageRun(NamedTuple):
+    """Neighbouring pages up to before number `stop`: were page 0 one of them, its address would be `address`."""
+
+    address: int
+    stop: int
 
 
 class PackedPages(Protocol):
@@ -30,6 +37,12 @@ class PackedPages(Protocol):
 
     def whole(self, stop: int) -> Tensor | None:
         """Pages before `stop` as one tensor [stop, page_bytes], where they are neighbours in memory; None elsewhere."""
+        ...
+
+    def runs(self, stop: int) -> Sequence[PageRun] | None:
+        """Where pages before `stop` lie, page_bytes from one to the next in a run; the last run goes on with new pages.
+        None where they do not all lie there until a page is added.
+        """
         ...
 
     @property
@@ -56,6 +69,10 @@ class MemoryPages:
     def whole(self, stop: int) -> Tensor | None:
         """See `PackedPages`."""
         return self.memory[:stop]
+
+    def runs(self, stop: int) -> Sequence[PageRun] | None:
+        """See `PackedPages`."""
+        return (PageRun(self.memory.data_ptr(), stop),)
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +104,10 @@ class VisitingPages:
                 yield (there,)
 
     def whole(self, stop: int) -> Tensor | None:
+        """See `PackedPages`."""
+        return None
+
+    def runs(self, stop: int) -> Sequence[PageRun] | None:
         """See `PackedPages`."""
         return None
 
@@ -124,6 +145,15 @@ class LinePages:
         """See `PackedPages`."""
         runs = self._runs(0, stop)
         return runs[0] if len(runs) == 1 else None if runs else self.memory[:0]
+
+    def runs(self, stop: int) -> Sequence[PageRun] | None:
+        """See `PackedPages`."""
+        runs, begin, page_bytes = [], 0, self.memory.shape[1]
+        for owner, count in self._line:
+            address = owner.own_pages(self._layer).data_ptr() - begin * page_bytes
+            begin += count
+            runs.append(PageRun(address, begin))
+        return [*runs, PageRun(self.memory.data_ptr() - begin * page_bytes, max(begin, stop))]
 
     def _runs(self, first: int, stop: int) -> list[Tensor]:
         runs, at = [], 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipo_ray.model.packed_pages import PageRun
 from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement
 from pipo_ray.plan.low_bit_pages import packed_pages
 
@@ -80,6 +81,10 @@ class TieredPages:
 
     def whole(self, stop: int) -> Tensor | None:
         """See `PackedPages`: never, the GPU has no kernel for them."""
+        return None
+
+    def runs(self, stop: int) -> Sequence[PageRun] | None:
+        """See `PackedPages`: they move."""
         return None
 
     def _runs(self, first: int, stop: int) -> Iterator[tuple[int, int | None]]:

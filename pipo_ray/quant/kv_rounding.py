@@ -37,11 +37,13 @@ class Rounded(NamedTuple):
 def round_along(values: Tensor, dim: int | tuple[int, ...], bits: int) -> Rounded:
     """Round `values` (float32) to 2**bits levels from the least to the largest along `dim`."""
     levels = float((1 << bits) - 1)
+    # On a GPU torch would multiply by 1 / levels, which it has rounded: as a tensor it divides by them, as a CPU does.
+    levels_there = torch.full((), levels, device=values.device)
     values = values.clamp(-_LARGEST, _LARGEST)
     zeros = values.amin(dim, keepdim=True).half().add_(0.0)  # there is no -0.0
     zero = zeros.float()
     spacing = torch.exp2(torch.floor(torch.log2(zero.abs().clamp_(min=_LEAST_SCALE))) - _MANTISSA_BITS)
-    scale = (values.amax(dim, keepdim=True) - zero).div_(levels).half().float()
+    scale = (values.amax(dim, keepdim=True) - zero).div_(levels_there).half().float()
     scale = torch.maximum(scale, spacing).clamp_(min=_LEAST_SCALE)
     codes = ((values - zero) / scale).round_().clamp_(0.0, levels)
     # By way of int16: torch has no vectorised conversion from float32 to uint8.
