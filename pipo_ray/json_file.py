@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,6 +32,18 @@ def write_json_once(path: Path, value: Any) -> bool:
         return True
     os.unlink(scratch)
     return True
+
+
+def keep_first(path: Path, value: Any, read: Callable[[], T | None]) -> T | None:
+    """Write `value` to `path` for those who come later: None, or what another has written there meanwhile, as `read`
+    finds it. What `read` cannot use, and then gives None for, is replaced; where nothing can be written nothing is.
+    """
+    with suppress(OSError):
+        if not write_json_once(path, value):
+            if (others := read()) is not None:
+                return others
+            write_json(path, value)
+    return None
 
 
 def _scratch(path: Path, value: Any) -> Path:

@@ -32,7 +32,7 @@ from pipo_ray.plan.budget import plan_run
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.low_bit_pages import low_bit_kv
 from pipo_ray.plan.transfer import Transfer, check_mode
-from pipo_ray.planner import choose_plan, open_kv_place
+from pipo_ray.planner import asks_for_rates, choose_plan, open_kv_place
 from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.kv_policy import KVPrecision
@@ -136,7 +136,9 @@ class LLM:
         require_one_place(kv_in_ram=kv_in_ram, kv_on_disk=kv_on_disk is not None, kv_on_cpu=bool(kv_on_cpu))
         if self._trace is not None and not self._trace.absolute().parent.is_dir():
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
-        chosen = choose_device(device)
+        elsewhere = kv_on_cpu is not None or kv_in_ram or kv_on_disk is not None
+        asks = asks_for_rates(tokens=max_kv_tokens, elsewhere=elsewhere)
+        chosen = choose_device(device, cache_folder() / "profiles" if asks else None)
         budget, budget_line = memory_budget(memory)
         weights = None if weight_memory is None else parse_size(weight_memory, "--weight-memory")
         self._gpu_memory = gpu_budget(gpu_memory, chosen)
@@ -156,13 +158,11 @@ class LLM:
             max_kv_sequences=max_kv_sequences,
         )  # fmt: skip
         folders = prepared.manifest.folders(prepared.folder)
-        kv_place = None
-        if kv_on_cpu is None:
-            kv_place = open_kv_place(
-                chosen, self._facts, few_bits, tokens=max_kv_tokens, precision=prepared.manifest.precision,
-                # Few bits in RAM beside a GPU are one sequence's each: prefixes would be shared no more.
-                elsewhere=kv_in_ram or on_disk is not None or (few_bits is not None and prefix_cache),
-            )  # fmt: skip
+        kv_place = open_kv_place(
+            chosen, self._facts, few_bits, tokens=max_kv_tokens, precision=prepared.manifest.precision,
+            # Few bits in RAM beside a GPU are one sequence's each: prefixes would be shared no more.
+            elsewhere=elsewhere or (few_bits is not None and prefix_cache),
+        )  # fmt: skip
         self._plan, reasons = choose_plan(
             plan, folders, cache_folder(), chosen, chosen_mode,
             transfer=transfer, kv_on_cpu=bool(kv_on_cpu), kv_place=kv_place, on_progress=on_progress,

@@ -36,6 +36,13 @@ class OpenKVPlace:
     token_bytes: int
 
 
+def asks_for_rates(*, tokens: int | None, elsewhere: bool) -> bool:
+    """Whether `open_kv_place` may find a place open, as far as that is known before the model is: then the rates of a
+    GPU's link and of RAM matter.
+    """
+    return tokens is not None and not elsewhere and obstacle() is None
+
+
 def open_kv_place(
     device: Device,
     facts: ModelFacts,
@@ -49,9 +56,9 @@ def open_kv_place(
     processor's attention is compiled, and which nobody wants `elsewhere`. None: it may not.
     """
     measured = device.link_bytes_per_s > 0 and device.ram_bytes_per_s > 0
-    if device.kind != "cuda" or not measured or tokens is None or elsewhere:
+    if device.kind != "cuda" or not measured or tokens is None:
         return None
-    if precision != "bfloat16" or obstacle() is not None:
+    if not asks_for_rates(tokens=tokens, elsewhere=elsewhere) or precision != "bfloat16":
         return None
     if not facts.ragged or not facts.kv_bytes_per_token:
         return None

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pipo_ray.json_file import write_json, write_json_once
+from pipo_ray.json_file import keep_first
 from pipo_ray.model.kernel_profile import Cost, Kernel, KernelProfile, Layout
 from pipo_ray.quant.panels import processor_flags
 
@@ -114,12 +114,7 @@ class _MachineFile:
         if self.path is None:
             return costs
         value = {"facts": self.facts, "costs": {kernel: vars(cost) for kernel, cost in costs.items()}}
-        with suppress(OSError):
-            if not write_json_once(self.path, value):
-                if (others := self.read()) is not None:
-                    return others
-                write_json(self.path, value)  # it was damaged
-        return costs
+        return keep_first(self.path, value, self.read) or costs
 
 
 def _usable(cost: Cost) -> bool:
