@@ -29,6 +29,7 @@ from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, INT8_LAYOUT, Panels, divide, machine_layout
 
 if TYPE_CHECKING:
+    from pipo_ray.triton_kernels.products import RowsProduct as DeviceProduct
     from pipo_ray.triton_kernels.products import TritonProducts
 
 ACTIVATIONS = torch.bfloat16
@@ -109,29 +110,56 @@ class LowBitProducts:
         return bound
 
     def product(self, memory: torch.Tensor, panels: Panels, num_rows: int) -> LinearProduct:
-        """`F.linear` with the first `num_rows` rows in the panels `memory`: takes inputs [..., columns] and a bias or
-        None, and gives [..., num_rows] in the inputs' dtype.
-        """
+        """`F.linear` with the first `num_rows` rows in the panels `memory`, in the inputs' dtype."""
+        if self._triton is not None:
+            return self._product_on_device(self._triton, memory, panels, num_rows)
         columns = panels.columns
         calls: dict[int, RowsProduct] = {}
 
-        def linear(inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def linear(inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None) -> torch.Tensor:
             # Nothing is done here that need not be: with one row of inputs every microsecond shows.
-            rows = inputs.reshape(-1, columns)
-            if rows.dtype is not ACTIVATIONS or not rows.is_contiguous():
-                rows = rows.to(ACTIVATIONS).contiguous()
+            rows = _rows_of(inputs, columns)
             num_inputs = rows.shape[0]
             call = calls.get(num_inputs)
             if call is None:
                 if len(calls) >= _REMEMBERED_COUNTS:
                     calls.clear()
                 call = calls[num_inputs] = self._rows_product(memory, panels, num_rows, num_inputs)
-            output = call(rows)
+            product = call(rows)
             if bias is not None:
-                output += bias
-            if output.dtype is not inputs.dtype:
-                output = output.to(inputs.dtype)
-            return output.view(*inputs.shape[:-1], num_rows)
+                product += bias
+            if output is not None:
+                return output.copy_(product)
+            if product.dtype is not inputs.dtype:
+                product = product.to(inputs.dtype)
+            return product.view(*inputs.shape[:-1], num_rows)
+
+        return linear
+
+    def _product_on_device(
+        self, triton: TritonProducts, memory: torch.Tensor, panels: Panels, num_rows: int
+    ) -> LinearProduct:
+        """The same by kernels that add the bias, and write where the product is wanted: what they save the host."""
+        columns = panels.columns
+        calls: dict[int, DeviceProduct] = {}
+
+        def linear(inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None) -> torch.Tensor:
+            rows = _rows_of(inputs, columns)
+            num_inputs = rows.shape[0]
+            call = calls.get(num_inputs)
+            if call is None:
+                if len(calls) >= _REMEMBERED_COUNTS:
+                    calls.clear()
+                kernel = self._kernel(num_inputs, panels, num_rows)
+                call = calls[num_inputs] = triton.product(memory, panels, num_rows, num_inputs, kernel)
+            if bias is not None and bias.dtype is not ACTIVATIONS:
+                bias = bias.to(ACTIVATIONS)
+            if output is None:
+                product = call(rows, bias)
+                return product.to(inputs.dtype).view(*inputs.shape[:-1], num_rows)
+            if output.dtype is ACTIVATIONS and output.dim() == 2 and output.stride(1) == 1:
+                return call(rows, bias, output)
+            return output.copy_(call(rows, bias).view(output.shape))
 
         return linear
 
@@ -144,8 +172,6 @@ class LowBitProducts:
     def _rows_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         """The product for inputs bf16 [num_inputs, columns], contiguous."""
         kernel = self._kernel(num_inputs, panels, num_rows)
-        if self._triton is not None:
-            return self._triton.product(memory, panels, num_rows, num_inputs, kernel)
         if kernel in _OWN:
             assert self._compiled is not None  # `_choose`
             return self._compiled.product(memory, panels, num_rows, num_inputs, blocks=kernel == "blocks")
@@ -245,6 +271,14 @@ class LowBitProducts:
             with torch.inference_mode(False):  # written to in and out of inference mode
                 scratch = self._scratch[dtype] = torch.empty(num_elements, dtype=dtype, device=self._device)
         return scratch[:num_elements]
+
+
+def _rows_of(inputs: torch.Tensor, columns: int) -> torch.Tensor:
+    """`inputs` [..., columns] as kernels take them, [n, columns]."""
+    rows = inputs.reshape(-1, columns)
+    if rows.dtype is not ACTIVATIONS or not rows.is_contiguous():
+        rows = rows.to(ACTIVATIONS).contiguous()
+    return rows
 
 
 def compiled_low_bit(code_folder: Path | None = None) -> CompiledLowBit | None:

@@ -8,7 +8,7 @@ model's own code needs no change; any other operation on its values fails, becau
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,19 @@ from pipo_ray.model.host_values import flat
 LookUp = Callable[[torch.Tensor], torch.Tensor]
 RowParts = Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
 ExpertSlice = Callable[[int], torch.Tensor]
-LinearProduct = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class LinearProduct(Protocol):
+    """`F.linear` with a weight [rows, columns]."""
+
+    def __call__(
+        self, inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Inputs [..., columns] and a bias or None in, [..., rows] out: `output` where it is given, which may be some
+        columns of a larger matrix.
+        """
+        ...
+
 
 _DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 _PROPERTIES = (
@@ -114,14 +126,16 @@ class SplitMatrix(_StandIn):
         output = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
         rows, columns = inputs.reshape(-1, inputs.shape[-1]), output.view(-1, weight.shape[0])
         for start, stop, part in weight._answer():
-            linear_into(rows, part, None if bias is None else bias[start:stop], columns[:, start:stop])
+            added = None if bias is None else bias[start:stop]
+            if type(part) is LowBitMatrix:
+                part.product(rows, added, columns[:, start:stop])
+            else:
+                linear_into(rows, part, added, columns[:, start:stop])
         return output
 
 
 class LowBitMatrix(_StandIn):
-    """A weight [out_features, in_features] that is in memory with few bits. `answer(inputs, bias)` gives
-    `F.linear`'s result.
-    """
+    """A weight [out_features, in_features] that is in memory with few bits; its answer is a `LinearProduct`."""
 
     what = "a matrix with low-bit weights"
     packed: Any = None

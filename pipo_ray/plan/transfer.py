@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pipo_ray.errors import InputError
@@ -34,6 +34,11 @@ class Transfer:
     def staging_bytes(self) -> int:
         """Memory of all slots."""
         return self.slot_bytes * self.num_slots
+
+    def in_fewer_slots(self, times: int) -> Transfer:
+        """The same memory in slots `times` as large, or a little more for want of a whole one."""
+        num_slots = max(2, -(-self.num_slots // times))
+        return replace(self, slot_bytes=times * self.slot_bytes, num_slots=num_slots)
 
 
 @dataclass(frozen=True)

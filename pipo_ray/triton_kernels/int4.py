@@ -66,24 +66,42 @@ def scales_at(memory, block, columns, panel_bytes, panel_blocks, HALF: tl.conste
 
 
 @triton.jit
-def add_parts(partials, output, index, block, num_inputs, num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+def add_parts(
+    partials, output, output_stride, bias, index, block, num_inputs, num_rows, num_parts,
+    ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Write one row of the output: the sum of what the parts of a block have written."""
     rows = block * ROWS + tl.arange(0, ROWS)
     parts = tl.arange(0, PARTS)
     places = (parts * num_inputs + index)[:, None] * num_rows + rows[None, :]
     mask = (parts < num_parts)[:, None] & (rows < num_rows)[None, :]
     total = tl.sum(tl.load(partials + places, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-    tl.store(output + index * num_rows + rows, total.to(tl.bfloat16), mask=rows < num_rows)
+    total += bias_of(bias, rows, num_rows)
+    tl.store(output + index * output_stride + rows, total.to(tl.bfloat16), mask=rows < num_rows)
 
 
 @triton.jit
-def store_row(output, partials, low, high, index, part, block, num_inputs, num_rows, num_parts,
-              HALF: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+def bias_of(bias, rows, num_rows):
+    """What is added to the products with `rows`, float32; zero without a bias."""
+    if bias is None:
+        added = tl.zeros_like(rows).to(tl.float32)
+    else:
+        added = tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+    return added
+
+
+@triton.jit
+def store_row(
+    output, output_stride, bias, partials, low, high, index, part, block, num_inputs, num_rows, num_parts,
+    HALF: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
     """Write an input's products with a block's rows, or with a part of their columns."""
     if index < num_inputs:
         rows = block * (2 * HALF) + tl.arange(0, HALF) * STRIDE
         if num_parts == 1:
-            results = output + index * num_rows + rows
+            results = output + index * output_stride + rows
+            low += bias_of(bias, rows, num_rows)
+            high += bias_of(bias, rows + OFFSET, num_rows)
             tl.store(results, low.to(tl.bfloat16), mask=rows < num_rows)
             tl.store(results + OFFSET, high.to(tl.bfloat16), mask=rows + OFFSET < num_rows)
         else:
@@ -94,13 +112,14 @@ def store_row(output, partials, low, high, index, part, block, num_inputs, num_r
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def int4_vector(
-    inputs, memory, output, partials, arrivals,
-    num_inputs, num_rows, columns, panel_bytes, panel_blocks, part_columns, num_parts,
+    inputs, memory, output, bias, partials, arrivals,
+    output_stride, num_inputs, num_rows, columns, panel_bytes, panel_blocks, part_columns, num_parts,
     GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
     INPUTS: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """At most INPUTS (1, 2 or 4) rows of bf16 inputs [num_inputs, columns], exact products in float32, one program for
-    each block and part: bf16 `output` [num_inputs, num_rows].
+    each block and part: bf16 `output` [num_inputs, num_rows], whose rows begin `output_stride` elements apart. `bias`,
+    bf16 [num_rows] or None, is added before what is stored is rounded.
 
     A thread has RUN consecutive columns of one group: it adds up codes times inputs before it multiplies with the
     scale. The loop takes LANES x RUN columns, loaded STAGES - 1 steps ahead; GROUP is a multiple of RUN. `partials` has
@@ -174,28 +193,40 @@ def int4_vector(
             high2 += high_sum2 * high_scale + high_offset * (sum2 * FROM_64)[:, None]
             low3 += low_sum3 * low_scale + low_offset * (sum3 * FROM_64)[:, None]
             high3 += high_sum3 * high_scale + high_offset * (sum3 * FROM_64)[:, None]
-    store_row(output, partials, tl.sum(low0, axis=0), tl.sum(high0, axis=0), 0, part, block,
+    store_row(output, output_stride, bias, partials, tl.sum(low0, axis=0), tl.sum(high0, axis=0), 0, part, block,
               num_inputs, num_rows, num_parts, HALF, STRIDE, OFFSET)  # fmt: skip
     if INPUTS > 1:
-        store_row(output, partials, tl.sum(low1, axis=0), tl.sum(high1, axis=0), 1, part, block,
+        store_row(output, output_stride, bias, partials, tl.sum(low1, axis=0), tl.sum(high1, axis=0), 1, part, block,
                   num_inputs, num_rows, num_parts, HALF, STRIDE, OFFSET)  # fmt: skip
     if INPUTS > 2:
-        store_row(output, partials, tl.sum(low2, axis=0), tl.sum(high2, axis=0), 2, part, block,
+        store_row(output, output_stride, bias, partials, tl.sum(low2, axis=0), tl.sum(high2, axis=0), 2, part, block,
                   num_inputs, num_rows, num_parts, HALF, STRIDE, OFFSET)  # fmt: skip
-        store_row(output, partials, tl.sum(low3, axis=0), tl.sum(high3, axis=0), 3, part, block,
+        store_row(output, output_stride, bias, partials, tl.sum(low3, axis=0), tl.sum(high3, axis=0), 3, part, block,
                   num_inputs, num_rows, num_parts, HALF, STRIDE, OFFSET)  # fmt: skip
     if num_parts > 1:
         tl.debug_barrier()  # all threads' sums are written before this program counts as arrived
         if tl.atomic_add(arrivals + block, 1, sem="acq_rel") == num_parts - 1:
             for index in range(num_inputs):
-                add_parts(partials, output, index, block, num_inputs, num_rows, num_parts, 2 * HALF, PARTS)
+                add_parts(
+                    partials,
+                    output,
+                    output_stride,
+                    bias,
+                    index,
+                    block,
+                    num_inputs,
+                    num_rows,
+                    num_parts,
+                    2 * HALF,
+                    PARTS,
+                )
             tl.store(arrivals + block, 0)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def int4_tiles(
-    inputs, memory, output, partials, arrivals,
-    num_inputs, num_rows, columns, panel_bytes, panel_blocks, part_columns, num_parts,
+    inputs, memory, output, bias, partials, arrivals,
+    output_stride, num_inputs, num_rows, columns, panel_bytes, panel_blocks, part_columns, num_parts,
     GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
     INPUTS: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -230,10 +261,12 @@ def int4_tiles(
     joined = tl.arange(0, 2 * HALF)
     rows = block * (2 * HALF) + (joined // 2) * STRIDE + (joined % 2) * OFFSET
     mask = (index < num_inputs)[:, None] & (rows < num_rows)[None, :]
-    places = index.to(tl.int64)[:, None] * num_rows + rows[None, :]
+    results = output + index.to(tl.int64)[:, None] * output_stride + rows[None, :]
     if num_parts == 1:
-        tl.store(output + places, sums.to(tl.bfloat16), mask=mask)
+        sums += bias_of(bias, rows, num_rows)[None, :]
+        tl.store(results, sums.to(tl.bfloat16), mask=mask)
     else:
+        places = index.to(tl.int64)[:, None] * num_rows + rows[None, :]
         part_size = num_inputs.to(tl.int64) * num_rows
         tl.store(partials + part * part_size + places, sums, mask=mask)
         tl.debug_barrier()
@@ -242,7 +275,8 @@ def int4_tiles(
             total = tl.zeros([INPUTS, 2 * HALF], dtype=tl.float32)
             for other in range(num_parts):
                 total += tl.load(partials + other * part_size + places, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(output + places, total.to(tl.bfloat16), mask=mask)
+            total += bias_of(bias, rows, num_rows)[None, :]
+            tl.store(results, total.to(tl.bfloat16), mask=mask)
             tl.store(arrival, 0)
 
 

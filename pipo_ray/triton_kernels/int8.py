@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pipo_ray.triton_kernels.int4 import bias_of
+
 _UNSPECIALIZED = ("num_inputs", "panel_rows", "num_parts")
 
 
@@ -29,11 +31,11 @@ def scales_of(memory, row, rows, columns, panel_bytes, panel_rows):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def int8_vector(
-    inputs, memory, output, num_inputs, num_rows, columns, panel_bytes, panel_rows,
+    inputs, memory, output, bias, output_stride, num_inputs, num_rows, columns, panel_bytes, panel_rows,
     INPUTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """At most INPUTS (1, 2 or 4) rows of bf16 inputs [num_inputs, columns], exact products in float32, ROWS rows in a
-    program: bf16 `output` [num_inputs, num_rows].
+    program: bf16 `output` [num_inputs, num_rows], with `output_stride` and `bias` as in `int4_vector`.
     """
     first = tl.program_id(0) * ROWS
     rows = tl.arange(0, ROWS)
@@ -61,20 +63,24 @@ def int8_vector(
             sum2 += taken * tl.load(third + places, mask=inside, other=0.0).to(tl.float32)
             sum3 += taken * tl.load(fourth + places, mask=inside, other=0.0).to(tl.float32)
     scales = scales_of(memory, first, rows, columns, panel_bytes, panel_rows)
+    added = bias_of(bias, first + rows, num_rows)
     place = output + first + rows
     mask = first + rows < num_rows
-    tl.store(place, (tl.sum(sum0, axis=1) * scales).to(tl.bfloat16), mask=mask)
-    if INPUTS > 1:
-        tl.store(place + num_rows, (tl.sum(sum1, axis=1) * scales).to(tl.bfloat16), mask=mask & (num_inputs > 1))
+    tl.store(place, (tl.sum(sum0, axis=1) * scales + added).to(tl.bfloat16), mask=mask)
+    if INPUTS > 1:  # noqa: SIM102 - sum1 is there only where this holds when it is compiled
+        if num_inputs > 1:
+            tl.store(place + output_stride, (tl.sum(sum1, axis=1) * scales + added).to(tl.bfloat16), mask=mask)
     if INPUTS > 2:
-        tl.store(place + 2 * num_rows, (tl.sum(sum2, axis=1) * scales).to(tl.bfloat16), mask=mask & (num_inputs > 2))
-        tl.store(place + 3 * num_rows, (tl.sum(sum3, axis=1) * scales).to(tl.bfloat16), mask=mask & (num_inputs > 3))
+        if num_inputs > 2:
+            tl.store(place + 2 * output_stride, (tl.sum(sum2, axis=1) * scales + added).to(tl.bfloat16), mask=mask)
+        if num_inputs > 3:
+            tl.store(place + 3 * output_stride, (tl.sum(sum3, axis=1) * scales + added).to(tl.bfloat16), mask=mask)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def int8_tiles(
-    inputs, memory, output, partials, arrivals,
-    num_inputs, num_rows, columns, panel_bytes, panel_rows, part_columns, num_parts,
+    inputs, memory, output, bias, partials, arrivals,
+    output_stride, num_inputs, num_rows, columns, panel_bytes, panel_rows, part_columns, num_parts,
     INPUTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """As `int4_tiles`; bf16 holds every code exactly. A program has ROWS rows of the weight and INPUTS of inputs."""
@@ -95,19 +101,22 @@ def int8_tiles(
     sums *= scales_of(memory, block * ROWS, inner, columns, panel_bytes, panel_rows)[None, :]
     rows = block * ROWS + inner
     mask = (index < num_inputs)[:, None] & (rows < num_rows)[None, :]
-    results = index.to(tl.int64)[:, None] * num_rows + rows[None, :]
+    results = output + index.to(tl.int64)[:, None] * output_stride + rows[None, :]
     if num_parts == 1:
-        tl.store(output + results, sums.to(tl.bfloat16), mask=mask)
+        sums += bias_of(bias, rows, num_rows)[None, :]
+        tl.store(results, sums.to(tl.bfloat16), mask=mask)
     else:
+        places = index.to(tl.int64)[:, None] * num_rows + rows[None, :]
         part_size = num_inputs.to(tl.int64) * num_rows
-        tl.store(partials + part * part_size + results, sums, mask=mask)
+        tl.store(partials + part * part_size + places, sums, mask=mask)
         tl.debug_barrier()
         arrival = arrivals + tile * tl.num_programs(0) + block
         if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
             total = tl.zeros([INPUTS, ROWS], dtype=tl.float32)
             for other in range(num_parts):
-                total += tl.load(partials + other * part_size + results, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(output + results, total.to(tl.bfloat16), mask=mask)
+                total += tl.load(partials + other * part_size + places, mask=mask, other=0.0, cache_modifier=".cg")
+            total += bias_of(bias, rows, num_rows)[None, :]
+            tl.store(results, total.to(tl.bfloat16), mask=mask)
             tl.store(arrival, 0)
 
 

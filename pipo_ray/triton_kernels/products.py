@@ -7,9 +7,9 @@ tensor cores with weights rounded to bf16, both straight from the panels and wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -18,13 +18,24 @@ import triton.language as tl
 from pipo_ray.model.kernel_profile import GPU_SCRATCH_BYTES, Kernel, KernelProfile, Layout
 from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, Panels
 from pipo_ray.triton_kernels import int4, int8
+from pipo_ray.triton_kernels.launch import Launch
 
-RowsProduct = Callable[[torch.Tensor], torch.Tensor]
-"""Inputs bf16 [n, columns] in, products bf16 [n, rows] out."""
 
-_Chunk = tuple[Callable[..., object], torch.Tensor, tuple[Any, ...], torch.Tensor, slice]
-"""A launch that unpacks rows of a weight, the matrix that it fills, its numbers; what of the matrix is multiplied, as
-[columns, rows], and the columns of the output that it gives.
+class RowsProduct(Protocol):
+    """A product of inputs with rows of a weight."""
+
+    def __call__(
+        self, rows: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Inputs bf16 [n, columns] in, products bf16 [n, rows] out: `output` where it is given, whose rows may lie
+        apart. `bias`, bf16 [rows], is added to them.
+        """
+        ...
+
+
+_Chunk = tuple[Launch, torch.Tensor, torch.Tensor, slice]
+"""A launch that unpacks rows of a weight, the matrix that it fills; what of the matrix is multiplied, as [columns,
+rows], and the columns of the output that it gives.
 """
 
 VECTOR_INPUTS = 4
@@ -89,7 +100,7 @@ class TritonProducts:
         """
         is_int4 = panels.low_bit.bits == 4
         if not num_inputs:
-            return lambda rows: rows.new_empty(0, num_rows)
+            return _nothing(num_rows)
         if kernel == "vector":
             make = self._int4_vector if is_int4 else self._int8_vector
         elif kernel == "tiles":
@@ -120,14 +131,8 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
             *_int4_constants(panels), compiled_for, shape.lanes, shape.run, _MOST_PARTS, shape.stages,
         )  # fmt: skip
-        launch, partials, arrivals = int4.int4_vector[(blocks, parts)], self._partials, self._arrivals
-
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
-            output = rows.new_empty(num_inputs, num_rows)
-            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=shape.warps)
-            return output
-
-        return multiply
+        sums = self._partials, self._arrivals
+        return _in_one_launch(int4.int4_vector, (blocks, parts), memory, sums, numbers, num_warps=shape.warps)
 
     def _int4_tiles(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         block, group = INT4_LAYOUTS[panels.layout].block, panels.low_bit.group
@@ -141,7 +146,7 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
             *_int4_constants(panels), inputs, min(group, 64), self._dot,
         )  # fmt: skip
-        return self._tiles(int4.int4_tiles[(blocks, parts, tiles)], memory, numbers, inputs, num_rows)
+        return self._tiles(int4.int4_tiles, (blocks, parts, tiles), memory, numbers, inputs)
 
     def _int4_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         block, columns = INT4_LAYOUTS[panels.layout].block, panels.columns
@@ -152,9 +157,10 @@ class TritonProducts:
             count = min(at_once, num_rows - first)
             held = -(-count // BLOCK_ROWS) * BLOCK_ROWS
             matrix = self._scratch.view(torch.bfloat16)[: held * columns].view(columns, held)
-            launch = int4.int4_unpack[(triton.cdiv(count, block), triton.cdiv(columns, step))]
+            grid = triton.cdiv(count, block), triton.cdiv(columns, step)
             numbers = (first // block, columns, memory.stride(0), panels.panel_rows // block, held, *constants)
-            chunks.append((launch, matrix, numbers, matrix[:, :count], slice(first, first + count)))
+            launch = Launch(int4.int4_unpack, grid, numbers, num_warps=4)
+            chunks.append((launch, matrix, matrix[:, :count], slice(first, first + count)))
 
         return _by_chunks(chunks, memory, num_rows)
 
@@ -164,14 +170,8 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows,
             triton.next_power_of_2(num_inputs), rows_at_once, 512,
         )  # fmt: skip
-        launch = int8.int8_vector[(triton.cdiv(num_rows, rows_at_once),)]
-
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
-            output = rows.new_empty(num_inputs, num_rows)
-            launch(rows, memory, output, *numbers, num_warps=4)
-            return output
-
-        return multiply
+        grid = (triton.cdiv(num_rows, rows_at_once),)
+        return _in_one_launch(int8.int8_vector, grid, memory, (), numbers, num_warps=4)
 
     def _int8_tiles(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         inputs = _tile_inputs(num_inputs)
@@ -182,7 +182,7 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows, part_columns, parts,
             inputs, BLOCK_ROWS, 64, self._dot,
         )  # fmt: skip
-        return self._tiles(int8.int8_tiles[(blocks, parts, tiles)], memory, numbers, inputs, num_rows)
+        return self._tiles(int8.int8_tiles, (blocks, parts, tiles), memory, numbers, inputs)
 
     def _int8_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         columns = panels.columns
@@ -192,25 +192,20 @@ class TritonProducts:
             count = min(at_once, num_rows - first)
             held = -(-count // rows_each) * rows_each
             matrix = self._scratch.view(torch.bfloat16)[: held * columns].view(held, columns)
-            launch = int8.int8_unpack[(held // rows_each, triton.cdiv(columns, step))]
             numbers = (first, columns, memory.stride(0), panels.panel_rows, rows_each, step)
-            chunks.append((launch, matrix, numbers, matrix[:count].t(), slice(first, first + count)))
+            grid = held // rows_each, triton.cdiv(columns, step)
+            launch = Launch(int8.int8_unpack, grid, numbers, num_warps=4)
+            chunks.append((launch, matrix, matrix[:count].t(), slice(first, first + count)))
 
         return _by_chunks(chunks, memory, num_rows)
 
     def _tiles(
-        self, launch: Callable[..., object], memory: torch.Tensor, numbers: tuple[Any, ...], inputs: int, num_rows: int
-    ) -> RowsProduct:
-        """A kernel with programs of `inputs` rows of inputs; `numbers` begin with how many there are in all."""
-        partials, arrivals, num_inputs = self._partials, self._arrivals, numbers[0]
-        warps, stages = 8 if inputs >= 64 else 4, self._tuning.tiles_stages
-
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
-            output = rows.new_empty(num_inputs, num_rows)
-            launch(rows, memory, output, partials, arrivals, *numbers, num_warps=warps, num_stages=stages)
-            return output
-
-        return multiply
+        self, kernel: triton.JITFunction, grid: tuple[int, ...], memory: torch.Tensor, numbers: tuple[Any, ...],
+        inputs: int,
+    ) -> RowsProduct:  # fmt: skip
+        """A kernel with programs of `inputs` rows of inputs."""
+        options = {"num_warps": 8 if inputs >= 64 else 4, "num_stages": self._tuning.tiles_stages}
+        return _in_one_launch(kernel, grid, memory, (self._partials, self._arrivals), numbers, **options)
 
     @property
     def _partials(self) -> torch.Tensor:
@@ -232,14 +227,53 @@ class TritonProducts:
         return max(1, self._scratch.numel() // 2 // columns // BLOCK_ROWS) * BLOCK_ROWS
 
 
+def _nothing(num_rows: int) -> RowsProduct:
+    def multiply(
+        rows: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return rows.new_empty(0, num_rows) if output is None else output
+
+    return multiply
+
+
+def _in_one_launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], memory: torch.Tensor, sums: tuple[torch.Tensor, ...],
+    numbers: tuple[Any, ...], **options: int,
+) -> RowsProduct:  # fmt: skip
+    """A kernel that multiplies with all of `memory`; `numbers` begin with how many rows of inputs there are, and rows
+    of the weight.
+    """
+    num_inputs, num_rows = numbers[:2]
+    launches: dict[int, Launch] = {}  # by the stride of outputs: one in most runs
+
+    def multiply(
+        rows: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if output is None:
+            output = rows.new_empty(num_inputs, num_rows)
+        stride = output.stride(0)
+        launch = launches.get(stride)
+        if launch is None:
+            launch = launches[stride] = Launch(kernel, grid, (stride, *numbers), **options)
+        launch(rows, memory, output, bias, *sums)
+        return output
+
+    return multiply
+
+
 def _by_chunks(chunks: Sequence[_Chunk], memory: torch.Tensor, num_rows: int) -> RowsProduct:
     """Each chunk's weights are unpacked, and multiplied by torch."""
 
-    def multiply(rows: torch.Tensor) -> torch.Tensor:
-        output = rows.new_empty(len(rows), num_rows)
-        for launch, matrix, numbers, weight, place in chunks:
-            launch(memory, matrix, *numbers, num_warps=4)
+    def multiply(
+        rows: torch.Tensor, bias: torch.Tensor | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if output is None:
+            output = rows.new_empty(len(rows), num_rows)
+        for launch, matrix, weight, place in chunks:
+            launch(memory, matrix)
             torch.mm(rows, weight, out=output[:, place])
+        if bias is not None:
+            output += bias
         return output
 
     return multiply

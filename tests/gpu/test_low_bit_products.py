@@ -50,6 +50,15 @@ def test_products_are_those_of_the_unpacked_weight(name: str, layout: str, kerne
             rounded = kernel != "vector"
             weight.require_product(first, inputs, rounded=rounded, step=STEP, sums=1e-4 if rounded else 1e-5)
             assert torch.equal(first, second), "the order in which parts arrive shows"
+            bias = torch.randn(rows, generator=generator).bfloat16()
+            around = torch.full((num_inputs, rows + 48), 7.0, dtype=torch.bfloat16, device=device())
+            for first_column in (16, 3):  # a column that begins on a multiple of 16 bytes, and another one
+                part = around[:, first_column : first_column + rows]
+                assert product(on_device, bias.to(device()), part) is part
+                weight.require_product(
+                    part, inputs, rounded=rounded, step=STEP, sums=1e-4 if rounded else 1e-5, bias=bias
+                )
+            assert bool((around[:, :3] == 7).all() and (around[:, 16 + rows :] == 7).all()), "written beside the output"
             assert not products._arrivals.any()
 
 

@@ -146,3 +146,9 @@ def test_a_sweep_ends_when_the_slowest_drive_does() -> None:
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(InputError, match=r"--mode 'fast' is not known; give one of performance, memory-saver"):
         check_mode("fast")
+
+
+def test_the_same_memory_in_fewer_slots() -> None:
+    fewer = Transfer(slot_bytes=30, num_slots=5).in_fewer_slots(2)
+    assert (fewer.slot_bytes, fewer.num_slots) == (60, 3)
+    assert Transfer(num_slots=2).in_fewer_slots(4).num_slots == 2

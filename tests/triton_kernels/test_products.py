@@ -45,10 +45,16 @@ def test_products_are_those_of_the_unpacked_weight(
     products = TritonProducts(CPU, scratch_bytes=1 << 20)
     products._processors = processors  # decides into how many parts a product is cut
     product = products.product(weight.memory, weight.panels, rows, num_inputs, kernel)
-    for _ in range(2):  # what the first one leaves behind must not disturb the second
+    bias = torch.randn(rows, generator=generator).bfloat16()
+    around = torch.full((num_inputs, rows + 5), 7.0, dtype=torch.bfloat16)
+    part = around[:, 2 : 2 + rows]
+    for added, output in ((None, None), (bias, part)):  # what the first one leaves behind must not disturb the second
         products._scratch.fill_(0x7F)
-        weight.require_product(product(inputs), inputs, rounded=kernel != "vector", step=STEP)
+        got = product(inputs, added, output)
+        weight.require_product(got, inputs, rounded=kernel != "vector", step=STEP, bias=added)
         assert not products._arrivals.any()
+    assert got is part
+    assert bool((around[:, :2] == 7).all() and (around[:, 2 + rows :] == 7).all()), "written beside the output"
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
