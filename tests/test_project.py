@@ -111,6 +111,23 @@ def _bundled_bytes(bits: float) -> float:
     return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2) * bits / 8
 
 
+def test_readme_names_benchmarks_that_exist_with_flags_that_they_have() -> None:
+    """A figure is worth as much as the command that brings it back. And none is by hand."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "by hand" not in readme
+    shared = (ROOT / "benchmarks/streaming.py").read_text()
+    commands = re.findall(r"`(?:python )?(?:benchmarks/)?(\w+\.py)( [^`]*)?`", readme)
+    assert len(commands) > 20
+    wrong = []
+    for name, arguments in commands:
+        script = ROOT / "benchmarks" / name
+        text = script.read_text() if script.is_file() else ""
+        text += shared if "from streaming import" in text else ""
+        flags = re.findall(r"--[a-z-]+", arguments)
+        wrong += [f"{name} {flag}" for flag in flags if f'"{flag}"' not in text] + ([] if text else [name])
+    assert not wrong
+
+
 def test_demo_streams() -> None:
     """`make demo` runs one model and prompt at 16 bits and at 4, each with less weight memory than its weights take."""
     plain, four = ([words for words in command if words] for command in _demo_commands())
