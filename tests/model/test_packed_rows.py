@@ -101,11 +101,13 @@ def test_rows_are_what_each_sequence_is_by_itself(window: int | None) -> None:
     twins.open("new", 4)
     for _ in range(3):
         twins.sweep(short=1, long=1, new=1)
-    twins.open("other", 140, ("long", 2 * PAGE_TOKENS, 256 - 2 * PAGE_TOKENS))
+    twins.open("other", 194, ("long", 2 * PAGE_TOKENS, 256 - 2 * PAGE_TOKENS))
     twins.sweep(other=1, short=1, long=1)
     twins.sweep(long=1, other=5, short=1)
     twins.sweep(other=1, long=2)
-    twins.sweep(other=1, short=1)
+    twins.sweep(other=56, short=1)
+    for _ in range(2):  # packs a page of its own behind those of the other, and sees it
+        twins.sweep(other=1)
 
 
 def test_a_layer_is_one_launch_and_numbers_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
