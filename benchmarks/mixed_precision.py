@@ -1,6 +1,6 @@
 """Mixed precision against uniform precision at the same bytes: KL divergence of the output from the original's.
 
-How to run (ten minutes of processor time for the bundled model; --quick: a tenth of the text, three sizes):
+How to run (twelve minutes of processor time for the bundled model; --quick: a tenth of the text, few sizes):
 
     python benchmarks/mixed_precision.py [--quick] [--model FOLDER] [--text FILE] [--tokens N] [--bits B,B,...]
         [--json FILE]
@@ -9,13 +9,22 @@ How to run (ten minutes of processor time for the bundled model; --quick: a tent
 The formats are chosen as `pipo pack --precision auto` does, from what it measures on the calibration text that comes
 with the package, and judged on another text, by default the bundled model's held-out one: float32 products with the
 rounded weights, windows of 512 tokens. Sizes are bytes of the matrices that can be quantized, scales, zeros and padding
-included, given as bits per weight. At each size stand:
+included, given as bits per weight. All are tested at which a mix exists: those of the uniform formats, and others
+from the smallest format to 16 bits (--bits: only these; a format's name is its own size). At each stand:
 
     mix         what the knapsack chooses with so many bytes or fewer
     uniform     one format for all, where one has that size
     by order    the next smaller uniform format, and the first layers in the next larger as far as the bytes go
     random      the same with the weights in random order: mean and best of three (--quick: two)
     next        where the mix is the uniform format itself: the best mix of fewer bytes, if any has fewer
+
+The bundled model's widths are no multiples of 128, so its smallest format is int4-g64. For int4-g128 a wider one is
+trained (six minutes on a GPU, or --minutes; `train_bundled_model.py corpus` first; the held-out text is the same):
+
+    python benchmarks/train_bundled_model.py train --data .train --out out/wide --hidden 256 --intermediate 512
+    python benchmarks/mixed_precision.py --model out/wide
+
+Ends with 1 if at a size where the mix is no uniform format something beside it has as little divergence.
 
 --check measures every weight alone in every format, and compares with what a pass per block estimates: the rank
 correlation over weights, and how far single estimates are off.
@@ -29,6 +38,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -46,8 +56,8 @@ from pipo_ray.quant.measure import Measurement, measure_sensitivity
 from pipo_ray.quant.sensitivity import FORMATS, Candidates, Sensitivity
 
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
-BITS = (4.6, 4.75, 4.9, 5.25, 5.5, 6.0, 6.5, 7.0, 7.5)
-QUICK_BITS = (4.75, 6.0, 7.0)
+BITS = (4.3, 4.4, 4.6, 4.75, 4.9, 5.25, 5.5, 6.0, 6.5, 7.0, 7.5, 9.0, 10.0, 12.0)
+QUICK_BITS = (4.4, 4.75, 6.0, 7.0, 10.0)
 RANDOM_ORDERS = 3
 QUICK_TOKENS = 4096
 ALL = (*FORMATS, SIXTEEN_BITS)
@@ -123,30 +133,60 @@ def filled(candidates: Candidates, low: Formats, high: Formats, max_bytes: float
     return result
 
 
-def compare(bench: Bench, sizes: Sequence[float], orders: int) -> Iterator[dict[str, Any]]:
-    """A row for each size in bits per weight, and for each uniform format."""
-    candidates = bench.candidates
-    weights = sum(one.sizes[SIXTEEN_BITS] for one in candidates.weights) // 2
-    present = [name for name in ALL if any(name in one.sizes for one in candidates.weights)]
-    uniforms = {name: uniform(candidates, name) for name in present}
-    bits = {name: 8 * size_of(candidates, some) / weights for name, some in uniforms.items()}
+@dataclass(frozen=True)
+class Scale:
+    """The formats that a model's weights can have, the coarsest first, and the sizes of one for all."""
+
+    weights: int
+    uniforms: dict[str, Formats]
+    bits: dict[str, float]
+
+    @classmethod
+    def of(cls, candidates: Candidates) -> Scale:
+        """Those of `candidates`."""
+        weights = sum(one.sizes[SIXTEEN_BITS] for one in candidates.weights) // 2
+        present = [name for name in ALL if any(name in one.sizes for one in candidates.weights)]
+        uniforms = {name: uniform(candidates, name) for name in present}
+        bits = {name: 8 * size_of(candidates, some) / weights for name, some in uniforms.items()}
+        return cls(weights, uniforms, bits)
+
+    def sizes(self, wanted: Sequence[str] | None, usual: Sequence[float]) -> list[float]:
+        """In bits per weight, growing: those `wanted`, or those of all formats and the `usual` ones between them."""
+        least, most = self.bits[min(self.bits, key=self.bits.__getitem__)], self.bits[SIXTEEN_BITS]
+        if wanted is None:
+            return sorted({*(size for size in usual if least < size < most), *list(self.bits.values())[:-1]})
+        sizes = [self.bits[one] if one in self.bits else float(one) for one in wanted]
+        for size in sizes:
+            if not least <= size < most:
+                raise SystemExit(f"--bits {size:g}: this model's formats have {least:.2f} to {most:.2f} bits a weight")
+        return sorted(set(sizes))
+
+
+def compare(bench: Bench, scale: Scale, sizes: Sequence[float], orders: int) -> Iterator[dict[str, Any]]:
+    """A row for each size in bits per weight."""
+    candidates, bits, uniforms = bench.candidates, scale.bits, scale.uniforms
+    present = list(bits)
     names = [one.name for one in candidates.weights]
     shuffled = [random.Random(seed).sample(names, len(names)) for seed in range(orders)]
-    for size in sorted({*sizes, *(bits[name] for name in present[:-1])}):
+    for size in sizes:
         low = max((name for name in present if bits[name] <= size + 1e-9), key=lambda name: bits[name])
         high = present[present.index(low) + 1]
-        limit = size * weights / 8 + 0.5
+        limit = size * scale.weights / 8 + 0.5
         mix = choose(bench.items, max_bytes=limit)
         row: dict[str, Any] = {"bits": size, "mix": bench.kl(mix.formats), "predicted": mix.loss}
-        row["mix_bits"] = 8 * mix.nbytes / weights
+        row["mix_bits"] = 8 * mix.nbytes / scale.weights
+        row["formats"] = dict(Counter(mix.formats.values()))
         if abs(bits[low] - size) < 1e-9:
-            row |= {"uniform": low, "uniform_kl": bench.kl(uniforms[low])}
+            others = {"uniform_kl": bench.kl(uniforms[low])}
+            row |= {"uniform": low, **others}
             if mix.formats == uniforms[low]:
                 row["next"] = next_best(bench, mix.nbytes)
         else:
             some = [filled(candidates, uniforms[low], uniforms[high], limit, order) for order in (names, *shuffled)]
-            in_order, *others = (bench.kl(one) for one in some)
-            row |= {"by_order": in_order, "random_mean": float(np.mean(others)), "random_best": min(others)}
+            in_order, *drawn = (bench.kl(one) for one in some)
+            others = {"by_order": in_order, "random_best": min(drawn)}
+            row |= {**others, "random_mean": float(np.mean(drawn))}
+        row["less"] = 1 - row["mix"] / min(others.values())
         yield row
 
 
@@ -176,18 +216,18 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 def show(row: dict[str, Any]) -> None:
     """Print a row of the comparison."""
     if "uniform" in row:
-        other = f"{row['uniform']:10} {row['uniform_kl']:.5f}"
+        other = f"{row['uniform']:10} {row['uniform_kl']:.6f}"
         if "next" in row:
             found = row["next"]
-            other += f"   next {found['kl']:.5f} ({found['predicted']:.5f})" if found else "   nothing is smaller"
-        less = 1 - row["mix"] / row["uniform_kl"]
+            other += f"   next {found['kl']:.6f} ({found['predicted']:.6f})" if found else "   nothing is smaller"
     else:
-        other = f"by order   {row['by_order']:.5f}   random {row['random_mean']:.5f}, best {row['random_best']:.5f}"
-        less = 1 - row["mix"] / min(row["by_order"], row["random_best"])
-    print(f"{row['bits']:5.2f}  {row['mix']:.5f} ({row['predicted']:.5f})  {less:+7.1%}   {other}", flush=True)
+        other = f"by order   {row['by_order']:.6f}   random {row['random_mean']:.6f}, best {row['random_best']:.6f}"
+    formats = ", ".join(f"{count} {name}" for name, count in sorted(row["formats"].items()))
+    mix = f"{row['mix']:.6f} ({row['predicted']:.6f})"
+    print(f"{row['bits']:5.2f}  {mix}  {row['less']:+7.1%}   {other:62} {formats}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -195,11 +235,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
     parser.add_argument("--tokens", type=int, help="of the text; default: all of it")
-    parser.add_argument("--bits", metavar="B,B,...", help="sizes, beside those of the uniform formats")
+    parser.add_argument("--bits", metavar="B,B,...", help="only these sizes: numbers, and formats' names for theirs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    tokens = options.tokens or (QUICK_TOKENS if options.quick else sys.maxsize)
+    tokens, fewer = options.tokens or (QUICK_TOKENS if options.quick else sys.maxsize), True
     with opened(options.model, options.text, tokens) as bench:
         blocks, tokens = len(bench.sensitivity.divergences), bench.sensitivity.tokens
         print(
@@ -219,16 +259,22 @@ def main() -> None:
                     f"{sum(measured):.5f} measured one by one, {sum(estimated):.5f} estimated"
                 )
         else:
-            sizes: Sequence[float] = QUICK_BITS if options.quick else BITS
-            if options.bits:
-                sizes = tuple(map(float, options.bits.split(",")))
+            scale = Scale.of(bench.candidates)
+            sizes = scale.sizes(options.bits and options.bits.split(","), QUICK_BITS if options.quick else BITS)
             print(" bits  KL of the mix (predicted)  less than the best beside it")
-            for row in compare(bench, sizes, 2 if options.quick else RANDOM_ORDERS):
+            for row in compare(bench, scale, sizes, 2 if options.quick else RANDOM_ORDERS):
                 show(row)
                 rows.append(row)
+            tested = [row for row in rows if "next" not in row]
+            print(
+                f"less than all beside it in {sum(row['less'] > 0 for row in tested)} of {len(tested)} sizes at which "
+                f"the mix is no uniform format"
+            )
+            fewer = all(row["less"] > 0 for row in tested)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+    return 0 if fewer else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

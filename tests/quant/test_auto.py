@@ -133,6 +133,33 @@ def test_a_size_is_kept_and_less_is_impossible(
         run(checkpoint, Target(max_bytes=least - 1), tmp_path, text)
 
 
+def test_int4_in_three_groups_beats_one_of_the_same_bytes(
+    chat_checkpoint: Path,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    text: CalibrationText,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(auto, "find_facts", find_facts)
+    folder = Path(shutil.copytree(chat_checkpoint, tmp_path / "wide"))
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
+    shutil.copytree(
+        tiny_checkpoint("LlamaConfig", vocab_size=259, dtype="bfloat16", **sizes), folder, dirs_exist_ok=True
+    )
+    with auto.Subject.open(folder) as subject:
+        candidates = subject.candidates
+        windows = subject.windows(text, auto.WINDOW_TOKENS, auto.VERIFIED_TOKENS)
+    uniform = sum(one.sizes["int4-g64"] for one in candidates.weights)
+    assert uniform > sum(one.sizes["int4-g128"] for one in candidates.weights)
+    chosen = run(folder, Target(max_bytes=uniform + candidates.fixed_bytes), tmp_path / "cache", text)
+    rules = {one.name: chosen.policy.rule_for(one.name) for one in candidates.weights}
+    formats = {name: rule.format if rule else "16bit" for name, rule in rules.items()}
+    assert {"int4-g128", "int4-g32"} <= set(formats.values())
+    mixed, _ = reference(folder, windows, formats)
+    same, _ = reference(folder, windows, dict.fromkeys(formats, "int4-g64"))
+    assert mixed < same
+
+
 def test_estimates_that_are_too_good_are_found_out(
     checkpoint: Path, tmp_path: Path, text: CalibrationText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
