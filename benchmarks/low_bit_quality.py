@@ -24,7 +24,8 @@ table, all in memory, decodes one request; median over the rounds, in which the 
 token. The bundled model is too small for that: what it takes is not its weights.
 
 --packing (three minutes): the processor time of packing a random Llama of 33 million weights, for each of them: what
-int4 takes beyond copying 16 bits, and --calibrate beyond int4.
+int4 takes beyond copying 16 bits, and --calibrate beyond int4. Each packing is said as it ends, so that a run that is
+ended from outside leaves what it had.
 """
 
 from __future__ import annotations
@@ -123,7 +124,13 @@ def packing_processor_s(model: Path, precision: str, **options: Any) -> tuple[fl
         raise SystemExit(f"{prepared.folder} was there already")
     tensors = [tensor for block in prepared.manifest.blocks for tensor in block.tensors]
     weights = sum(math.prod(tensor.weight_shape) for tensor in tensors if tensor.panels is not None)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, weights
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    how = " --calibrate" if options.get("calibrate") else ""
+    print(
+        f"{precision}{how}: {weights / 1e6:.1f} million weights quantized, {seconds:.1f} s of processor time",
+        flush=True,
+    )
+    return seconds, weights
 
 
 def show_speed(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -159,10 +166,6 @@ def show_packing(folder: Path) -> list[dict[str, Any]]:
         nearest, weights = packing_processor_s(model, "int4", cache=cache)
         calibrated, _ = packing_processor_s(model, "int4", cache=cache, calibrate=True)
     per_weight = {"int4": (nearest - plain) / weights, "int4 --calibrate": (calibrated - nearest) / weights}
-    print(
-        f"{weights / 1e6:.1f} million weights, processor time: 16 bits {plain:.1f} s, int4 {nearest:.1f} s, "
-        f"calibrated {calibrated:.1f} s"
-    )
     for name, seconds in per_weight.items():
         print(f"{name} takes {1e6 * seconds:.3f} us more for each weight")
     return [{"weights": weights, "processor_s_per_weight": per_weight}]
