@@ -37,6 +37,7 @@ from pipo_ray.model.gpu import (
     open_device_stream,
 )
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
+from pipo_ray.model.heap import Heap
 from pipo_ray.model.host_values import host_values, to_device
 from pipo_ray.model.inspect import trace_of
 from pipo_ray.model.kept_profiles import ProfilePlaces
@@ -63,6 +64,7 @@ from pipo_ray.pipeline.host_functions import HostFunctions
 from pipo_ray.pipeline.stage_memory import KVMemory, StageMemory
 from pipo_ray.pipeline.tracing import TraceWriter
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
+from pipo_ray.plan.activations import bytes_per_token
 from pipo_ray.store.manifest import Manifest
 from pipo_ray.store.rows import RowReader
 
@@ -163,7 +165,7 @@ class ComputeEngine:
         )  # fmt: skip
         self._runner = ModelRunner(
             graph, binder, self._device, ragged=self._facts.ragged, kv_store=kv_store, attention=attention,
-            layers=layers,
+            layers=layers, heap=self._heap(graph, dtype),
         )  # fmt: skip
         self._sequences: dict[str, _Running] = {}
         self._losses: Counter[str] = Counter()
@@ -171,6 +173,11 @@ class ComputeEngine:
         self._watches_kernels = False
         self._kernel_times: KernelTimes | None = None
         self._started = self._idle_since = time.perf_counter()
+
+    def _heap(self, graph: torch.nn.Module, dtype: torch.dtype) -> Heap | None:
+        if self._device.type != "cpu":
+            return None
+        return Heap(graph, bytes_per_token(self._facts, dtype.itemsize, "cpu"))
 
     def _host_kv(
         self, dtype: torch.dtype, bits: tuple[int, ...] | None, code_folder: Path | None, notes: list[str]

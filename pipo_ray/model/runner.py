@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipo_ray.model.batch import KeptPoint, PrefixPart, SweepEntry
 from pipo_ray.model.binding import Binder
 from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.disk_cache import DiskCache
+from pipo_ray.model.heap import Heap
 from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV, at_16_bits
 from pipo_ray.model.kv_disk import KVPagesLostError
@@ -33,7 +35,7 @@ class ModelRunner:
     """Runs sweeps and keeps the sequences' KV caches. With `ragged` all sequences share a row; otherwise each walks
     alone, in lockstep. `kv_store` holds the ragged rows' caches; without it each is by itself in the device's memory,
     and has `attention` for tokens that come alone; with a `HostKV` it is by itself in RAM. `layers` compute a single
-    token of a single sequence.
+    token of a single sequence. `heap` is what sweeps on the CPU have their activations in.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class ModelRunner:
         kv_store: KVStore | HostKV | None = None,
         attention: CompiledAttention | None = None,
         layers: CompiledLayers | None = None,
+        heap: Heap | None = None,
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged
+        self._heap = heap
         self._kv_store, self._attention, self._layers = kv_store, attention, layers
         self._caches: dict[str, SequenceKV] = {}
         self._own_caches: dict[str, tuple[Any, int]] = {}
@@ -69,7 +73,7 @@ class ModelRunner:
                 for point in entry.keep:
                     self._open_point(point)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._watched_heap(entries):
                 result = self._run_ragged(entries) if self._ragged else self._run_lanes(entries)
                 self._binder.end()
         except KVPagesLostError:
@@ -80,6 +84,11 @@ class ModelRunner:
             self.drop([entry.sequence for entry in entries] + [one.name for entry in entries for one in entry.keep])
             raise
         return result
+
+    def _watched_heap(self, entries: Sequence[SweepEntry]) -> AbstractContextManager[None]:
+        if self._heap is None:
+            return nullcontext()
+        return self._heap.watched(sum(len(entry.token_ids) for entry in entries))
 
     def take_lost(self) -> dict[str, DriveError | None]:
         """The sequences whose KV pages are lost, and why; None: it is not, but the sweep that failed cannot be undone

@@ -36,7 +36,7 @@ def activation_bytes(
     rows of logits (three copies in float32), of which `rows_at_once` may be sampled from at once, and with the chunk of
     16-bit weights that is multiplied in float32. `place` is where it computes.
     """
-    per_token = _token_bytes(facts, itemsize, place)
+    per_token = bytes_per_token(facts, itemsize, place)
     logits = logits_rows * _LOGITS_COPIES * 4 * facts.vocab_size + sampling_bytes(facts.vocab_size, rows_at_once)
     scratch = SCRATCH_BYTES if itemsize < 4 else 0
     masks = _mask_bytes(facts, max_batch_tokens, context_length)
@@ -48,12 +48,13 @@ def loose_bytes(facts: ModelFacts, max_batch_tokens: int, itemsize: int, place: 
     finds no place in one part for a long prompt's largest tensors, and gives back and takes memory in every layer, for
     which the GPU must be idle: on an H200 a sweep of 16k tokens took 0.8 s instead of 0.5.
     """
-    return int(_LOOSE_SHARE * max_batch_tokens * _token_bytes(facts, itemsize, place))
+    return int(_LOOSE_SHARE * max_batch_tokens * bytes_per_token(facts, itemsize, place))
 
 
-def _token_bytes(facts: ModelFacts, itemsize: int, place: Place) -> float:
+def bytes_per_token(facts: ModelFacts, itemsize: int, place: Place) -> float:
     """What was measured, with a margin for what kernels take within themselves. Where nothing could be, the estimate by
-    sizes that holds for most dense models; on the CPU no less than that, because the heap keeps some of what is freed.
+    sizes that holds for most dense models; on the CPU no less than that, because the heap keeps some of what is freed:
+    between layers so much, at most, of all tokens of a sweep (`model/heap.py`).
     """
     by_sizes = (8 * facts.hidden_size + 4 * facts.intermediate_size) * itemsize
     if facts.token_bytes is None:
