@@ -16,7 +16,7 @@ from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import EOS, VOCAB_SIZE, prompts_of, reference_greedy, reference_logits
 from .footprint import Footprint, wait_until_gone
-from .traces import finished_trace, live_events, overlap
+from .traces import covered, finished_trace, live_events, overlap
 
 NUM_TOKENS = 24
 MAX_BATCH_TOKENS = 16
@@ -65,7 +65,9 @@ def check_trace(file: Path) -> None:
         assert overlap(first, second) < 1e-4  # microseconds are rounded
     loads = [event for event in events if event.kind == "weight load"]
     computes = [event for event in events if event.kind == "compute"]
-    assert overlap(loads, computes) > 0.2 * sum(event.end - event.begin for event in loads) / 4  # 4 read threads
+    # On a busy machine reading may take five times as long as computing, and what overlaps is never more than the less.
+    reading = sum(event.end - event.begin for event in loads) / 4  # 4 read threads
+    assert overlap(loads, computes) > 0.2 * min(reading, covered(computes))
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,14 @@ def test_the_third_death_within_a_minute_ends_the_run(victim: str, bytes_llama: 
 
         def generate() -> None:
             nonlocal last_death
-            for _ in llm.stream(PROMPTS, GREEDY):
-                pid = llm.pids()[victim]
-                if pid not in killed and len(killed) < 3:
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-                    last_death = time.monotonic()
+            # The text may be done before the third death: it needs no staging pool, whose deaths cost it nothing.
+            while last_death == 0.0 or time.monotonic() - last_death < 30:
+                for _ in llm.stream(PROMPTS, GREEDY):
+                    pid = llm.pids()[victim]
+                    if pid not in killed and len(killed) < 3:
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+                        last_death = time.monotonic()
 
         with pytest.raises(ActorFailedError) as caught:
             generate()

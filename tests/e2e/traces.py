@@ -68,6 +68,11 @@ def overlap(first: list[Event], second: list[Event]) -> float:
     return total
 
 
+def covered(events: list[Event]) -> float:
+    """Seconds in which one of `events` ran."""
+    return sum(end - begin for begin, end in _union(events))
+
+
 def _union(events: list[Event]) -> list[tuple[float, float]]:
     spans: list[tuple[float, float]] = []
     for event in sorted(events, key=lambda event: event.begin):
