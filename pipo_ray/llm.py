@@ -160,8 +160,7 @@ class LLM:
         folders = prepared.manifest.folders(prepared.folder)
         kv_place = open_kv_place(
             chosen, self._facts, few_bits, tokens=max_kv_tokens, precision=prepared.manifest.precision,
-            # Few bits in RAM beside a GPU are one sequence's each: prefixes would be shared no more.
-            elsewhere=elsewhere or (few_bits is not None and prefix_cache),
+            elsewhere=elsewhere,
         )  # fmt: skip
         self._plan, reasons = choose_plan(
             plan, folders, cache_folder(), chosen, chosen_mode,

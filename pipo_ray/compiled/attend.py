@@ -25,12 +25,16 @@ _BYTES_ON_THREADS = 1 << 20  # of keys and values: with fewer the other threads 
 
 @dataclass(frozen=True)
 class Call:
-    """The address of a function and its context; bytes of keys and values it reads, and what has to live with it."""
+    """The address of a function and its context; bytes of keys and values it reads, and what has to live with it: where
+    pages lie in several places, tables of these, each with its sequence's number and the pages in all places but the
+    last.
+    """
 
     function: int
     context: Any
     nbytes: int
     owns: Any = None
+    tables: tuple[tuple[int, Any, int], ...] = ()
 
     def repeat(self, lengths: Sequence[int]) -> None:
         """Of a call that `each` made, for spans from the first token on, and that is over: have it do the same with
@@ -43,6 +47,8 @@ class Call:
         contexts = self._contexts(len(packed_attention.FIELDS))
         contexts[:, _LENGTH] = lengths
         contexts[:, _NUM_PAGES] = num_pages
+        for number, table, before in self.tables:
+            table[-1] = num_pages[number] - before
 
     def _contexts(self, num_fields: int) -> Any:
         """Of each sequence a row, whose heads are all to be done again."""
@@ -53,11 +59,12 @@ class Call:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """What a token attends to: from number `first` on of all that are in `pages`, uint8 [pages, page_bytes], and behind
-    them the first `length` of the keys and values in `window`, [kv_heads, capacity, dim] each, whose last is its own.
+    """What a token attends to: from number `first` on of all that are in `pages`, uint8 [n, page_bytes] each, in order,
+    and behind them the first `length` of the keys and values in `window`, [kv_heads, capacity, dim] each, whose last is
+    its own.
     """
 
-    pages: Tensor
+    pages: tuple[Tensor, ...]
     window: tuple[Tensor, Tensor]
     length: int
     first: int = 0
@@ -116,9 +123,9 @@ class CompiledAttention:
         heads, dim = query.shape[0], query.shape[2]
         output = query.new_empty(heads, 1, dim)
         one, _ = self._packed_functions(layout, heads)
-        words, nbytes = _packed_words(query, new, memory, layout, output.data_ptr(), 0, scale)
+        words, nbytes, table = _packed_words(query, new, memory, layout, output.data_ptr(), 0, scale)
         self._packed_context[:] = words
-        self.run(Call(one, self._packed_context, nbytes))
+        self.run(Call(one, self._packed_context, nbytes, table))
         return output
 
     def attend_parts(
@@ -157,14 +164,17 @@ class CompiledAttention:
         heads, dim = query.shape[0], query.shape[2]
         _, each = self._packed_functions(layout, heads)
         words: list[int] = []
+        tables: list[tuple[int, Any, int]] = []
         nbytes = 0
         for number, memory in enumerate(memories):
             row = output.data_ptr() + 2 * dim * heads * number
-            more, read = _packed_words(query, new, memory, layout, row, number, scale)
+            more, read, table = _packed_words(query, new, memory, layout, row, number, scale)
             words += more
             nbytes += read
+            if table is not None:
+                tables.append((number, table, sum(map(len, memory.pages[:-1]))))
         contexts = context_of(words)
-        return Call(each, context_of([ctypes.addressof(contexts), len(memories)]), nbytes, contexts)
+        return Call(each, context_of([ctypes.addressof(contexts), len(memories)]), nbytes, contexts, tuple(tables))
 
     def each(
         self, query: Tensor, new: tuple[Tensor, Tensor], memories: Sequence[tuple[Tensor, Tensor]],
@@ -248,7 +258,7 @@ _NEXT, _KEYS, _VALUES, _LENGTH, _KEYS_STRIDE, _VALUES_STRIDE = map(
     attention.FIELDS.index, ("next", "keys", "values", "length", "keys_stride", "values_stride")
 )
 _NUM_PAGES = packed_attention.FIELDS.index("num_pages")
-_IN_ONE_CALL = (0, 0, 0, 0, 0)  # from `runs` on
+_IN_ONE_CALL = (0, 0, 0)  # from `state` on
 
 
 def _words(
@@ -270,17 +280,27 @@ def _words(
 def _packed_words(
     query: Tensor, new: tuple[Tensor, Tensor], memory: PackedTokens, layout: PageLayout, output: int, column: int,
     scale: float,
-) -> tuple[tuple[int, ...], int]:  # fmt: skip
-    """The packed kernel's context in the same way, and the bytes that it reads."""
+) -> tuple[tuple[int, ...], int, Any]:  # fmt: skip
+    """The packed kernel's context in the same way, the bytes that it reads, and the table of the places that its pages
+    lie in, which has to live with it; None: they lie in one.
+    """
     page_bytes, *_ = places = packed_attention.places(layout)
-    pages, packed = memory.pages, len(memory.pages) * PAGE_TOKENS
+    packed = sum(map(len, memory.pages)) * PAGE_TOKENS
     whole, unseen = divmod(min(memory.first, packed), PAGE_TOKENS)
-    count = len(pages) - whole
     ahead = max(0, memory.first - packed)
-    # Of a tensor without elements torch tells no address; a call that is repeated may find some there.
-    start = pages.untyped_storage().data_ptr() + int(pages.storage_offset())
+    runs: list[tuple[int, int]] = []
+    count = -whole
+    for number, pages in enumerate(memory.pages, 1):
+        hidden = min(max(0, -count), len(pages))
+        count += len(pages)
+        if hidden < len(pages) or number == len(memory.pages):
+            # Of a tensor without elements torch tells no address; a call that is repeated may find some there.
+            start = pages.untyped_storage().data_ptr() + int(pages.storage_offset())
+            runs.append((start + hidden * page_bytes, len(pages) - hidden))
+    table = context_of([word for run in runs for word in run]) if len(runs) > 1 else None
+    in_places = (0, 0) if table is None else (ctypes.addressof(table), len(runs))
     words = (
-        *_words(query, new, memory.window, output, column, ahead, memory.length, scale),
-        start + whole * page_bytes, count, unseen, *places, *_IN_ONE_CALL,
+        *_words(query, new, memory.window, output, column, ahead, memory.length, scale), *runs[-1], unseen, *places,
+        *in_places, *_IN_ONE_CALL,
     )  # fmt: skip
-    return words, count * page_bytes + 4 * layout.heads * layout.key_dim * (memory.length - ahead)
+    return words, count * page_bytes + 4 * layout.heads * layout.key_dim * (memory.length - ahead), table

@@ -54,7 +54,7 @@ class DiskPages:
             yield here
             self._store.used(pages[held:index])
 
-    def whole(self, stop: int) -> Tensor | None:
+    def memories(self, stop: int) -> Sequence[tuple[Tensor, int]] | None:
         """See `PackedPages`."""
         return None
 

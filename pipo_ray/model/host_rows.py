@@ -100,7 +100,7 @@ class WideRow:
 
     def attend(self, number: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `HostRow`."""
-        return self._caches[number].attend(self._layer, query, keys, values, _in_ram(rule))
+        return self._caches[number].attend(self._layer, query, keys, values, in_ram(rule))
 
 
 class PackedRow:
@@ -118,7 +118,7 @@ class PackedRow:
     @property
     def memories(self) -> Sequence[object]:
         """See `HostRow`."""
-        return self._memories
+        return [one for memory in self._memories for one in memory.memories]
 
     @property
     def has_room(self) -> bool:
@@ -153,12 +153,14 @@ class PackedRow:
 
     def attend(self, number: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `HostRow`."""
-        return self._caches[number].attend(self._layer, query, keys, values, _in_ram(rule))
+        return self._caches[number].attend(self._layer, query, keys, values, in_ram(rule))
 
     def _begin(self) -> list[tuple[int, int]]:
         """Of each sequence the length of its window with its token, and the number of pages that this one sees."""
-        return [memory.begin_token(cache.length) for memory, cache in zip(self._memories, self._caches, strict=True)]
+        pairs = zip(self._memories, self._caches, strict=True)
+        return [memory.begin_token(cache.start + cache.length) for memory, cache in pairs]
 
 
-def _in_ram(rule: AttentionRule) -> AttentionRule:
+def in_ram(rule: AttentionRule) -> AttentionRule:
+    """The rule with its tensors in RAM."""
     return rule if rule.sinks is None else replace(rule, sinks=rule.sinks.cpu())

@@ -22,8 +22,8 @@ from pipo_ray.compiled.attend import Call, CompiledAttention
 from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.host_link import HostLink, tokens_at_once
-from pipo_ray.model.host_rows import HostRow, PackedRow, WideRow
-from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.host_rows import HostRow, PackedRow, WideRow, in_ram
+from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.packed_pages import VisitingPages
 
 if TYPE_CHECKING:
@@ -83,14 +83,18 @@ class HostKV:
         """Append the row's `keys`, `values` [kv_heads, n, head_dim] to the caches of `segments`, and let `query`
         [heads, n, head_dim] attend to what its segment's cache holds. Returns [n, heads, value_head_dim] on the device.
 
-        What is appended first may be the prefix of another sequence in the same row.
+        What is appended first may be the prefix of another sequence in the same row. Those of few bits that have tokens
+        for each other attend behind all that come alone, in the row's order.
         """
         packed = self.low_bit is not None and self.low_bit.bits_of(layer) != 16
-        alone = [segment for segment in segments if segment.stop - segment.start == 1]
-        several = [segment for segment in segments if segment.stop - segment.start > 1]
+        alone: list[Segment] = []
+        several: list[Segment] = []
+        for segment in segments:
+            is_alone = segment.stop - segment.start == 1 and not _is_linked(segment)
+            (alone if is_alone else several).append(segment)
         if not packed:
             for segment in several:
-                self._append(_wide(segment), layer, *(x[:, segment.start : segment.stop] for x in (keys, values)))
+                self._append_several(segment, layer, keys, values)
         output = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
         if self._in_stream_order is not None and not several:
             row = _row(alone, layer, keys, values, rule, packed=packed)
@@ -102,10 +106,12 @@ class HostKV:
         for segment in several:
             columns = slice(segment.start, segment.stop)
             own = query[:, columns], keys[:, columns], values[:, columns]
-            if packed:
+            if segment.stop - segment.start == 1:
+                attended = self._attend_linked(_low_bit(segment), layer, *own, rule)
+            elif packed:
                 attended = self._attend_packed(_low_bit(segment), layer, *own, rule)
             else:
-                attended = attend(own[0], *self._with_earlier(_wide(segment), layer, *own[1:]), rule)
+                attended = self._attend_wide(_wide(segment), layer, *own, rule)
             output[columns] = attended.transpose(0, 1)
         return output
 
@@ -163,8 +169,28 @@ class HostKV:
         self._in_stream_order(last.run.function, ctypes.addressof(last.run.context))
         torch.mul(self._link.on_device(attended), 1, out=output)  # a kernel: `copy_` would be the copy engine's
 
+    def _attend_linked(
+        self, cache: LowBitCache, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
+    ) -> Tensor:
+        """One that comes alone, and that has tokens for others or they for it: where all of its sequence is."""
+        q, k, v = self._link.to_host([x.transpose(0, 1) for x in (query, keys, values)])
+        attended = cache.attend(layer, q, k, v, in_ram(rule))
+        output = self._link.buffer("output", (1, attended.shape[0], attended.shape[2]), attended.dtype)
+        output.copy_(attended.transpose(0, 1))
+        return self._link.on_device(output).transpose(0, 1)
+
     # -- several tokens of a sequence
     # -------------------------------------------------------------------------------------
+
+    def _append_several(self, segment: Segment, layer: int, keys: Tensor, values: Tensor) -> None:
+        """In a layer at 16 bits, those of the row's keys and values that are the segment's. One that is linked and
+        comes alone appends them when it attends.
+        """
+        if segment.stop - segment.start == 1:
+            return
+        self._append(_wide(segment), layer, *(x[:, segment.start : segment.stop] for x in (keys, values)))
+        if self.low_bit is not None:
+            _low_bit(segment).hand_out_wide(layer)
 
     def _append(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keys and values on the device behind those of a cache in RAM."""
@@ -172,11 +198,21 @@ class HostKV:
         place = slice(cache.length, cache.length + keys.shape[1])
         self._link.fetch([keys, values], [target[:, place] for target in memory])
 
-    def _with_earlier(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The cache's keys and values, those of its prefix before them, and the new ones behind, on the device."""
-        earlier = [part.span(layer, count) for part, count in cache.prefix]
-        if cache.length:
-            earlier.append(cache.span(layer, cache.length))
+    def _attend_wide(
+        self, cache: SequenceCache, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
+    ) -> Tensor:
+        """At 16 bits: the device gets a copy of what there was before. Beside layers of few bits a prefix is attended
+        to in its parts, as where all is in one memory: so every bit is the same.
+        """
+        parts = [part.span(layer, count) for part, count in cache.prefix]
+        own = [cache.span(layer, cache.length)] if cache.length else []
+        if self.low_bit is None or not parts:
+            return attend(query, *self._behind([*parts, *own], keys, values), rule)
+        spans = [DenseSpan(*self._behind([part], keys[:, :0], values[:, :0])) for part in parts]
+        return attend_spans(query, [*spans, DenseSpan(*self._behind(own, keys, values))], rule)
+
+    def _behind(self, earlier: Sequence[DenseSpan], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values behind earlier ones, which are in RAM, on the device."""
         if not earlier:
             return keys, values
         return (
@@ -193,13 +229,20 @@ class HostKV:
         held = home.num_held
         for source, target in zip(home.window, visitor.window, strict=True):
             self._link.send(source[:, :held], target[:, :held])
-        attended = visitor.attend(cache.length, query, keys, values, rule)
+        visitor.hand_out = cache.handing_out(layer, self._fetched)
+        attended = visitor.attend(cache.start + cache.length, query, keys, values, rule)
         # Where no page has left the window, what was there is there.
         first = held if visitor.num_held == held + keys.shape[1] else 0
         changed = slice(first, visitor.num_held)
         self._link.fetch([x[:, changed] for x in visitor.window], [x[:, changed] for x in home.window])
         home.come_back(visitor)
         return attended
+
+    def _fetched(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the device in RAM."""
+        on_host = torch.empty(keys.shape, dtype=keys.dtype), torch.empty(values.shape, dtype=values.dtype)
+        self._link.fetch([keys, values], on_host)
+        return on_host
 
 
 def _row(
@@ -214,6 +257,12 @@ def _like_in_ram(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors of the same shapes in RAM, without memory of their own."""
     like_keys, like_values = (torch.empty((), dtype=x.dtype).expand(x.shape) for x in (keys, values))
     return like_keys, like_values
+
+
+def _is_linked(segment: Segment) -> bool:
+    """See `LowBitCache.is_linked`; at 16 bits none is."""
+    is_linked: bool = getattr(segment.cache, "is_linked", False)
+    return is_linked
 
 
 def _low_bit(segment: Segment) -> LowBitCache:

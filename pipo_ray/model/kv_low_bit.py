@@ -14,7 +14,7 @@ at 16 bits, or that computes them in the same sweep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -52,6 +52,9 @@ class PagedStore(Protocol):
 
 Prefix = Sequence[tuple["LowBitCache", int]]
 """Caches, and of each so many of its own first tokens."""
+
+Fetch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values in the memory where a cache has them."""
 
 
 class LowBitStore:
@@ -111,6 +114,8 @@ class LowBitCache:
         self._waiting: list[LowBitCache] = []
         self._source: LowBitCache | None = None
         self._awaited = 0
+        for cache, _ in prefix:
+            cache.settle()
 
     @property
     def wide(self) -> SequenceKV:
@@ -146,9 +151,20 @@ class LowBitCache:
         for layer, (keys, values) in source._wide_memory.layers.items():
             self._receive(layer, source.start, keys, values)
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether in the sweep that runs it has tokens for others, or they for it: these attend in the row's order."""
+        return self.is_awaited or self._source is not None
+
+    def settle(self) -> None:
+        """Pack what has left windows, so that others may read it. No sweep is under way."""
+        for memory in self._layers.values():
+            memory.settle()
+
     def copy_from(self, parts: Sequence[tuple[LowBitCache, int]]) -> None:
         """Begin with so many of the first own tokens of each of these caches, in whole pages."""
         for cache, count in parts:
+            cache.settle()
             for layer, memory in cache._layers.items():
                 keys, values = (window[:, :0] for window in memory.window)
                 mine = self._layers.get(layer) or self._open(layer, keys, values, None)
@@ -170,13 +186,15 @@ class LowBitCache:
         self._wide_memory.resize(capacity, length)
         self.capacity, self.length = capacity, length
 
-    def _receive(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
+    def _receive(self, layer: int, first: int, keys: Tensor, values: Tensor, fetch: Fetch | None = None) -> None:
         """Take what it awaits of keys and values [kv_heads, tokens, head_dim] of tokens from `first` on."""
         stop = self.start + self.length
         begin = stop - self._awaited
         if first > begin:
             raise ValueError(f"of tokens from {begin} on those before {first} are packed")
         keys, values = (tensor[:, begin - first : stop - first] for tensor in (keys, values))
+        if fetch is not None:
+            keys, values = fetch(keys, values)
         if self._store.bits[layer] == 16:
             self._wide_memory.put(layer, begin - self.start, keys, values)
             return
@@ -184,10 +202,21 @@ class LowBitCache:
             self._layers[layer] = self._open(layer, keys, values, None)
         self._layers[layer].put(keys, values)
 
-    def _hand_out(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
+    def handing_out(self, layer: int, fetch: Fetch | None = None) -> Callable[[int, Tensor, Tensor], None] | None:
+        """What a layer of fewer than 16 bits is to tell its window, for those who wait for tokens of it, which `fetch`
+        brings to where their caches are. None: nobody does.
+        """
+        return partial(self._hand_out, layer, fetch=fetch) if self._waiting else None
+
+    def hand_out_wide(self, layer: int) -> None:
+        """In a layer at 16 bits, which has its new tokens: let those who wait take theirs."""
+        if self._waiting:
+            self._hand_out(layer, self.start, *self._wide_memory.layers[layer])
+
+    def _hand_out(self, layer: int, first: int, keys: Tensor, values: Tensor, fetch: Fetch | None = None) -> None:
         """Let those who wait take what they await."""
         for cache in self._waiting:
-            cache._receive(layer, first, keys, values)
+            cache._receive(layer, first, keys, values, fetch)
 
     @property
     def is_awaited(self) -> bool:
@@ -201,11 +230,10 @@ class LowBitCache:
         """See `SequenceCache.attend`. A token sees at least WINDOW_TOKENS before it at 16 bits."""
         if self._store.bits_of(layer) == 16:
             output = self.wide.attend(layer, query, keys, values, rule)
-            if self._waiting:
-                self._hand_out(layer, self.start, *self._wide_memory.layers[layer])
+            self.hand_out_wide(layer)
             return output
         memory = self.layer_for(layer, keys, values, rule)
-        memory.hand_out = partial(self._hand_out, layer) if self._waiting else None
+        memory.hand_out = self.handing_out(layer)
         return memory.attend(self.start + self.length, query, keys, values, rule)
 
     def layer_for(self, layer: int, keys: Tensor, values: Tensor, rule: AttentionRule) -> LowBitLayer:

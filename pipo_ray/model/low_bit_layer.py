@@ -66,7 +66,7 @@ class LowBitLayer:
 
     def attend(self, start: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `SequenceCache.attend`: the tokens from number `start` on."""
-        self._settle()
+        self.settle()
         stop = start + keys.shape[1]
         if rule.is_plain and self._compiles(query, keys, values):
             return self._attend_alone(start, query, keys, values, rule)
@@ -92,7 +92,7 @@ class LowBitLayer:
         the window holds with it, and how many pages it sees packed. What leaves the window with it is packed when
         something else is asked of this.
         """
-        self._settle()
+        self.settle()
         _, size = self._grow(start, 1)
         return size, packed_pages(start)
 
@@ -106,16 +106,17 @@ class LowBitLayer:
         return LeavingPage(place[0], self._window, held)
 
     def seen(self, size: int, num_pages: int, rule: AttentionRule) -> PackedTokens:
-        """What the last token sees, given what `begin_token` said of it; in memory where pages are neighbours."""
-        pages = self._pages.whole(num_pages)
-        assert pages is not None
+        """What the last token sees, given what `begin_token` said of it; where pages stay in memory."""
+        found = self._pages.memories(num_pages)
+        assert found is not None
+        pages = tuple(memory[:count] for memory, count in found)
         return PackedTokens(pages, self._window, size, rule.first_visible(self._length))
 
     def visit(self, pages: PackedPages, keys: Tensor, values: Tensor) -> LowBitLayer:
         """This layer for new tokens that are where `keys`, `values` are: with room for a window there, whose first
         `num_held` tokens are to be filled in, and its pages as `pages` has them.
         """
-        self._settle()
+        self.settle()
         room = self._window[0].shape[1]
         other = LowBitLayer(self._store, self.begin, room, pages, self._most, self.layout, keys, values)
         other._length = self._length
@@ -136,11 +137,18 @@ class LowBitLayer:
         return self._window
 
     @property
+    def memories(self) -> list[Tensor]:
+        """What its window and its pages lie in, where these stay in memory: others when they have moved."""
+        found = self._pages.memories(packed_pages(self._length))
+        assert found is not None
+        return [self._window[0], *(memory for memory, _ in found)]
+
+    @property
     def num_held(self) -> int:
         """Tokens in the window."""
         return self._length - self.begin
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Pack what has left the window since it was filled in."""
         if self.num_leaving:
             self._let_go(*(window[:, : self.num_held].clone() for window in self._window))
@@ -177,7 +185,7 @@ class LowBitLayer:
         assert self._store.compiled is not None
         _, size = self._grow(start, 1)
         num_pages = packed_pages(start)
-        if self._pages.whole(num_pages) is not None:
+        if self._pages.memories(num_pages) is not None:
             seen = self.seen(size, num_pages, rule)
             output = self._store.compiled.attend_packed(query, (keys, values), seen, self.layout, rule.scale)
         else:
@@ -189,7 +197,7 @@ class LowBitLayer:
             )  # fmt: skip
         if self.hand_out is not None:
             self.hand_out(self.begin, *(window[:, :size] for window in self._window))
-        self._settle()
+        self.settle()
         return output
 
     def _grow(self, start: int, num_tokens: int) -> tuple[int, int]:
@@ -239,7 +247,7 @@ class LowBitLayer:
         self._length = self.begin + keys.shape[1]
         for window, tensor in zip(self._window, (keys, values), strict=True):
             window[:, : tensor.shape[1]] = tensor
-        self._settle()
+        self.settle()
 
     def put_pages(self, pages: Tensor) -> None:
         """Go on with these, [pages, page_bytes]; nothing is in the window."""
@@ -268,7 +276,7 @@ class LowBitLayer:
             )
             for window, tensor in zip(self._window, (keys, values), strict=True):
                 window[:, : length - begin] = tensor[:, : length - begin]
-        self._settle()
+        self.settle()
 
     # -- packed pages
     # -----------------------------------------------------------------------------------------------------

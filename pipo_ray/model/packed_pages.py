@@ -35,8 +35,11 @@ class PackedPages(Protocol):
         """
         ...
 
-    def whole(self, stop: int) -> Tensor | None:
-        """Pages before `stop` as one tensor [stop, page_bytes], where they are neighbours in memory; None elsewhere."""
+    def memories(self, stop: int) -> Sequence[tuple[Tensor, int]] | None:
+        """Where the pages before `stop` lie, where they stay in memory: of each of these [n, page_bytes] so many of its
+        first, in order, the last of them where the next pages will be. A memory is another one when it has moved. None
+        elsewhere.
+        """
         ...
 
     def runs(self, stop: int) -> Sequence[PageRun] | None:
@@ -66,9 +69,9 @@ class MemoryPages:
         if first < stop:
             yield (self.memory[first:stop],)
 
-    def whole(self, stop: int) -> Tensor | None:
+    def memories(self, stop: int) -> Sequence[tuple[Tensor, int]] | None:
         """See `PackedPages`."""
-        return self.memory[:stop]
+        return ((self.memory, stop),)
 
     def runs(self, stop: int) -> Sequence[PageRun] | None:
         """See `PackedPages`."""
@@ -103,7 +106,7 @@ class VisitingPages:
                 self._link.send(part[None], there[None])
                 yield (there,)
 
-    def whole(self, stop: int) -> Tensor | None:
+    def memories(self, stop: int) -> Sequence[tuple[Tensor, int]] | None:
         """See `PackedPages`."""
         return None
 
@@ -138,13 +141,21 @@ class LinePages:
 
     def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
         """See `PackedPages`."""
-        if runs := self._runs(first, stop):
-            yield runs
+        pages, at = [], 0
+        for memory, count in self.memories(stop):
+            if first < at + count:
+                pages.append(memory[max(0, first - at) : count])
+            at += count
+        if pages:
+            yield pages
 
-    def whole(self, stop: int) -> Tensor | None:
+    def memories(self, stop: int) -> Sequence[tuple[Tensor, int]]:
         """See `PackedPages`."""
-        runs = self._runs(0, stop)
-        return runs[0] if len(runs) == 1 else None if runs else self.memory[:0]
+        found, at = [], 0
+        for owner, count in self._line:
+            found.append((owner.own_pages(self._layer), max(0, min(count, stop - at))))
+            at += count
+        return [*found, (self.memory, max(0, stop - at))]
 
     def runs(self, stop: int) -> Sequence[PageRun] | None:
         """See `PackedPages`."""
@@ -154,16 +165,6 @@ class LinePages:
             begin += count
             runs.append(PageRun(address, begin))
         return [*runs, PageRun(self.memory.data_ptr() - begin * page_bytes, max(begin, stop))]
-
-    def _runs(self, first: int, stop: int) -> list[Tensor]:
-        runs, at = [], 0
-        for owner, count in self._line:
-            if max(first, at) < min(stop, at + count):
-                runs.append(owner.own_pages(self._layer)[max(first, at) - at : min(stop, at + count) - at])
-            at += count
-        if max(first, at) < stop:
-            runs.append(self.memory[max(first, at) - at : stop - at])
-        return runs
 
     @property
     def nbytes(self) -> int:

@@ -152,7 +152,7 @@ class ModelRunner:
             cache.resize(entry.own_capacity, own[0].num_tokens)
             return cache
         prefix = tuple((self._kept(part.sequence), part.num_tokens) for part in shared)
-        store = self._kv_store.low_bit if isinstance(self._kv_store, HostKV) else self._kv_store
+        store = self._store
         if store is None:
             cache = SequenceCache(entry.own_capacity, prefix=prefix, compiled=self._attention)
         elif prefix:
@@ -165,6 +165,11 @@ class ModelRunner:
         self._begin_window(cache, own)
         return cache
 
+    @property
+    def _store(self) -> KVStore | None:
+        """What opens caches; None: each is by itself."""
+        return self._kv_store.low_bit if isinstance(self._kv_store, HostKV) else self._kv_store
+
     def _begin_window(self, cache: Any, parts: Sequence[PrefixPart]) -> None:
         """Its last tokens at 16 bits, if they are another's."""
         for part in parts:
@@ -173,10 +178,11 @@ class ModelRunner:
 
     def _open_point(self, point: KeptPoint) -> None:
         """A cache on which others are to begin."""
-        assert isinstance(self._kv_store, LowBitStore), "others begin anywhere"
+        store = self._store
+        assert isinstance(store, LowBitStore), "others begin anywhere"
         *shared, window = point.prefix
         prefix = [(self._kept(part.sequence), part.num_tokens) for part in shared]
-        cache = self._kv_store.open(window.num_tokens, prefix)
+        cache = store.open(window.num_tokens, prefix)
         self._begin_window(cache, [window])
         self._caches[point.name] = cache
 

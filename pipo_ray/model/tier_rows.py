@@ -79,7 +79,7 @@ class TieredPages:
                 yield (page[None, : self._page_bytes],)
             first += count
 
-    def whole(self, stop: int) -> Tensor | None:
+    def memories(self, stop: int) -> Sequence[tuple[Tensor, int]] | None:
         """See `PackedPages`: never, the GPU has no kernel for them."""
         return None
 

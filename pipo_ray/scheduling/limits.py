@@ -79,11 +79,11 @@ def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits
 
 
 def _sharing(plan: RunPlan, facts: ModelFacts) -> Sharing:
-    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages in two tiers, on
-    the drive, or packed ones in RAM beside a GPU belong to one sequence each.
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages in two tiers, or on
+    the drive, belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
-    if plan.kv is not None or plan.kv_disk is not None or (plan.kv_on_cpu and plan.low_bit_kv is not None):
+    if plan.kv is not None or plan.kv_disk is not None:
         return "none"
     return "shared"

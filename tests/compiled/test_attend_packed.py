@@ -44,7 +44,7 @@ class Case:
         self.new = normal(kv_heads, 1, dim).bfloat16(), normal(kv_heads, 1, dim).bfloat16()
 
     def attend(self, first: int, scale: float) -> Tensor:
-        memory = PackedTokens(self.pages, self.window, self.length, first)
+        memory = PackedTokens((self.pages,), self.window, self.length, first)
         return ATTENTION.attend_packed(self.query, self.new, memory, self.layout, scale)
 
     def exact(self, first: int, scale: float) -> Tensor:
@@ -113,6 +113,9 @@ def test_pages_that_come_in_parts_change_no_bit(
                 for one in here:
                     one.fill_(255)
 
+    places = case.pages.split([count for part in parts for count in part]) if pages else [case.pages]
+    memory = PackedTokens(tuple(one.clone() for one in places), case.window, length, first)
+    assert torch.equal(ATTENTION.attend_packed(case.query, case.new, memory, case.layout, 0.1), expected)
     got = ATTENTION.attend_parts(case.query, case.new, arriving(), case.window, length, within, case.layout, 0.1)
     assert torch.equal(got, expected)
 
@@ -178,20 +181,23 @@ def test_pages_of_other_shapes_are_not_for_it() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("places", [[60], [7, 52, 1], [60, 0]])
 def test_tokens_of_several_sequences_are_as_each_alone(
-    bits: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    places: list[int], bits: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the call is put off, and when it is made again behind more pages."""
+    """Also when the call is put off, and when it is made again behind more pages, where the last of them lie."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     cases = [Case(2, 4, 128, bits, pages, length, pages) for pages, length in ((0, 5), (60, 130), (3, SHORT_TOKENS))]
     query = torch.cat([case.query for case in cases], 1)
     new = torch.cat([case.new[0] for case in cases], 1), torch.cat([case.new[1] for case in cases], 1)
 
     def memories(pages: int, less: int, firsts: tuple[int, ...]) -> list[PackedTokens]:
-        return [
-            PackedTokens(case.pages[: len(case.pages) - pages], case.window, case.length - less, first)
-            for case, first in zip(cases, firsts, strict=True)
-        ]
+        result = []
+        for case, first in zip(cases, firsts, strict=True):
+            parts = list(case.pages.split(places)) if len(case.pages) == sum(places) else [case.pages]
+            parts[-1] = parts[-1][: max(0, len(parts[-1]) - pages)]
+            result.append(PackedTokens(tuple(parts), case.window, case.length - less, first))
+        return result
 
     def alone(firsts: tuple[int, ...]) -> list[Tensor]:
         return [case.attend(first, 0.1)[:, 0] for case, first in zip(cases, firsts, strict=True)]

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import BY_SLUG
+from architectures import BASE, BY_SLUG, Architecture
 from exact_kernel import exact_kernel
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from pool_sweeps import Sweeps, Written
 from prefix_runs import Stage, answers, conversations, step
 
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.pack import CompiledPacking
+from pipo_ray.compiled.support import obstacle
 from pipo_ray.model import attention, cascade
 from pipo_ray.model.batch import PrefixUse
 from pipo_ray.model.cascade import KeyRanges
 from pipo_ray.model.fused_rows import attend_row, can_attend, flash_attention
+from pipo_ray.model.kv_host import HostKV
+from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
+from pipo_ray.pipeline.host_functions import HostFunctions
+from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS, LowBitKV
 from pipo_ray.scheduling.limits import Limits
+from pipo_ray.scheduling.window import Window
 
 pytestmark = pytest.mark.gpu
 _SHAPES = [(8, 2, 64), (4, 4, 128), (6, 1, 256), (4, 2, 16)]
@@ -165,6 +175,40 @@ def test_greedy_tokens_never_change(slug: str, device: torch.device, tmp_path: P
     assert got == wanted
     assert together.computed < 0.8 * alone.computed
     assert {"share", "take"} <= together.uses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_bits_in_ram_are_shared(dtype: torch.dtype, device: torch.device, tmp_path: Path) -> None:
+    """Conversations through the scheduler; in bf16 tokens that come alone go by the kernel, in the stream's order, and
+    a rounding may turn a token.
+    """
+    wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    Architecture("llama", "", "llama", {**BASE, **wide}).save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", dtype)
+    bits = tuple((4, 16, 8)[layer % 3] for layer in range(packed.facts.num_layers))
+    low = LowBitKV.of(bits, packed.facts)
+    turns = conversations(packed.facts.vocab_size, 1, system_tokens=300)[:2]
+    limits = Limits(
+        12_000, 512, state_tokens=-(-low.window_bytes // low.token_bytes),
+        window=Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share),
+    )  # fmt: skip
+    kernel = None if dtype == torch.float32 or obstacle() is not None else CompiledAttention(tmp_path / "code")
+    calls = None if kernel is None else HostFunctions(device)
+    packing = None if kernel is None else CompiledPacking(tmp_path / "code")
+
+    def in_ram(*_: object) -> Any:
+        return HostKV(device, kernel, calls, LowBitStore(bits, kernel), packing)
+
+    with Pipeline(packed, device=device, kv_store=in_ram) as pipeline:
+        alone, together = Stage(pipeline), Stage(pipeline)
+        wanted = asyncio.run(answers(alone, limits, turns))
+        got = asyncio.run(answers(together, replace(limits, sharing="shared"), turns))
+    assert {name: len(tokens) for name, tokens in got.items()} == {name: len(one) for name, one in wanted.items()}
+    if dtype == torch.float32:
+        assert got == wanted
+    assert together.computed < 0.85 * alone.computed
+    assert {"window", "share"} <= together.uses
+    assert together.points
 
 
 def test_conversations_in_16_bits_end_with_little_kv(

@@ -11,87 +11,18 @@ import torch
 from architectures import BY_SLUG, VOCAB_SIZE
 from fake_device import FakeDevice
 from harness import CPU, Pipeline, pack_checkpoint, random_prompts
+from host_twins import BITS, COMPILED, PACKING, Twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.machine import run_here
 from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model import host_link, packed_pages
 from pipo_ray.model.kv_cache import Segment
 from pipo_ray.model.kv_host import HostKV
-from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
+from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
-from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
-
-BITS = (8, 4, 16)
-COMPILED = CompiledAttention() if obstacle() is None else None
-PACKING = CompiledPacking() if obstacle() is None else None
-
-
-class Twins:
-    """Sequences twice: with their caches in RAM beside a device, and where they are computed. Each layer of a sweep
-    has random queries, keys and values, and each result of the one must be that of the other.
-    """
-
-    def __init__(
-        self, dtype: torch.dtype, compiled: CompiledAttention | None, rule: AttentionRule,
-        packing: CompiledPacking | None,
-    ) -> None:  # fmt: skip
-        self.generator, self.dtype, self.rule = torch.Generator().manual_seed(0), dtype, rule
-        self.host = HostKV(CPU, compiled, low_bit=LowBitStore(BITS, compiled), packing=packing)
-        self.here = LowBitStore(BITS, compiled)
-        self.pairs: dict[int, tuple[LowBitCache, LowBitCache]] = {}
-
-    def open(self, name: int, capacity: int) -> None:
-        assert self.host.low_bit is not None
-        self.pairs[name] = self.host.low_bit.open(capacity), self.here.open(capacity)
-
-    def tensors(self, tokens: int) -> list[torch.Tensor]:
-        """In the order in which a projection gives them: token by token."""
-        made = [torch.randn(tokens, heads, 64, generator=self.generator) for heads in (8, 2, 2)]
-        return [one.to(self.dtype).transpose(0, 1) for one in made]
-
-    def sweep(self, batch: list[tuple[int, int]]) -> None:
-        tokens = sum(count for _, count in batch)
-        for layer in range(len(BITS)):
-            query, keys, values = self.tensors(tokens)
-            segments, expected, at = [], [], 0
-            for name, count in batch:
-                mine, theirs = self.pairs[name]
-                part = slice(at, at + count)
-                segments.append(Segment(mine, at, at + count))
-                attended = theirs.attend(layer, query[:, part], keys[:, part], values[:, part], self.rule)
-                expected.append(attended.transpose(0, 1))
-                at += count
-            got = self.host.attend_row(segments, layer, query, keys, values, self.rule)
-            assert torch.equal(got, torch.cat(expected))
-        for name, count in batch:
-            for cache in self.pairs[name]:
-                cache.advance(count)
-
-    def check_pages(self) -> None:
-        """All of a sequence's pages and its window are byte-identical, and rounded to themselves again."""
-        for mine, theirs in self.pairs.values():
-            assert mine.nbytes == theirs.nbytes
-            for number, layer in mine._layers.items():
-                other = theirs._layers[number]
-                layer._settle()
-                count = (mine.length - layer.num_held) // 64
-                pages = layer.pages.whole(count)
-                assert pages is not None
-                assert torch.equal(pages, other.pages.whole(count))  # type: ignore[arg-type]
-                for one, two in zip(layer.window, other.window, strict=True):
-                    assert torch.equal(one[:, : layer.num_held], two[:, : layer.num_held])
-                if not count:
-                    continue
-                layout = layer.layout
-                both = [torch.empty(layout.heads, 64 * count, dim) for dim in (layout.key_dim, layout.value_dim)]
-                unpack_pages(views_of(pages, layout), layout, *both, torch.empty(both[0].numel(), dtype=torch.uint8))
-                again = torch.zeros_like(pages)
-                pack_pages(*both, views_of(again, layout), layout)
-                assert torch.equal(again[:, : sum(layout.parts)], pages[:, : sum(layout.parts)])
 
 
 @settings(max_examples=15, deadline=None)
@@ -130,8 +61,7 @@ def test_sequences_that_come_and_go(
                 twins.sweep(batch)
                 twins.check_pages()
             if step["leaves"] and twins.pairs:
-                for cache in twins.pairs.pop(next(iter(twins.pairs))):
-                    cache.drop()
+                twins.drop(next(iter(twins.pairs)))
 
 
 @pytest.mark.skipif(COMPILED is None, reason=str(obstacle()))

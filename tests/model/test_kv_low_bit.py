@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_pages import joined
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.support import obstacle
@@ -130,7 +131,7 @@ def test_a_token_that_comes_alone_attends_to_pages_as_they_are(
         assert torch.equal(one[:, : 400 - 4 * PAGE_TOKENS], other[:, : 400 - 4 * PAGE_TOKENS])
     assert torch.equal(
         *(
-            views_of(cache._layers[0]._pages.whole(4), cache._layers[0].layout).key_codes
+            views_of(joined(cache._layers[0]._pages, 4), cache._layers[0].layout).key_codes
             for cache in (packed, unpacking)
         )
     )

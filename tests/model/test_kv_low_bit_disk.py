@@ -15,6 +15,7 @@ from fake_device import FakeDevice
 from harness import Pipeline, pack_checkpoint, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_pages import joined
 from pipeline.page_loader import Pages
 from pipeline.pages_on_disk import pages_on_disk
 
@@ -94,7 +95,7 @@ class Stage:
             if stop:
                 pages = torch.cat(got)
                 used = sum(held.layout.parts)
-                assert torch.equal(pages[:, :used], memory._layers[layer]._pages.whole(stop)[:, :used])
+                assert torch.equal(pages[:, :used], joined(memory._layers[layer]._pages, stop)[:, :used])
                 assert torch.equal(_rounded_again(pages, held.layout)[:, :used], pages[:, :used])
 
 

@@ -13,6 +13,7 @@ from fake_device import FakeDevice
 from harness import Pipeline, pack_checkpoint, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_pages import joined
 from plan.budget_models import model
 
 from pipo_ray.errors import UnsupportedModelError
@@ -100,8 +101,7 @@ class Twins:
                 memory, table = (self.tiers.ram, run.ram) if run.ram else (self.tiers.gpu, run.gpu)
                 size, layout = self.placement.units[layer], LAYOUTS[bits]
                 count = min(packed_pages(run.tokens), packed_pages(mine.capacity - 1))
-                expected = theirs._layers[layer].pages.whole(count)
-                assert expected is not None
+                expected = joined(theirs._layers[layer].pages, count)
                 for page in range(count):
                     units = table[page * size : (page + 1) * size]
                     found = torch.cat([memory[unit] for unit in units])[: layout.page_bytes]

@@ -27,10 +27,11 @@ def test_prefixes_are_shared_where_a_sequence_can_read_anothers_cache(budgets: d
     assert limits_of(found, ONE[1], prefix_cache=False).sharing == "none"
 
 
-def test_few_bits_are_shared_too() -> None:
+@pytest.mark.parametrize("budgets", [{}, GPU, GPU | {"kv_on_cpu": True}])
+def test_few_bits_are_shared_too(budgets: dict[str, Any]) -> None:
     facts = replace(ONE[1], kv_shapes=((2, 64, 64),))
     low = LowBitKV.of((4, 16), facts)
-    limits = limits_of(plan((ONE[0], facts), low_bit_kv=low), facts, prefix_cache=True)
+    limits = limits_of(plan((ONE[0], facts), low_bit_kv=low, **budgets), facts, prefix_cache=True)
     assert limits.sharing == "shared"
     assert limits.window == Window(128, 64, low.short_share)
 
