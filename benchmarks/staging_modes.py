@@ -1,126 +1,239 @@
 """How much staging memory speed needs: the sweep over sizes, and --mode memory-saver against performance.
 
-How to run (--size of free disk, twice that while it is made; a quarter of an hour):
+How to run (--size of free disk, twice that while it is made; two sessions' memory; --minutes and a minute or two):
 
-    python benchmarks/staging_modes.py [--size 4GiB] [--rounds 5] [--sweeps 3] [--sizes 0.5,2,4] [--modes]
-        [--folder DIR] [--quick] [--json FILE]
+    python benchmarks/staging_modes.py [--size 3GiB] [--resident 1GiB] [--minutes 10] [--sessions 2] [--sweeps 3]
+        [--settings 2x8/4,...] [--streamed 3GiB] [--real 8x8/4,...] [--modes] [--folder DIR] [--quick] [--json FILE]
 
-The settings keep the same amount of weights resident (--resident), and have what staging takes on top; and once more
-("all") every size with as much memory in all as `performance`: what staging takes then is not resident, as on a PC
-whose memory is what there is. They take turns, every second round backwards, so that what else happens on the machine
-meets all of them. Which memory the slots lie in changes a virtual drive's rate by 5 % and more, and sessions that
-follow each other would get the same: so in every turn this process holds a random amount of memory, up to 1 GiB.
---modes leaves out all but the two modes. Printed: staging, resident bytes, seconds per sweep, and the speed relative to
-`performance` in the same round: median and spread, and the geometric mean with its standard error. Goals: `performance`
-within 1 % of the best; `memory-saver` 75 % less staging, at most 8 % slower.
+A setting "4x8/6" is 8 reads of 4 MiB in flight into 6 slots of 16 MiB. All settings keep the same weights resident and
+take turns, a few sweeps each, in one session and over the same memory, in an order that chance makes: two sessions
+differ by 2 to 4 %, because a virtual drive's rate depends on the memory that is read into. The session has as many
+slots as the largest setting; its loader is told before each turn how many of them it may use (`limited_loader.py`).
+The pieces of `memory-saver` are smaller, so it has a session of its own, alive at the same time, with as much memory
+for slots as the other; of that it uses no more than the mode has, and all of it in turn. Then all is begun anew with
+other sessions. --real starts true sessions of these settings beside them, with the same weights resident and in the
+same memory: to show that the limit measures what they do.
+
+Printed, for each setting: staging, seconds per sweep, and the speed over that of `performance`, which `choose_transfer`
+chooses here: the median of the ratios within a round, and its standard error. With the same weights resident, that is
+measured. In the same memory, as on a PC whose memory is what there is, what staging takes is not resident but streams:
+that follows from it, for --streamed a sweep (what streams here, if not given). Goals: `performance` is the smallest
+within 1 % of the best in the same memory; `memory-saver` 75 % less staging, at most 8 % slower with the same weights
+resident.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import multiprocessing
 import random
 import statistics
 import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from limited_loader import limit, limited_loaders
 from streaming import options, random_store, sweep_seconds
 
 from pipo_ray import LLM
 from pipo_ray.plan.drive_probe import drive_profile
-from pipo_ray.plan.transfer import WITHOUT_PROFILE, Transfer, choose_transfer
+from pipo_ray.plan.pieces import PAGE
+from pipo_ray.plan.transfer import Transfer, choose_transfer
 from pipo_ray.prepare import cache_folder
 from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.manifest import Manifest
 
 MIB = 1 << 20
+SLOT_BYTES = 16 * MIB + 2 * PAGE
+SETTINGS = "2x8/3,2x8/4,2x8/6,4x8/4,4x8/6,8x8/4,8x8/6,8x8/8,8x8/16"
+PERFORMANCE, SAVER = "performance", "memory-saver"
+REAL, REAL_SAME_MEMORY = ", real", ", real, same memory"
 MOST_BALLAST_MIB = 1024
 
 
-def settings(store: Path, sizes: tuple[float, ...], resident: int) -> dict[str, tuple[Transfer, int]]:
-    """By name: the two modes, and `performance` with slots that take these multiples of its memory; each with the
-    memory that weights and slots may take.
+def parsed(setting: str) -> Transfer:
+    """Of "4x8/5": 8 reads of 4 MiB, 5 slots."""
+    reads, slots = setting.split("/")
+    transfer, threads = reads.split("x")
+    return Transfer(int(float(transfer) * MIB), int(threads), SLOT_BYTES, int(slots))
+
+
+def serve(
+    connection: Connection, store: Path, resident: int, transfer: Transfer, limited: bool, ballast_mib: int
+) -> None:
+    """A session in a process of its own, because Ray allows one per process: for each transfer that comes, the seconds
+    per sweep.
     """
+    ballast = np.ones(ballast_mib * MIB, np.uint8)
+    with limited_loaders() if limited else contextlib.nullcontext():
+        llm = LLM(
+            store, weight_memory=resident + transfer.staging_bytes, device="cpu", ray_address="local",
+            max_kv_tokens=512, transfer=transfer,
+        )  # fmt: skip
+    with llm:
+        del ballast
+        sweep_seconds(llm, 1)  # residents are loaded, checksums verified
+        placement = llm._plan.placement
+        if (placement.num_slots, placement.slot_bytes) != (transfer.num_slots, transfer.slot_bytes // PAGE * PAGE):
+            raise SystemExit(f"{resident} bytes for residents are too few for staging of {transfer}; raise --resident")
+        connection.send((llm._plan.streamed_bytes_per_sweep, llm.report()["resident_bytes"]))
+        while (order := connection.recv()) is not None:
+            mine, sweeps = order
+            if limited:
+                limit(llm, mine)
+            # The first token's sweep uses up what was read ahead in the turn before, and is not counted.
+            connection.send(sweep_seconds(llm, sweeps))
+
+
+class SessionProcess:
+    """Another process with a session in it. A context manager."""
+
+    def __init__(self, *arguments: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(theirs, *arguments))
+        self._process.start()
+        theirs.close()
+        try:
+            self.streamed_bytes, self.resident_bytes = self._connection.recv()
+        except EOFError:
+            raise SystemExit("a session did not start: see above") from None
+
+    def seconds(self, transfer: Transfer, sweeps: int) -> float:
+        """Per sweep."""
+        self._connection.send((transfer, sweeps))
+        return float(self._connection.recv())
+
+    def __enter__(self) -> SessionProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._process.join()
+
+
+def settings(arguments: argparse.Namespace, store: Path, streamed: int) -> dict[str, Transfer]:
+    """By name: the two modes, as a run chooses them of whose model so much streams, and --settings."""
     profile = drive_profile(store, cache_folder())
-    # As a run of this model chooses it, which has so much memory for weights.
-    sizes_of = {
-        "model_bytes": Manifest.load(store).total_bytes,
-        "weight_bytes": resident + WITHOUT_PROFILE.staging_bytes,
-    }
-    chosen = choose_transfer(profile, **sizes_of)
-    saver = choose_transfer(profile, "memory-saver", **sizes_of)
-    total = resident + chosen.staging_bytes
-    result = {"performance": (chosen, total), "memory-saver": (saver, resident + saver.staging_bytes)}
-    for factor in sizes:
-        slots = max(3, round(chosen.num_slots * factor))
-        other = Transfer(chosen.transfer_bytes, chosen.read_threads, chosen.slot_bytes, slots)
-        result[f"x {factor:g}"] = other, resident + other.staging_bytes
-        result[f"x {factor:g}, all"] = other, total
-    return result
+    sizes = {"model_bytes": streamed, "weight_bytes": 0}
+    found = {mode: choose_transfer(profile, mode, **sizes) for mode in (PERFORMANCE, SAVER)}  # type: ignore[arg-type]
+    if not arguments.modes:
+        found |= {name: parsed(name) for name in arguments.settings.split(",") if parsed(name) != found[PERFORMANCE]}
+    return found
+
+
+@contextlib.contextmanager
+def sessions(
+    arguments: argparse.Namespace, store: Path, wanted: dict[str, Transfer], chance: random.Random
+) -> Iterator[dict[str, SessionProcess]]:
+    """By setting, the session that measures it; several settings have the same one."""
+    resident = parse_size(arguments.resident)
+    most = max(transfer.staging_bytes for transfer in wanted.values())
+    with contextlib.ExitStack() as stack:
+
+        def start(transfer: Transfer, limited: bool, kept: int = resident) -> SessionProcess:
+            ballast = chance.randrange(MOST_BALLAST_MIB)
+            return stack.enter_context(SessionProcess(store, kept, transfer, limited, ballast))
+
+        by_slot = {
+            slot: start(Transfer(2 * MIB, 16, slot, most // slot), True)
+            for slot in sorted({transfer.slot_bytes for transfer in wanted.values()})
+        }
+        found = {name: by_slot[transfer.slot_bytes] for name, transfer in wanted.items()}
+        for name in arguments.real.split(",") if arguments.real else ():
+            more = wanted[name].staging_bytes - wanted[PERFORMANCE].staging_bytes
+            found[name + REAL] = start(wanted[name], False)
+            found[name + REAL_SAME_MEMORY] = start(wanted[name], False, resident - more)
+        yield found
 
 
 def measure(arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
-    """Seconds per sweep of every setting, by rounds. One session at a time: Ray allows one per process."""
-    resident = parse_size(arguments.resident)
-    rows: dict[str, dict[str, Any]] = {}
-    sizes = () if arguments.quick or arguments.modes else tuple(map(float, arguments.sizes.split(",")))
-    chosen = settings(store, sizes, resident)
+    """Seconds per sweep of every setting, by sessions and rounds, and what is made of them."""
+    streams = Manifest.load(store).total_bytes - parse_size(arguments.resident)
+    if arguments.streamed:
+        streams = parse_size(arguments.streamed)
+    wanted = settings(arguments, store, streams)
     chance = random.Random(1)
-    for number in range(arguments.rounds):
-        for name, (transfer, weights) in list(chosen.items())[:: -1 if number % 2 else 1]:
-            ballast = np.ones(chance.randrange(MOST_BALLAST_MIB) * MIB, np.uint8)
-            with LLM(
-                store, weight_memory=weights, device="cpu", ray_address="local", max_kv_tokens=512, transfer=transfer
-            ) as llm:
-                sweep_seconds(llm, 1)
-                seconds = sweep_seconds(llm, arguments.sweeps)
-                placement, report = llm._plan.placement, llm.report()
-            del ballast
-            row = rows.setdefault(name, {"seconds": []})
-            row |= {
-                "staging_bytes": placement.num_slots * placement.slot_bytes,
-                "resident_bytes": report["resident_bytes"], "transfer_bytes": transfer.transfer_bytes,
-                "read_threads": transfer.read_threads, "slots": placement.num_slots,
-            }  # fmt: skip
-            row["seconds"].append(seconds)
-        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-    base = rows["performance"]["seconds"]
-    for row in rows.values():
-        row["speeds"] = [of / mine for of, mine in zip(base, row["seconds"], strict=True)]
-        row["speed"] = statistics.median(row["speeds"])
-        row["mean"], row["error"] = geometric_mean(row["speeds"])
+    seconds: dict[str, list[list[float]]] = {}
+    streamed: dict[str, int] = {}
+    for number in range(arguments.sessions):
+        with sessions(arguments, store, wanted, chance) as found:
+            for name, session in found.items():
+                seconds.setdefault(name, []).append([])
+                streamed[name] = session.streamed_bytes
+            end = time.monotonic() + 60 * arguments.minutes / arguments.sessions
+            while time.monotonic() < end:
+                names = list(found)
+                chance.shuffle(names)
+                for name in names:
+                    transfer = wanted[name.partition(",")[0]]
+                    seconds[name][-1].append(found[name].seconds(transfer, arguments.sweeps))
+        print(f"session {number + 1} of {arguments.sessions}", file=sys.stderr)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, taken in seconds.items():
+        transfer = wanted[name.partition(",")[0]]
+        # Residents are whole pieces, of other sizes where slots are smaller: that leaves some MiB more or less to read.
+        scale = 1.0 if name.endswith(REAL_SAME_MEMORY) else streamed[PERFORMANCE] / streamed[name]
+        ratios = [
+            [base / (scale * mine) for base, mine in zip(one, other, strict=True)]
+            for one, other in zip(seconds[PERFORMANCE], taken, strict=True)
+        ]
+        speed, error = median_ratio(ratios)
+        more = transfer.staging_bytes - wanted[PERFORMANCE].staging_bytes
+        rows[name] = {
+            "staging_bytes": transfer.staging_bytes, "slots": transfer.num_slots, "slot_bytes": transfer.slot_bytes,
+            "transfer_bytes": transfer.transfer_bytes, "read_threads": transfer.read_threads, "seconds": taken,
+            "streamed_bytes": streamed[name], "speed": speed, "error": error,
+            "speed_same_memory": None if "," in name else speed * streams / (streams + more),
+        }  # fmt: skip
     return rows
 
 
-def geometric_mean(ratios: list[float]) -> tuple[float, float]:
-    """Of `ratios`, and its standard error."""
-    logarithms = [math.log(ratio) for ratio in ratios]
-    mean = math.exp(statistics.fmean(logarithms))
-    spread = statistics.stdev(logarithms) if len(ratios) > 1 else math.nan
-    return mean, mean * spread / math.sqrt(len(ratios))
+def median_ratio(ratios: list[list[float]]) -> tuple[float, float]:
+    """Of the rounds of all sessions, and its standard error: of the median of rounds drawn again and again (Efron's
+    bootstrap), or of the sessions' medians if that is more.
+    """
+    together = [ratio for one in ratios for ratio in one]
+    chance = random.Random(1)
+    drawn = [statistics.median(chance.choices(together, k=len(together))) for _ in range(1000)]
+    errors = [statistics.stdev(drawn)]
+    if len(ratios) > 1:
+        errors.append(statistics.stdev(map(statistics.median, ratios)) / math.sqrt(len(ratios)))
+    return statistics.median(together), max(errors)
 
 
 def main() -> int:
     """The command line."""
-    parser = options(__doc__, rounds=5, sweeps=3, quick="a smaller model, the two modes, two rounds")
+    parser = options(__doc__, rounds=0, sweeps=3, quick="a minute, two settings")
+    parser.set_defaults(size="3GiB")
     parser.add_argument("--resident", default="1GiB", help="weights that stay")
-    parser.add_argument("--sizes", default="0.5,2,4", help="of staging, as multiples; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of sweeps, in all; default: %(default)s")
+    parser.add_argument("--sessions", type=int, default=2, help="one after the other; default: %(default)s")
+    parser.add_argument("--settings", default=SETTINGS, help="MiB x reads / slots; default: %(default)s")
+    parser.add_argument("--streamed", help="in a sweep, of the PC that is asked about; default: as much as here")
+    parser.add_argument("--real", default="", help="settings that have a true session, too")
     parser.add_argument("--modes", action="store_true", help="nothing but the two modes")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.size, arguments.rounds = "2GiB", 2
+        arguments.minutes, arguments.sessions, arguments.settings = 1.0, 1, "2x8/3,8x8/4"
     with random_store(parse_size(arguments.size), arguments.folder) as store:
         rows = measure(arguments, store)
-    print(f"{'setting':14} {'staging':>10} {'slots':>6} {'reads':>12} {'resident':>10} {'s/sweep':>8} {'speed':>6}")
-    for name, row in rows.items():
-        reads = f"{row['read_threads']} x {row['transfer_bytes'] / MIB:g} MiB"
+    print(f"{'setting':24} {'staging':>10} {'slots':>6} {'reads':>12} {'s/sweep':>8} {'speed':>16} {'same memory':>12}")
+    for name, row in sorted(rows.items(), key=lambda row: row[1]["staging_bytes"]):
+        reads = f"{row['read_threads']} x {row['transfer_bytes'] / MIB:.3g} MiB"
+        seconds = statistics.median(taken for one in row["seconds"] for taken in one)
+        derived = row["speed_same_memory"]
         print(
-            f"{name:14} {format_size(row['staging_bytes']):>10} {row['slots']:6} {reads:>12} "
-            f"{format_size(row['resident_bytes']):>10} {statistics.median(row['seconds']):8.3f} {row['speed']:6.3f}"
-            f"  ({min(row['speeds']):.3f} to {max(row['speeds']):.3f}), mean {row['mean']:.3f} +- {row['error']:.3f}"
+            f"{name:24} {format_size(row['staging_bytes']):>10} {row['slots']:6} {reads:>12} {seconds:8.3f} "
+            f"{row['speed']:7.3f} +- {row['error']:.3f} {'' if derived is None else f'{derived:12.3f}'}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))

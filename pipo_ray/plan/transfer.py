@@ -6,12 +6,12 @@ The choice is one pure function, `choose_transfer`; a planner that knows more ca
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pipo_ray.errors import InputError
+from pipo_ray.plan.drive_curve import fit_curve
 from pipo_ray.plan.pieces import PAGE
 from pipo_ray.session.memory import MIB
 
@@ -65,23 +65,22 @@ WITHOUT_PROFILE = Transfer()
 WITHOUT_PROFILE_IN_PARTS = ReadRate(2 * MIB, 8, 1.0)
 """The reads of each of several such drives, on which weights lie in parts of 16 MiB (`store/striping.py`)."""
 
-# Of the best sweep: what less staging may cost. Two measurements of a drive differ by more, but what staging takes from
-# residents counts: of nine measurements of one drive, eight chose 112 MiB for a model of 4 GiB, of which 1 is resident.
+# Of the best sweep: what less staging may cost.
 _WITHIN = 0.01
 # An idle machine reads as fast with less, as the probe sees it; while products keep the cores busy, a read that has
 # ended waits until its thread gets one, and the others must last as long. (Tried by hand on one machine:
-# no script varies these two; `benchmarks/staging_modes.py` varies the number of slots.)
+# no script varies these two; `benchmarks/staging_modes.py` varies the reads and the number of slots.)
 _LEAST_READS = 8
 _LEAST_IN_FLIGHT_BYTES = 16 * MIB
 # Beyond the reads in flight there are the pieces that are computed with, and those that wait because a computation took
 # longer than its reading.
 _WAITING_PER_FLIGHT = 2
 _MOST_WAITING_BYTES = 32 * MIB
+_HELD_SLOTS = 3
 # Smaller ones cost more for the pieces' sake than they save (tried by hand: a prompt of 512 tokens, 8 MiB, 6 % longer).
 _SLOT_BYTES = 16 * MIB
 _SAVED = 4
 _SAVER_SLOTS = 12
-_HELD_SLOTS = 3
 
 
 def check_mode(mode: str) -> Mode:
@@ -103,19 +102,20 @@ def choose_transfer(
     `model_bytes`, of which `weight_bytes` may be in memory, slots included.
 
     Staging takes memory from what could be resident: of the points with which a sweep's reading is within 1 % of the
-    shortest, the one with the least staging. Slots hold several transfers, because large ones cut fewer matrices.
-    All drives share the slots, of which each needs as many as it would by itself.
+    shortest, the one with the least staging. Rates are those of the drive's curve (`drive_curve.py`): two measurements
+    of one point differ by more than 1 %. Slots hold several transfers, because large ones cut fewer matrices. All
+    drives share the slots, of which each needs as many as it would by itself.
     """
     if not profile:
         chosen = WITHOUT_PROFILE if num_drives == 1 else _staged(WITHOUT_PROFILE_IN_PARTS, num_drives)
         return chosen if mode == "performance" else _saving(chosen, num_drives)
-    rates = smoothed(profile)
+    curve = fit_curve((point.in_flight_bytes, point.bytes_per_s) for point in profile)
     candidates = [(point, _staged(point, num_drives)) for point in profile if point.keeps_busy]
     candidates = candidates or [(point, _staged(point, num_drives)) for point in profile]
 
     def seconds(point: ReadRate, staged: Transfer) -> float:
         streamed = max(model_bytes + staged.staging_bytes - weight_bytes, 0) if model_bytes else 1
-        return streamed / num_drives / rates[point.in_flight_bytes]
+        return streamed / num_drives / curve.bytes_per_s(point.in_flight_bytes)
 
     best = min(seconds(*one) for one in candidates)
     good = [staged for point, staged in candidates if seconds(point, staged) <= (1 + _WITHIN) * best]
@@ -132,27 +132,6 @@ def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
         for point in profile:
             rates.setdefault((point.transfer_bytes, point.threads), []).append(point.bytes_per_s)
     return tuple(ReadRate(*point, min(found)) for point, found in rates.items() if len(found) == len(profiles))
-
-
-def smoothed(profile: Sequence[ReadRate]) -> dict[int, float]:
-    """Bytes per second by bytes in flight, never less for more of them: a drive that others use too is measured with a
-    spread of 20 % and more, and the best of many points is then a lucky one.
-
-    Points with as much in flight count as one, and neighbours that fall are replaced by their mean: the monotone
-    sequence with the least squared distance to what was measured (pool adjacent violators).
-    """
-    groups: dict[int, list[float]] = {}
-    for point in sorted(profile, key=lambda point: point.in_flight_bytes):
-        groups.setdefault(point.in_flight_bytes, []).append(point.bytes_per_s)
-    pools: list[tuple[float, list[int]]] = []
-    for in_flight, found in groups.items():
-        level, members = statistics.fmean(found), [in_flight]
-        while pools and pools[-1][0] >= level:
-            before, others = pools.pop()
-            level = (before * len(others) + level * len(members)) / (len(others) + len(members))
-            members = others + members
-        pools.append((level, members))
-    return {in_flight: level for level, members in pools for in_flight in members}
 
 
 def _staged(point: ReadRate, num_drives: int) -> Transfer:
