@@ -97,6 +97,14 @@ def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
     assert chosen.staging_bytes < WITHOUT_PROFILE.staging_bytes
 
 
+def test_reads_have_slots_beside_the_batch_that_a_drive_has_answered() -> None:
+    """One that answers all together: as much again can be asked for while products use that up, 32 MiB at most; and a
+    slot is computed with, and one filled in part.
+    """
+    for threads, transfer, slots in ((8, 2, 4), (8, 4, 6), (8, 8, 8), (8, 16, 12), (16, 16, 20)):
+        assert choose_transfer([ReadRate(transfer * MIB, threads, 2e9)]).num_slots == slots
+
+
 def test_few_reads_in_flight_are_not_enough_for_busy_cores() -> None:
     chosen = choose_transfer([ReadRate(2 * MIB, 1, 2.0e9), ReadRate(1 * MIB, 8, 2.0e9), ReadRate(8 * MIB, 8, 2.0e9)])
     assert chosen.transfer_bytes == 8 * MIB
