@@ -114,8 +114,8 @@ def measure_drive(file: Path, reading_s: float, deadline_s: float) -> tuple[Read
 def _fitting(
     points: Sequence[tuple[int, int]], seconds: float, bytes_per_s: float, left_s: float
 ) -> set[tuple[int, int]]:
-    """Those of `points` that can be read in `left_s`, what says most first: the points that can be chosen, those with
-    little in flight before those with much, which a slow drive needs least; then the others, from the largest down.
+    """Those of `points` that can be read in `left_s`, what says most first: the points that can be chosen, then the
+    others; of both, those with little in flight before those with much, which a slow drive needs least.
     """
     fitting = set()
     for point in sorted(points, key=_rank):
@@ -127,9 +127,7 @@ def _fitting(
 
 
 def _rank(point: tuple[int, int]) -> tuple[bool, int]:
-    in_flight = point[0] * point[1]
-    chosen = ReadRate(*point, 0.0).keeps_busy
-    return not chosen, in_flight if chosen else -in_flight
+    return not ReadRate(*point, 0.0).keeps_busy, point[0] * point[1]
 
 
 def _read_for(

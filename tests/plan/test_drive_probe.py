@@ -166,6 +166,18 @@ def test_a_drive_of_any_speed_is_measured_within_ten_seconds(measured_on: Measur
         assert choose_transfer(profile) == choose_transfer(measured_on(_SlowDrive(20e9)))
 
 
+def test_of_what_is_left_out_on_a_slow_drive_much_in_flight_comes_first(measured_on: Measure) -> None:
+    """Points that cannot be chosen are for the curve, which those with little in flight say most about."""
+    others = sorted(size * threads for size, threads in drive_probe.GRID if not ReadRate(size, threads, 0.0).keeps_busy)
+    left_out = set()
+    for megabytes_per_s in range(1, 40):
+        profile = measured_on(_SlowDrive(megabytes_per_s * 1e6))
+        found = sorted(point.in_flight_bytes for point in profile if not point.keeps_busy)
+        assert found == others[: len(found)]
+        left_out.add(len(others) - len(found))
+    assert left_out - {0, len(others)}
+
+
 @pytest.mark.parametrize("burst_gb", range(1, 16, 3))
 def test_a_drive_that_becomes_slow_meanwhile_takes_little_longer(measured_on: Measure, burst_gb: int) -> None:
     """A limiter that lets through so much and then a twentieth: what was asked for just then is still waited for."""
