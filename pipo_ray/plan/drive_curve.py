@@ -36,7 +36,10 @@ class DriveCurve:
 
 
 def fit_curve(points: Iterable[tuple[float, float]]) -> DriveCurve:
-    """The curve with the least squared distance, in logarithms, to `points`: bytes in flight, bytes per second.
+    """The curve nearest to `points`: bytes in flight, bytes per second.
+
+    That is the one with the least sum of distances in logarithms: with their squares a point that was measured while
+    another program read would count most.
 
     Raises ValueError if there are none.
     """
@@ -48,11 +51,12 @@ def fit_curve(points: Iterable[tuple[float, float]]) -> DriveCurve:
     for sharpness in _SHARPNESS:
         lost = np.log(_lost(_HALVES[:, None] / in_flight, sharpness))
         tops = rates + lost  # [halves, points]
-        distances = tops.var(axis=1)
+        middle = np.median(tops, axis=1)
+        distances = np.abs(tops - middle[:, None]).sum(axis=1)
         nearest = int(distances.argmin())
         if distances[nearest] < least:
             least = float(distances[nearest])
-            best = DriveCurve(float(np.exp(tops[nearest].mean())), float(_HALVES[nearest]), sharpness)
+            best = DriveCurve(float(np.exp(middle[nearest])), float(_HALVES[nearest]), sharpness)
     return best
 
 

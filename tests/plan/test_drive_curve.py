@@ -75,3 +75,11 @@ def test_probes_of_one_drive_choose_the_same(streamed_gib: int) -> None:
         for _ in range(50)
     )
     assert chosen.most_common(1)[0][1] >= 48
+
+
+def test_a_point_that_was_disturbed_does_not_count() -> None:
+    """Another program read meanwhile: three of twelve rates are a third of what they would be."""
+    quiet = [(size * threads, 1 / (0.22e-3 / size / threads + 1 / 2.78e9)) for size, threads in GRID]
+    for disturbed in range(10):
+        points = [(n, rate / 3 if disturbed <= at < disturbed + 3 else rate) for at, (n, rate) in enumerate(quiet)]
+        assert fit_curve(points).bytes_per_s(16 * MIB) == pytest.approx(2.68e9, rel=0.02)

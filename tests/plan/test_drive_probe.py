@@ -186,6 +186,12 @@ def test_a_drive_that_becomes_slow_meanwhile_takes_little_longer(measured_on: Me
     assert drive.now_s <= CONFIGURED_S
 
 
+def test_what_others_read_meanwhile_does_not_count(measured_on: Measure) -> None:
+    """Each point's best turn: here the first of three, before another program begins to read."""
+    profile = measured_on(_SlowDrive(2e9, burst_bytes=6e9, later_bytes_per_s=1e9))
+    assert all(point.bytes_per_s == pytest.approx(2e9, rel=0.05) for point in profile)
+
+
 def test_a_drive_that_wakes_up_is_measured_as_it_is_awake(measured_on: Measure) -> None:
     drive = _SlowDrive(150e6, asleep_s=6.0)
     profile = measured_on(drive)
