@@ -89,15 +89,16 @@ class RayNode:
         _refuse_second_connection(address)
         node = cls(session, is_private=address in (None, "local"))
         try:
-            if node.is_private:
-                if address is None:
-                    _refuse_other_cluster()
-                node._start_private(
-                    max(object_store_bytes, MINIMUM_OBJECT_STORE_BYTES), dashboard, worker_environment or {}
-                )
-            else:
-                assert address is not None
-                node._join(address, object_store_bytes, worker_environment or {})
+            with signals_later():
+                if node.is_private:
+                    if address is None:
+                        _refuse_other_cluster()
+                    node._start_private(
+                        max(object_store_bytes, MINIMUM_OBJECT_STORE_BYTES), dashboard, worker_environment or {}
+                    )
+                else:
+                    assert address is not None
+                    node._join(address, object_store_bytes, worker_environment or {})
         except BaseException:
             node.stop()
             raise
@@ -213,8 +214,7 @@ class RayNode:
                     ray._private.worker.global_worker.get_serialization_context()
 
         if threading.current_thread() is threading.main_thread():
-            with _own_signal_handlers():
-                initialize()
+            initialize()
         else:
             # Ray's processes die with the thread that started them (PR_SET_PDEATHSIG), so it has to outlast this one.
             self._keeper = _Keeper()
@@ -360,14 +360,37 @@ def _environment(changes: Mapping[str, str], without: Iterable[str] = ()) -> Ite
 
 
 @contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Keep the process's SIGTERM handler, which `ray.init` replaces. Main thread only."""
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.getsignal(signal.SIGTERM)
+def signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when what is within has ended; a second one does at once. In another thread than
+    the main one, to which they never come, this does nothing.
+
+    For the import of Ray and `ray.init`, a second or two: an exception in their middle is lost at times in compiled
+    parts, and the run goes on; or Ray is left half imported or connected, and closing it crashes the process. Ray also
+    replaces SIGTERM's handler: the one before is kept.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler = before[signal.Signals(number)]
+        if len(came) > 1 and callable(handler):
+            handler(number, frame)
+
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, note)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _forget_access() -> None:

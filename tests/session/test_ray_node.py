@@ -21,6 +21,7 @@ import ray
 from pipo_ray.errors import BudgetError, ResourceError
 from pipo_ray.session import lean_ray, processes, ray_clusters, ray_node, slots
 from pipo_ray.session.memory import MIB, proportional_size, shm_free
+from pipo_ray.session.ray_node import signals_later
 from pipo_ray.session.session import Session
 
 from .conftest import mapped_inodes, someone_maps, wait_until
@@ -310,3 +311,63 @@ def test_dead_addresses_and_private_nodes_are_no_clusters(monkeypatch: pytest.Mo
     free.close()
     with pytest.raises(ResourceError, match="no Ray cluster is running"):
         ray_clusters.address_to_join("auto")
+
+
+def test_ctrl_c_waits_for_the_end_of_what_it_would_break() -> None:
+    done, handler = [], signal.getsignal(signal.SIGTERM)
+
+    def initialize() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as `ray.init` replaces it
+        done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt), signals_later():
+        initialize()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is handler
+    with signals_later():
+        done.append("and without Ctrl-C")
+    assert len(done) == 2
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    done = []
+
+    def initialize() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("goes on")
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("not any more")
+
+    with pytest.raises(KeyboardInterrupt), signals_later():
+        initialize()
+    assert done == ["goes on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_is_deaf_to_ctrl_c_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_later():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_ray_init_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    init, held = ray.init, mapped_inodes(os.getpid())
+    inodes: set[str] = set()
+
+    def interrupted(**options: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        init(**options)
+        inodes.update(mapped_inodes(os.getpid()) - held)
+
+    monkeypatch.setattr(ray, "init", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert inodes, "it had been connected"
+    assert not ray.is_initialized()
+    assert not someone_maps(inodes)
