@@ -14,7 +14,13 @@ from typing import NoReturn
 
 from pipo_ray import __version__
 from pipo_ray.cli import chat, pack, quality, run, verify
-from pipo_ray.cli.terminal import OutputClosed, discard_stdout, unwritable
+from pipo_ray.cli.terminal import (
+    OutputClosed,
+    discard_stderr,
+    discard_stdout,
+    open_what_is_closed,
+    unwritable,
+)
 from pipo_ray.errors import InputError, PipoError
 
 _STATUS_INTERRUPTED = 128 + signal.SIGINT
@@ -47,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` name (None: the process's own). Returns the exit status."""
+    open_what_is_closed()
     with _sigterm_unwinds():
         try:
             return _run(arguments)
@@ -56,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _STATUS_INTERRUPTED
         except OutputClosed:
             discard_stdout()
+            discard_stderr()
             return _STATUS_PIPE_CLOSED
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pipo_ray.errors import PipoError
 from pipo_ray.session.memory import format_size
@@ -32,7 +32,7 @@ _LINE_INTERVAL_S = 5.0
 
 
 class OutputClosed(Exception):
-    """Nobody reads our stdout any more (`pipo run ... | head`)."""
+    """Nobody reads our stdout any more (`pipo run ... | head`), or our stderr (`2>&1 | head`)."""
 
 
 class Output:
@@ -70,20 +70,55 @@ def unwritable(error: OSError) -> PipoError:
 
 def discard_stdout() -> None:
     """What is still buffered must not fail again when the interpreter ends and flushes it."""
+    _discard(sys.__stdout__, 1)
+
+
+def discard_stderr() -> None:
+    """The same for stderr."""
+    _discard(sys.__stderr__, 2)
+
+
+def _discard(stream: TextIO | None, number: int) -> None:
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number if stream is None else stream.fileno())
+
+
+def open_what_is_closed() -> None:
+    """Stdin, stdout and stderr lead nowhere if they were closed by whoever started us (`pipo run ... >&-`).
+
+    Otherwise Python has None in their place, and the next file that somebody opens takes their number: a library that
+    prints would write into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        if nowhere != number:
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+        os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def stderr_console() -> Console:
-    """A rich console on stderr that takes text as it is."""
+    """A rich console on stderr that takes text as it is. Printing raises OutputClosed."""
     from rich.console import Console
 
-    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    class StderrConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise OutputClosed
+
+    return StderrConsole(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line on stderr. Raises OutputClosed."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError as error:
+        raise OutputClosed from error
 
 
 @contextlib.contextmanager

@@ -48,8 +48,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # tokenizers raises plain Exception
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}); replace its files, or "
-            "remove them and give prompts as token ids"
+            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}); replace its files, in "
+            "the checkpoint if this is a packed copy of one, or remove them and give prompts as token ids"
         ) from error
     return tokenizer
 

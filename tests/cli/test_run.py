@@ -15,6 +15,7 @@ import pytest
 from cli.fake_llm import REPORT, FakeLLM
 from pipo_ray.cli import main
 from pipo_ray.cli.result import JSON_KEYS
+from pipo_ray.cli.terminal import OutputClosed, stderr_console
 from pipo_ray.errors import ActorFailedError, InputError
 from pipo_ray.plan.kv_disk import KVOnDisk
 
@@ -238,7 +239,7 @@ sys.exit(status)
 
 def driver(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     code = DRIVER.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, **options)
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], **{"stderr": subprocess.PIPE, **options})
 
 
 def test_a_closed_pipe_is_quiet() -> None:
@@ -249,6 +250,50 @@ def test_a_closed_pipe_is_quiet() -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 141
     assert err == b"memory budget 2.0 GiB as asked for\n"
+
+
+def test_a_closed_pipe_under_stderr_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = driver("run", ".", "-p", "hello", stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 141
+    assert out == b""
+
+
+def test_a_table_that_nobody_reads_ends_the_run_as_a_line_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(OutputClosed):
+            stderr_console().print("a table")
+        os.dup2(devnull := os.open(os.devnull, os.O_WRONLY), writer)  # what is still in it must go somewhere
+        os.close(devnull)
+
+
+def test_closed_streams_lead_nowhere_and_no_file_takes_their_number(tmp_path: Path) -> None:
+    """`pipo run ... >&-`; with all three closed, an opened file was stdout to whoever prints."""
+    process = driver("run", ".", "-p", "hello", stdout=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == b""
+    code = """
+import os, sys
+from pipo_ray.cli.terminal import open_what_is_closed
+open_what_is_closed()
+with open(sys.argv[1], "w") as file:
+    file.write(f"{file.fileno() > 2} {[os.get_inheritable(number) for number in range(3)]}")
+    print("text")
+    print("more", file=sys.stderr)
+    assert sys.stdin.read() == ""
+    os.system("echo from a child")
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "file")], preexec_fn=lambda: os.closerange(0, 3), check=True
+    )
+    assert (tmp_path / "file").read_text() == "True [True, True, True]"
 
 
 def test_a_full_disk_under_stdout_is_one_line() -> None:
