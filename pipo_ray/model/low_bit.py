@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 
@@ -114,18 +114,12 @@ class LowBitProducts:
         if self._triton is not None:
             return self._product_on_device(self._triton, memory, panels, num_rows)
         columns = panels.columns
-        calls: dict[int, RowsProduct] = {}
+        calls = _Calls(lambda num_inputs: self._rows_product(memory, panels, num_rows, num_inputs))
 
         def linear(inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None) -> torch.Tensor:
             # Nothing is done here that need not be: with one row of inputs every microsecond shows.
             rows = _rows_of(inputs, columns)
-            num_inputs = rows.shape[0]
-            call = calls.get(num_inputs)
-            if call is None:
-                if len(calls) >= _REMEMBERED_COUNTS:
-                    calls.clear()
-                call = calls[num_inputs] = self._rows_product(memory, panels, num_rows, num_inputs)
-            product = call(rows)
+            product = calls.for_count(rows.shape[0])(rows)
             if bias is not None:
                 product += bias
             if output is not None:
@@ -141,17 +135,16 @@ class LowBitProducts:
     ) -> LinearProduct:
         """The same by kernels that add the bias, and write where the product is wanted: what they save the host."""
         columns = panels.columns
-        calls: dict[int, DeviceProduct] = {}
+
+        def make(num_inputs: int) -> DeviceProduct:
+            kernel = self._kernel(num_inputs, panels, num_rows)
+            return triton.product(memory, panels, num_rows, num_inputs, kernel)
+
+        calls = _Calls(make)
 
         def linear(inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None) -> torch.Tensor:
             rows = _rows_of(inputs, columns)
-            num_inputs = rows.shape[0]
-            call = calls.get(num_inputs)
-            if call is None:
-                if len(calls) >= _REMEMBERED_COUNTS:
-                    calls.clear()
-                kernel = self._kernel(num_inputs, panels, num_rows)
-                call = calls[num_inputs] = triton.product(memory, panels, num_rows, num_inputs, kernel)
+            call = calls.for_count(rows.shape[0])
             if bias is not None and bias.dtype is not ACTIVATIONS:
                 bias = bias.to(ACTIVATIONS)
             if output is None:
@@ -271,6 +264,26 @@ class LowBitProducts:
             with torch.inference_mode(False):  # written to in and out of inference mode
                 scratch = self._scratch[dtype] = torch.empty(num_elements, dtype=dtype, device=self._device)
         return scratch[:num_elements]
+
+
+_Call = TypeVar("_Call")
+
+
+class _Calls(Generic[_Call]):
+    """Products of one weight by how many rows of inputs they are for, each made once."""
+
+    def __init__(self, make: Callable[[int], _Call]) -> None:
+        self._make = make
+        self._made: dict[int, _Call] = {}
+
+    def for_count(self, num_inputs: int) -> _Call:
+        """That for so many rows."""
+        call = self._made.get(num_inputs)
+        if call is None:
+            if len(self._made) >= _REMEMBERED_COUNTS:
+                self._made.clear()
+            call = self._made[num_inputs] = self._make(num_inputs)
+        return call
 
 
 def _rows_of(inputs: torch.Tensor, columns: int) -> torch.Tensor:
