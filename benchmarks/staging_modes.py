@@ -52,7 +52,7 @@ from pipo_ray.store.manifest import Manifest
 
 MIB = 1 << 20
 SLOT_BYTES = 16 * MIB + 2 * PAGE
-SETTINGS = "2x8/3,2x8/4,2x8/6,4x8/4,4x8/6,8x8/4,8x8/6,8x8/8,8x8/16"
+SETTINGS = "2x8/3,2x8/5,4x8/4,4x8/5,4x8/6,8x8/4,8x8/6,8x8/8,8x8/16"
 PERFORMANCE, SAVER = "performance", "memory-saver"
 REAL, REAL_SAME_MEMORY = ", real", ", real, same memory"
 MOST_BALLAST_MIB = 1024

@@ -72,11 +72,11 @@ _WITHIN = 0.01
 # no script varies these two; `benchmarks/staging_modes.py` varies the reads and the number of slots.)
 _LEAST_READS = 8
 _LEAST_IN_FLIGHT_BYTES = 16 * MIB
-# A drive that answers all that it was asked for together (a virtual one does) gives as many bytes at once, which wait
-# for products, while it is asked for as many again: reads must have slots beyond those that wait, or it has nothing to
-# do until a product has freed one. 8 reads of 8 MiB into 64 MiB lose a tenth so, 8 of 2 MiB nothing. With more than
-# this to do at that moment, a drive gains nothing.
-_MOST_WAITING_BYTES = 32 * MIB
+# Room for what is there and waits for products, or is asked for meanwhile. A drive that answers all that it was asked
+# for together (a virtual one does) has to be asked for as much again before products have used up a slot of that: 8
+# reads of 8 MiB into 64 MiB lose a tenth, because all of it is one answer. And while a product is late, by 12 ms at 2.7
+# GB/s, the drive has somewhere to read to. A larger batch, or more patience, gains less than residents lose.
+_WAITING_BYTES = 32 * MIB
 # One that is computed with, and one that is filled in part: reads in flight are on one slot more than they fill.
 _HELD_SLOTS = 2
 # Smaller ones cost more for the pieces' sake than they save (tried by hand: a prompt of 512 tokens, 8 MiB, 6 % longer).
@@ -139,7 +139,7 @@ def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
 def _staged(point: ReadRate, num_drives: int) -> Transfer:
     """The slots behind a point."""
     in_flight = point.in_flight_bytes
-    staging = num_drives * (in_flight + min(in_flight, _MOST_WAITING_BYTES))
+    staging = num_drives * (in_flight + _WAITING_BYTES)
     slot = max(point.transfer_bytes, _SLOT_BYTES)
     return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
 

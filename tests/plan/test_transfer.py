@@ -97,11 +97,9 @@ def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
     assert chosen.staging_bytes < WITHOUT_PROFILE.staging_bytes
 
 
-def test_reads_have_slots_beside_the_batch_that_a_drive_has_answered() -> None:
-    """One that answers all together: as much again can be asked for while products use that up, 32 MiB at most; and a
-    slot is computed with, and one filled in part.
-    """
-    for threads, transfer, slots in ((8, 2, 4), (8, 4, 6), (8, 8, 8), (8, 16, 12), (16, 16, 20)):
+def test_reads_have_slots_beside_what_the_drive_has_answered() -> None:
+    """32 MiB that wait for products, or are asked for while others do; a slot is computed with, one filled in part."""
+    for threads, transfer, slots in ((8, 2, 5), (8, 4, 6), (8, 8, 8), (8, 16, 12), (16, 16, 20)):
         assert choose_transfer([ReadRate(transfer * MIB, threads, 2e9)]).num_slots == slots
 
 
