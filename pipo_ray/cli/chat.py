@@ -17,6 +17,7 @@ from pipo_ray.cli.options import (
     open_llm,
     sampling_params,
 )
+from pipo_ray.cli.prompts import require_unicode
 from pipo_ray.cli.terminal import Output, say
 from pipo_ray.errors import InputError
 
@@ -122,6 +123,7 @@ class Conversation:
     def _turn(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
         try:
+            require_unicode(line, "the line")
             answer = self._answer()
         except InputError as error:
             # Too long by now, most likely; the conversation before it still holds.

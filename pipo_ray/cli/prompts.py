@@ -117,8 +117,13 @@ def _object(line: str, where: str) -> Prompt:
 def _text(text: str, where: str) -> str:
     if not text:
         raise InputError(f"{where}: the prompt is empty; give at least one character")
+    require_unicode(text, f"{where}: the prompt")
+    return text
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raise InputError for text with bytes in it that Python could not decode; `what` names it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the prompt is not valid Unicode at character {error.start}; give UTF-8") from error
-    return text
+        raise InputError(f"{what} is not valid Unicode at character {error.start}; give UTF-8") from error

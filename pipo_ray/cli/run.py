@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
         output.write(to_json(options.model, outputs, report) + "\n")
     else:
         print_table(stderr_console(), outputs, report)
+        if (line := context_line(outputs, params.max_tokens, llm.max_model_len)) is not None:
+            say(line)
         if options.explain:
             say(report["explanation"])
     return 0
@@ -101,6 +104,24 @@ def _require_tokenizer(folder: Path, model: str, prompts: list[Prompt]) -> None:
         return
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{model} has no tokenizer: give prompts as token ids, with --prompt-ids or --prompts")
+
+
+def context_line(outputs: Sequence[RequestOutput], max_tokens: int | None, max_model_len: int) -> str | None:
+    """Which answers have fewer than `max_tokens` tokens because prompt and answer fill the context; None if none do."""
+    lengths = [
+        len(sample.token_ids)
+        for output in outputs
+        for sample in output.outputs
+        if sample.finish_reason == "length" and len(output.prompt_token_ids) + len(sample.token_ids) >= max_model_len
+    ]
+    cut = [length for length in lengths if max_tokens is not None and length < max_tokens]
+    if not cut:
+        return None
+    which = "the answer ends" if len(cut) == 1 else f"{len(cut)} answers end"
+    return (
+        f"{which} before --max-tokens {max_tokens}: prompt and answer together fill the context of {max_model_len} "
+        "tokens"
+    )
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, out: Output) -> RequestOutput:

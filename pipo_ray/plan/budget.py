@@ -181,8 +181,9 @@ def plan_run(
             low_bit_kv,
             kv_on_cpu,
         )
-    if kv_on_cpu:
-        raise InputError("--kv-on-cpu is for a GPU; without one the KV cache is in RAM already: leave it out")
+    for name, wanted in (("--kv-on-cpu", kv_on_cpu), ("--kv-in-ram", kv_in_ram)):
+        if wanted:
+            raise InputError(f"{name} is for a GPU; without one the KV cache is in RAM already: leave it out")
     processes = PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2

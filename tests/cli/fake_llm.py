@@ -33,6 +33,7 @@ class FakeLLM:
 
     made: list[FakeLLM]
     fail_at: tuple[int, BaseException] | None = None
+    max_model_len = 1 << 20
 
     def __init__(self, model: str, **arguments: Any) -> None:
         self.model, self.arguments = model, arguments

@@ -73,6 +73,15 @@ def test_an_error_in_a_script_ends_it(
     assert capsys.readouterr().err.endswith("pipo: error: the prompt has 9 tokens, the context is 8\n")
 
 
+def test_a_line_that_is_no_text_is_named(
+    fake_llm: type[FakeLLM], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    say(monkeypatch, "caf\udce9", "never said")
+    assert main(["chat", str(folder)]) == 2
+    assert capsys.readouterr().err.endswith("error: the line is not valid Unicode at character 3; give UTF-8\n")
+    assert fake_llm.made[0].conversations == []
+
+
 @pytest.mark.parametrize("config", [None, {}, {"chat_template": None}])
 def test_without_a_chat_template_nothing_is_started(
     fake_llm: type[FakeLLM], folder: Path, capsys: Capture, config: dict[str, None] | None

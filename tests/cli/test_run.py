@@ -222,6 +222,20 @@ def test_ctrl_c_closes_and_says_nothing(fake_llm: type[FakeLLM], capsys: Capture
     assert fake_llm.made[0].closed
 
 
+def test_answers_that_fill_the_context_are_told(
+    fake_llm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(fake_llm, "max_model_len", 12)
+    assert main(["run", ".", "-p", "six so", "--max-tokens", "7"]) == 0
+    line = "the answer ends before --max-tokens 7: prompt and answer together fill the context of 12 tokens\n"
+    assert capsys.readouterr().err.endswith(line)
+    assert main(["run", ".", "-p", "six so", "-p", "five5", "-p", "seven77", "--max-tokens", "8"]) == 0
+    assert "2 answers end before --max-tokens 8" in capsys.readouterr().err
+    for arguments in (["six so", "--max-tokens", "6"], ["five5", "--max-tokens", "7"]):
+        assert main(["run", ".", "-p", *arguments]) == 0
+        assert "context" not in capsys.readouterr().err
+
+
 DRIVER = """
 import sys, types
 sys.path.insert(0, {tests!r})

@@ -288,6 +288,8 @@ def test_kv_on_the_cpu_leaves_the_gpu_to_weights() -> None:
         plan((manifest, replace(facts, ragged=False)), **gpu, kv_on_cpu=True)
     with pytest.raises(InputError, match="--kv-on-cpu is for a GPU"):
         plan((manifest, facts), kv_on_cpu=True)
+    with pytest.raises(InputError, match="--kv-in-ram is for a GPU"):
+        plan((manifest, facts), kv_in_ram=True)
     with pytest.raises(BudgetError, match=r"--memory .* is too low: .* KV cache of 256 tokens 64.0 MiB"):
         plan((manifest, facts), **{**gpu, "memory_bytes": CUDA_PROCESS_BYTES + (60 << 20)}, kv_on_cpu=True)
 
