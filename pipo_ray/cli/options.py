@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+_LEAST_BYTES = 4096
+"""A budget of fewer bytes was meant in another unit: no matrix has less."""
 MODEL_HELP = "checkpoint folder, GGUF file, packed block store, or hub id (org/name)"
 
 
@@ -131,7 +133,7 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["background"] = True
     for name in ("memory", "weight_memory", "gpu_memory"):
         if (size := getattr(options, name)) is not None:
-            arguments[name] = parse_size(size, "--" + name.replace("_", "-"))
+            arguments[name] = _budget(size, "--" + name.replace("_", "-"))
     for name in ("max_model_len", "max_batch_tokens"):
         if (number := getattr(options, name)) is not None:
             if number < 1:
@@ -169,6 +171,14 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     if options.trace is not None:
         arguments["trace"] = writable(Path(options.trace), "--trace")
     return arguments
+
+
+def _budget(size: str, name: str) -> int:
+    """Bytes. Raises InputError for a number that somebody meant in another unit."""
+    nbytes = parse_size(size, name)
+    if size.isdecimal() and nbytes < _LEAST_BYTES:
+        raise InputError(f"{name} {size}: a number without a unit counts bytes; write {size}GiB or {size}MiB")
+    return nbytes
 
 
 def _kv_on_disk(options: argparse.Namespace) -> KVOnDisk:

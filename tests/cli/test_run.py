@@ -157,6 +157,7 @@ def test_every_option_arrives(fake_llm: type[FakeLLM], tmp_path: Path) -> None:
         (["-p", "x", "--n", "2"], "n=2"),
         (["-p", "x", "--stop-token-ids", "7,a"], "--stop-token-ids: 'a' is no token id"),
         (["-p", "x", "--memory", "lots"], "--memory: 'lots'"),
+        (["-p", "x", "--memory", "16"], "--memory 16: a number without a unit counts bytes; write 16GiB or 16MiB"),
         (["-p", "x", "--gpu-memory", "1GiB", "--device", "cpu"], "--gpu-memory means nothing"),
         (["-p", "x", "--kv-on-disk", "much"], "--kv-on-disk: 'much'"),
         (["-p", "x", "--kv-folder", "/data"], "mean nothing without --kv-on-disk"),
