@@ -312,8 +312,10 @@ def test_kv_in_ram_beside_a_gpu_leaves_what_streams_its_staging(place: dict[str,
     gpu = {"memory_bytes": 6 * GIB, "gpu_memory_bytes": 3 * GIB, "gpu_context_bytes": 500 << 20}
     found = plan((manifest, facts), **gpu, max_kv_tokens=10**7, **place)
     assert found.streamed_bytes_per_sweep > GIB
-    assert found.placement.num_slots >= 4
-    assert found.placement.slot_bytes > 8 << 20
+    # Beside a processor that attends the same memory is in half as many slots (`Transfer.in_fewer_slots`).
+    larger = 2 if "kv_on_cpu" in place else 1
+    assert found.placement.num_slots >= 4 // larger
+    assert found.placement.slot_bytes > larger * (8 << 20)
 
 
 def test_ram_holds_as_many_tokens_beside_a_gpu_as_were_asked_for() -> None:
