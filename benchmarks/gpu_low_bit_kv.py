@@ -28,7 +28,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -246,25 +246,38 @@ def line_of(entry: dict[str, Any]) -> str:
     return " ".join(cells)
 
 
+TUNINGS = (
+    (Tuning(), (4, 8, 16)),
+    (Tuning(registers=None), (8,)),
+    (Tuning(stages=3), (8,)),
+    (Tuning(rows=16, registers=None), (8,)),
+    (Tuning(warps=2, registers=None), (8, 16)),
+)
+"""Ways to cut the kernel, each of which is compiled, and in how many programs for a multiprocessor."""
+
+
 def tune(device: torch.device, rate: float) -> None:
     """Print the device's microseconds of the kernel, and the share of a copy's bandwidth, cut in other ways."""
-    shapes = ((1, 2048), (1, 32768), (4, 8192), (32, 8192))
+    shapes = ((1, 2048), (1, 32768), (32, 2048), (32, 8192))
+    columns = list(itertools.product((4, 8), shapes))
     print(
-        f"{'programs warps stages':22}"
-        + "".join(f"{f'{bits} bits {shape}':>24}" for bits in (4, 8) for shape in shapes)
+        f"{'programs warps stages rows registers':38}" + "".join(f"{f'{bits} {shape}':>20}" for bits, shape in columns)
     )
-    rows = {count: new_tokens(count, device) for count, _ in shapes}
-    window = random_window(device)
-    for programs, warps, stages in itertools.product((4, 8, 16), (4, 8), (1, 2, 3)):
-        kernels = PackedKernels(device, Tuning(programs, warps, stages))
-        cells = []
-        for bits, (count, length) in itertools.product((4, 8), shapes):
-            pages, num_layers = random_pages(bits, device), num_layers_for(count, length)
-            layers = packed_layers(bits, count, length, kernels, rows[count], num_layers, pages, window)
-            layers.sweep()
-            taken = median(queued_seconds(layers.sweep, 0.03) for _ in range(_ROUNDS)) / num_layers
-            cells.append(f"{taken * 1e6:16.1f} {layers.read_bytes / taken / rate:6.0%} ")
-        print(f"{programs:8} {warps:5} {stages:6} " + "".join(cells), flush=True)
+    window, cases = random_window(device), []
+    for bits, (count, length) in columns:
+        pages, num_layers, row = random_pages(bits, device), num_layers_for(count, length), new_tokens(count, device)
+        kernels = PackedKernels(device)
+        cases.append((kernels, packed_layers(bits, count, length, kernels, row, num_layers, pages, window)))
+    for tuning, programs in TUNINGS:
+        for each in programs:
+            cells = []
+            for kernels, layers in cases:
+                kernels.tune(replace(tuning, programs=each))
+                layers.sweep()
+                taken = median(queued_seconds(layers.sweep, 0.02) for _ in range(_ROUNDS)) / layers.num_layers
+                cells.append(f"{taken * 1e6:13.1f} {layers.read_bytes / taken / rate:5.0%} ")
+            print(f"{each:8} {tuning.warps:5} {tuning.stages:6} {tuning.rows:4} {tuning.registers!s:>10}  "
+                  + "".join(cells), flush=True)  # fmt: skip
 
 
 def copy_rate(device: torch.device) -> float:

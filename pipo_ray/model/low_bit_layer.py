@@ -17,7 +17,7 @@ from pipo_ray.compiled.pack import LeavingPage
 from pipo_ray.model.kv_spans import CHUNK_TOKENS, AttentionRule, OnlineAttention
 from pipo_ray.model.packed_pages import LinePages, MemoryPages, PackedPages
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
-from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, PageLayout, packed_pages
+from pipo_ray.plan.low_bit_pages import SHORT_TOKENS, WINDOW_TOKENS, PageLayout, packed_pages
 from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
 
 if TYPE_CHECKING:
@@ -217,7 +217,9 @@ class LowBitLayer:
     @property
     def num_leaving(self) -> int:
         """Pages that are to leave the window."""
-        return max(0, min(packed_pages(self._length), self._most) - self.begin // PAGE_TOKENS)
+        packed = (self._length - WINDOW_TOKENS) // PAGE_TOKENS
+        leaving = (packed if packed < self._most else self._most) - self.begin // PAGE_TOKENS
+        return leaving if leaving > 0 else 0  # asked for every token in every layer
 
     def _let_go(self, keys: Tensor, values: Tensor) -> None:
         """Pack the pages that are to leave the window, which has these keys and values with those that are new."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class _Addresses(NamedTuple):
     on_device: Tensor
 
 
+class _Window(NamedTuple):
+    """A layer's window, and where it is."""
+
+    tensors: tuple[Tensor, Tensor]
+    place: tuple[int, int, int]
+
+
 class _Work(NamedTuple):
     """What the sequences see, how that is shared out, and the numbers of it on the device."""
 
@@ -47,6 +55,7 @@ class PackedRows:
         self._bits, self._kernels = bits, kernels
         self._addresses: dict[int, _Addresses] = {}  # by layer
         self._work: dict[tuple[int, int | None], _Work] = {}  # by heads and sliding window
+        self._windows: WeakKeyDictionary[LowBitLayer, _Window] = WeakKeyDictionary()
 
     def part(
         self, segments: Sequence[Segment], layer: int, query: Tensor, keys: Tensor, values: Tensor
@@ -79,6 +88,7 @@ class PackedRows:
         seen: list[SeenTokens] = []
         own: list[int] = []
         shared: list[int] = []
+        first_visible = rule.first_visible
         for segment in alone:
             cache: LowBitCache = segment.cache  # type: ignore[assignment]
             memory = cache.layer_for(layer, new_keys, new_values, rule)
@@ -86,21 +96,19 @@ class PackedRows:
             size, num_pages = memory.begin_token(length - 1)
             runs = memory.pages.runs(num_pages)
             assert runs is not None, "a store whose pages move has no such rows"
-            window_keys, window_values = memory.window
+            keys_address, values_address, room = self._window_of(memory)
             memories.append(memory)
-            seen.append(
-                SeenTokens(
-                    segment.start,
-                    num_pages,
-                    size,
-                    window_keys.shape[1],
-                    rule.first_visible(length),
-                    tuple([run.stop for run in runs]),
-                    memory.num_leaving > 0,
-                )
-            )  # fmt: skip
-            own += (window_keys.data_ptr(), window_values.data_ptr(), runs[-1].address)
-            shared += [run.address for run in runs]
+            leaves = memory.num_leaving > 0
+            if len(runs) == 1:
+                ((address, stop),) = runs
+                stops: tuple[int, ...] = (stop,)
+                shared.append(address)
+            else:
+                address = runs[-1].address
+                stops = tuple([run.stop for run in runs])
+                shared += [run.address for run in runs]
+            seen.append(SeenTokens(segment.start, num_pages, size, room, first_visible(length), stops, leaves))
+            own += (keys_address, values_address, address)
         addresses = self._on_device(layer, own + shared, query.device)
         layout = memories[0].layout
         work = self._shared_out(layout.heads, rule.sliding_window, seen, query.device)
@@ -109,6 +117,15 @@ class PackedRows:
             self._kernels.pack(layout, keys.dtype, addresses, work.on_device, work.work)
             for memory in memories:
                 memory.take_leaving()
+
+    def _window_of(self, memory: LowBitLayer) -> tuple[int, int, int]:
+        """Addresses of the keys and values of its window, and the room there: looked up where the window is another."""
+        found = self._windows.get(memory)
+        if found is None or found.tensors is not memory.window:
+            keys, values = memory.window
+            found = _Window(memory.window, (keys.data_ptr(), values.data_ptr(), keys.shape[1]))
+            self._windows[memory] = found
+        return found.place
 
     def _on_device(self, layer: int, known: list[int], device: torch.device) -> Tensor:
         """The layer's addresses."""

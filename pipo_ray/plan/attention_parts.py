@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 
@@ -11,8 +12,7 @@ _MOST_PAGES = 1024
 """In a part: what lies between two of them is a number of 32 bits."""
 
 
-@dataclass(frozen=True)
-class SeenTokens:
+class SeenTokens(NamedTuple):
     """What a token sees that comes alone: it is number `column` of its row, and the last of `size` tokens of a window
     with room for `room`, behind `num_pages` packed pages. `run_stops` are the numbers of pages behind the last one of
     each run of neighbours; tokens before `first_visible` are not seen. With `leaves` the window's first page is to be

@@ -79,6 +79,17 @@ def test_a_call_leaves_nothing_for_the_next() -> None:
         assert torch.equal(first, row.attend(kernels, rule, programs))
 
 
+@pytest.mark.parametrize("pages", [20, pytest.param(270, marks=pytest.mark.slow)])
+def test_parts_are_merged_in_groups_of_16(pages: int) -> None:
+    """Of 23 and 273 parts: more than a group, and more groups than are merged at a time."""
+    layout = PageLayout(1, 16, 16, 8)
+    row = RandomRow(layout, 2, torch.float16, CPU, [((pages,), 150), ((2,), 5)], 2.0, seed=7)
+    rule, kernels = AttentionRule(0.25), PackedKernels(CPU)
+    first = row.attend(kernels, rule, 100_000)
+    row.require_attention(first, rule, step=2.0**-10, sums=1e-4)
+    assert torch.equal(first, row.attend(kernels, rule, 100_000))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [*LAYOUTS, PageLayout(8, 32, 16, 4), PageLayout(3, 96, 192, 8)], ids=str)
 def test_a_page_that_leaves_the_window_is_packed_as_on_a_processor(layout: PageLayout, dtype: torch.dtype) -> None:
