@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
-from pipo_ray.model.kv_cache import RaggedCache, Segment
+from pipo_ray.model.kv_cache import RaggedCache, Segment, SequenceKV
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 
 HEADS, DIM, VALUE_DIM = 2, 4, 2
@@ -23,6 +24,12 @@ class Written:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+def segments_of(batch: Sequence[tuple[SequenceKV, int]]) -> tuple[Segment, ...]:
+    """A row of so many tokens of each of these caches."""
+    stops = list(itertools.accumulate(count for _, count in batch))
+    return tuple(Segment(cache, stop - count, stop) for (cache, count), stop in zip(batch, stops, strict=True))
+
+
 def append_random(
     tiers: KVTiers,
     batch: list[tuple[Written, int]],
@@ -33,11 +40,9 @@ def append_random(
     """One sweep in bfloat16, so many tokens to each of `batch`. What comes back must be bit-identical."""
     heads, dim, value_dim = shape
     device = tiers.gpu.device
-    segments, column = [], 0
-    for one, count in batch:
-        segments.append(Segment(one.cache, column, column + count))
-        column += count
-    row = RaggedCache(tuple(segments), tiers)
+    segments = segments_of([(one.cache, count) for one, count in batch])
+    column = segments[-1].stop
+    row = RaggedCache(segments, tiers)
     row.begin_sweep()
     for layer in range(layers):
         keys = torch.randn(heads, column, dim, device=device).bfloat16()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 from harness import Pipeline, random_prompts
 
@@ -70,6 +71,14 @@ async def answers(stage: Stage, limits: Limits, turns: list[list[RequestSpec]]) 
                 left -= event.result.finish_reason is not None
     task.cancel()
     return result
+
+
+def alone_and_together(pipeline: Pipeline, limits: Limits, turns: list[list[RequestSpec]]) -> tuple[Stage, Stage]:
+    """The turns without sharing and with it, which changes no token."""
+    alone, together = Stage(pipeline), Stage(pipeline)
+    wanted = asyncio.run(answers(alone, replace(limits, sharing="none"), turns))
+    assert asyncio.run(answers(together, replace(limits, sharing="shared"), turns)) == wanted
+    return alone, together
 
 
 def conversations(vocab_size: int, seed: int, system_tokens: int = 60) -> list[list[RequestSpec]]:

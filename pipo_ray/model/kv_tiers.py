@@ -11,6 +11,9 @@ host waits for nothing:
 - whatever frees a place, frees it at a point of the save stream (`_stamp`): so two such points have an order, and to
   wait for the later one is enough.
 
+What a sequence has in common with others it reads in their pages, which come to the GPU for the layer once, whoever
+stands on them.
+
 Weights cross the same link on a third stream. A page does not queue behind them: it is needed within a layer or two,
 while the weight copier works as far ahead as it has slots.
 """
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.dense_attention import attend
-from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.kv_spans import AttentionRule, DenseSpan, attend_spans
 from pipo_ray.model.packed_pages import PackedPages
 from pipo_ray.model.tier_rows import TieredPages, TierRows
 from pipo_ray.pipeline.device_ops import DeviceOps, Event
@@ -39,6 +42,9 @@ from pipo_ray.plan.low_bit_pages import PageLayout
 
 _Stamp = tuple[int, Event]
 """A point of the save stream, and its place among all of them."""
+
+Prefix = tuple[tuple["TieredCache", int], ...]
+"""So many of the first tokens of each of these caches."""
 
 
 @dataclass
@@ -72,15 +78,24 @@ class _Run:
 
 
 class TieredCache:
-    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer."""
+    """The KV cache of one sequence: behind the tokens of `prefix` at most `capacity` of its own, `length` of which are
+    there in every layer.
+    """
 
-    start = 0
-    """Tokens in other sequences' caches."""
-
-    def __init__(self, tiers: KVTiers, capacity: int) -> None:
-        self.capacity, self.num_pages, self.length = capacity, pages_of(capacity), 0
+    def __init__(self, tiers: KVTiers, capacity: int, prefix: Prefix = ()) -> None:
+        self.capacity, self.length, self.prefix = capacity, 0, prefix
         self.runs: dict[int, _Run] = {}
         self._tiers = tiers
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prefix."""
+        return sum(count for _, count in self.prefix)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a layer that its own tokens can take."""
+        return pages_of(self.capacity)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SequenceCache.append`; between `KVTiers.begin_layer` and `end_layer`."""
@@ -92,7 +107,16 @@ class TieredCache:
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `SequenceCache.attend`."""
-        return attend(query, *self.append(layer, keys, values), rule)
+        own = self.append(layer, keys, values)
+        if not self.prefix:
+            return attend(query, *own, rule)
+        spans = [DenseSpan(*self._tiers.held(cache, layer, count, keys, values)) for cache, count in self.prefix]
+        return attend_spans(query, [*spans, DenseSpan(*own)], rule)
+
+    def resize(self, capacity: int, length: int) -> None:
+        """Keep its own first `length` tokens alone, with room for `capacity`; see `KVTiers.resize`."""
+        self.length = length
+        self._tiers.resize(self, capacity)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
@@ -142,11 +166,34 @@ class KVTiers:
     # -- sequences
     # -------------------------------------------------------------------------------------------------------
 
-    def open(self, capacity: int) -> TieredCache:
-        """A new sequence's cache."""
-        cache = TieredCache(self, capacity)
+    def open(self, capacity: int, prefix: Prefix = ()) -> TieredCache:
+        """The cache of a new sequence that has at most `capacity` tokens of its own, behind those of `prefix`, which at
+        16 bits may end anywhere.
+        """
+        cache = TieredCache(self, capacity, prefix)
         self._live.append(cache)
         return cache
+
+    def resize(self, cache: TieredCache, capacity: int) -> None:
+        """Let the sequence have pages for `capacity` tokens. What it has too much is free now, copies and computations
+        that use it may be under way; what it lacks it takes when the layer's turn comes, by when the layers that stay
+        on the GPU have been chosen for it.
+        """
+        cache.capacity = capacity
+        computed = self._ops.record_on_compute()
+        for layer, run in cache.runs.items():
+            run.capacity, run.tokens = capacity, min(run.tokens, cache.length)
+            home = run.ram or run.gpu
+            if len(home) <= run.all_units:
+                continue
+            if run.ram:
+                self._ahead.discard(layer)
+                self._free_gpu(run)  # loaded ahead
+                self._ram_pool.give(run.ram[run.all_units :])
+            else:
+                stamp = self._stamp(*run.arrivals, computed)
+                self._give_gpu(run.gpu[run.all_units :], stamp)
+            del home[run.all_units :]
 
     def drop(self, cache: TieredCache) -> None:
         """Give the sequence's pages back; copies and computations that use them may be under way."""
@@ -168,24 +215,38 @@ class KVTiers:
         start, stop = cache.length, cache.length + keys.shape[1]
         if stop > cache.capacity:
             raise ValueError(f"KV cache of {cache.capacity} tokens cannot hold {stop}")
-        units = cache.runs[layer].gpu
         width = keys.shape[0] * keys.shape[2]
         whole = width + values.shape[0] * values.shape[2]
-        layout = self._layouts[layer]
-        gpu = self.gpu.view(-1, layout.row_bytes).view(self._dtype)
+        layout, gpu = self._layouts[layer], self._rows(layer)
         if whole > gpu.shape[1]:
             raise UnsupportedModelError(
                 f"layer {layer} caches {whole} elements per token, its model's facts say {gpu.shape[1]}"
             )
         at = 0
-        for count, first in spans(layout.per_unit, start, stop, units):
+        for count, first in spans(layout.per_unit, start, stop, cache.runs[layer].gpu):
             rows = gpu[first : first + count]
             _per_head(rows[:, :width], keys).copy_(keys[:, at : at + count])
             _per_head(rows[:, width:whole], values).copy_(values[:, at : at + count])
             at += count
-        parts = [gpu[first : first + count] for count, first in spans(layout.per_unit, 0, stop, units)]
+        return self.held(cache, layer, stop, keys, values)
+
+    def held(
+        self, cache: TieredCache, layer: int, num_tokens: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, num_tokens, head_dim] of the sequence's own first tokens, whose layer is at its turn;
+        `keys`, `values` have their heads. Views or copies, as `append` has them.
+        """
+        layout, gpu = self._layouts[layer], self._rows(layer)
+        places = spans(layout.per_unit, 0, num_tokens, cache.runs[layer].gpu)
+        parts = [gpu[first : first + count] for count, first in places]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        width = keys.shape[0] * keys.shape[2]
+        whole = width + values.shape[0] * values.shape[2]
         return _per_head(rows[:, :width], keys), _per_head(rows[:, width:whole], values)
+
+    def _rows(self, layer: int) -> Tensor:
+        """The GPU's memory as a layer's rows."""
+        return self.gpu.view(-1, self._layouts[layer].row_bytes).view(self._dtype)
 
     def packed_pages(self, cache: TieredCache, layer: int, layout: PageLayout) -> PackedPages:
         """Where the layer's packed pages are for what is computed between `begin_layer` and `end_layer`. Raises
@@ -204,7 +265,9 @@ class KVTiers:
 
     def begin_sweep(self, batch: Sequence[tuple[TieredCache, int]]) -> None:
         """A sweep adds so many tokens to each of these caches."""
-        self._batch, self._layer = batch, -1
+        adding = {cache for cache, _ in batch}
+        prefixes = dict.fromkeys(one for cache, _ in batch for one, _ in cache.prefix if one not in adding)
+        self._batch, self._layer = [*((one, 0) for one in prefixes), *batch], -1
         self._ahead.clear()
         total = sum(cache.num_pages for cache in self._live)
         resident = resident_layers(self._placement.units, total, self._placement.gpu_units)
@@ -229,6 +292,10 @@ class KVTiers:
                     self._extend(run, run.all_units)
                 else:
                     run.ram = self._take_ram(run.all_units)
+            elif not run.ram:  # its sequence may be larger than it was
+                self._extend(run, run.all_units)
+            elif len(run.ram) < run.all_units:
+                run.ram += self._take_ram(run.all_units - len(run.ram))
             if run.ram:
                 if not run.gpu:
                     self._load(layer, run, run.units(cache.length + num_tokens))
@@ -373,10 +440,13 @@ class KVTiers:
             run.arrivals.clear()
         elif stamp is None:
             stamp = self._stamp(self._ops.record_on_compute())
-        for page in run.gpu:
-            self._freed[page] = stamp
-        self._gpu_pool.give(run.gpu)
+        self._give_gpu(run.gpu, stamp)
         run.gpu = []
+
+    def _give_gpu(self, pages: Sequence[int], stamp: _Stamp) -> None:
+        for page in pages:
+            self._freed[page] = stamp
+        self._gpu_pool.give(pages)
 
     def _stamp(self, *events: Event) -> _Stamp:
         """A point of the save stream behind `events`: a copy of nothing waits for each of them."""

@@ -24,6 +24,7 @@ from pipo_ray.model.kv_disk import KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_pool import KVPool
+from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.lanes import Lanes
 
 
@@ -156,7 +157,9 @@ class ModelRunner:
         if store is None:
             cache = SequenceCache(entry.own_capacity, prefix=prefix, compiled=self._attention)
         elif prefix:
-            assert isinstance(store, KVPool | LowBitStore), "elsewhere each is by itself: see scheduling/limits.py"
+            assert isinstance(store, KVPool | KVTiers | LowBitStore), (
+                "elsewhere each is by itself: see scheduling/limits.py"
+            )
             cache = store.open(entry.own_capacity, prefix)
         else:
             cache = store.open(entry.own_capacity)
@@ -195,7 +198,7 @@ class ModelRunner:
                     cache.resize(capacity, cache.length)
 
     def _kept(self, sequence: str) -> Any:
-        """The cache, not in two tiers, of a sequence that another one is to begin with, or that is to be smaller."""
+        """The cache of a sequence that another one is to begin with, or that is to be smaller."""
         if sequence not in self._caches:
             raise OutOfStepError(f"{sequence}: there is no cache with which another sequence could begin")
         return self._caches[sequence]

@@ -24,7 +24,7 @@ class Limits:
     `max_scored_tokens`: tokens per sweep whose logits go to a client. `state_tokens`: what a sequence takes besides its
     tokens (a recurrent state, or a window at 16 bits in front of a low-bit KV cache), in tokens of KV cache; one that
     never has more than `window` at 16 bits takes what that says. `page_tokens`: a sequence takes KV cache in pages of
-    so many tokens. `sharing`: how sequences use KV that is there already.
+    so many tokens. `sharing`: how sequences use KV that is there already; with `copies` they may copy it, too.
     """
 
     kv_tokens: int
@@ -37,6 +37,7 @@ class Limits:
     page_tokens: int = 1
     sharing: Sharing = "none"
     window: Window = NO_WINDOW
+    copies: bool = True
 
     def reserved(self, sequence: Sequence) -> int:
         """Tokens of KV cache that are kept for `sequence`: whole pages for all it can become, less what it shares, its
@@ -75,15 +76,16 @@ def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits
         page_tokens=plan.kv_page_tokens,
         sharing=_sharing(plan, facts) if prefix_cache else "none",
         window=window,
+        copies=plan.kv is None,  # of two tiers' pages, the device has those of one layer at a time
     )
 
 
 def _sharing(plan: RunPlan, facts: ModelFacts) -> Sharing:
-    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages in two tiers, or on
-    the drive, belong to one sequence each.
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages on the drive, and
+    packed ones in two tiers, belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
-    if plan.kv is not None or plan.kv_disk is not None:
+    if plan.kv_disk is not None or (plan.kv is not None and plan.low_bit_kv is not None):
         return "none"
     return "shared"

@@ -78,7 +78,7 @@ class SchedulingLoop:
         self._waiting: deque[RunningSequence] = deque()
         self._running: list[RunningSequence] = []
         self._clients: dict[str, _Client] = {}
-        self._prefixes = PrefixCache(limits.sharing, limits.page_tokens, limits.window)
+        self._prefixes = PrefixCache(limits.sharing, limits.page_tokens, limits.window, copies=limits.copies)
         self._wake = asyncio.Event()
         self._worker_ready = False
         # A cache that is rebuilt begins at the first token, which is no step that follows.

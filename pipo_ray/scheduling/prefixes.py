@@ -52,10 +52,13 @@ class _Found:
 
 class PrefixCache:
     """The books of one compute worker's caches. Ended sequences hold `held` tokens of the KV budget, in whole pages of
-    `page_tokens`; what those that run have reserved is not in it.
+    `page_tokens`; what those that run have reserved is not in it. Without `copies` a prefix in too many parts is none.
     """
 
-    def __init__(self, sharing: Sharing = "none", page_tokens: int = 1, window: Window = NO_WINDOW) -> None:
+    def __init__(
+        self, sharing: Sharing = "none", page_tokens: int = 1, window: Window = NO_WINDOW, *, copies: bool = True
+    ) -> None:
+        self._copies = copies
         self._sharing, self._page_tokens, self._window = sharing, page_tokens, window
         self._running: dict[str, Node] = {}
         self._ended: list[Node] = []
@@ -90,14 +93,15 @@ class PrefixCache:
         found = self._longest(sequence)
         copied = found.source is not None and self._parts(found.source, found.matched) > MOST_PARTS
         if copied:
-            if sequence.shared:  # it has reserved no more than what comes behind
+            if sequence.shared or not self._copies:  # it has reserved no more than what comes behind
                 return
             found = self._longest(sequence, stored=True)
         source, matched = found.source, found.matched
         if source is None or matched < LEAST_SHARED or matched <= sequence.begins:
             return
         self._touch(source.line(matched))
-        if source.takeable and source.computed - matched < LEAST_SHARED:
+        whole_pages = source.computed // self._page_tokens * self._page_tokens  # others can share no more
+        if source.takeable and whole_pages - matched < LEAST_SHARED:
             self._take(sequence, source, matched)
         else:
             self._stand(node, source, matched, copied)

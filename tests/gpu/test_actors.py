@@ -38,3 +38,16 @@ def test_few_bits_of_kv_in_every_place_give_the_processors_tokens(place: dict[st
     )
     same = [sum(one == other for one, other in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
     assert sum(same) >= 0.8 * len(PROMPTS) * 24, same
+
+
+@pytest.mark.parametrize(
+    "place", [{"kv_on_cpu": True}, {"kv_on_cpu": True, "kv_precision": 4}, {"kv_in_ram": True}], ids=str
+)
+def test_samples_share_their_prompt_in_ram_too(place: dict[str, Any]) -> None:
+    """What two of three have in common with the first: whole pages at least."""
+    params = SamplingParams(temperature=1.0, n=3, max_tokens=8, ignore_eos=True)
+    with LLM(BUNDLED, device="cuda", max_model_len=1024, gpu_memory="1200MiB", **place) as llm:
+        (output,) = llm.generate([PROMPTS[0]], params)
+        scheduler: dict[str, Any] = next(one for one in llm.report()["stages"] if one["stage"] == "Scheduler")
+    assert [len(one.token_ids) for one in output.outputs] == [8, 8, 8]
+    assert scheduler["tokens_reused"] >= 2 * 384

@@ -14,7 +14,7 @@ from architectures import BASE, BY_SLUG, Architecture
 from exact_kernel import exact_kernel
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 from pool_sweeps import Sweeps, Written
-from prefix_runs import Stage, answers, conversations, step
+from prefix_runs import Stage, alone_and_together, answers, conversations, step
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.pack import CompiledPacking
@@ -27,7 +27,7 @@ from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.pipeline.host_functions import HostFunctions
-from pipo_ray.plan.kv_pages import PAGE_TOKENS
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, ram_units_for
 from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS, LowBitKV
 from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.window import Window
@@ -175,6 +175,21 @@ def test_greedy_tokens_never_change(slug: str, device: torch.device, tmp_path: P
     assert got == wanted
     assert together.computed < 0.8 * alone.computed
     assert {"share", "take"} <= together.uses
+
+
+def test_greedy_tokens_never_change_in_two_tiers(device: torch.device, tmp_path: Path) -> None:
+    """The same where not all layers' pages stay on the GPU: whole pages are shared, and none is copied."""
+    BY_SLUG["llama"].save(tmp_path / "checkpoint")
+    packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
+    turns = conversations(packed.facts.vocab_size, 3, system_tokens=150)
+    limits = Limits(14 * PAGE_TOKENS, 64, page_tokens=PAGE_TOKENS, copies=False)
+    pages = 28, ram_units_for((1,) * packed.facts.num_layers, 14, 28)
+    with Pipeline(packed, device=device, kv_pages=pages) as pipeline:
+        alone, together = alone_and_together(pipeline, limits, turns)
+        assert pipeline.kv_tiers is not None
+        assert pipeline.kv_tiers.loaded_bytes > 0
+    assert together.computed < 0.8 * alone.computed
+    assert together.uses == {"share"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

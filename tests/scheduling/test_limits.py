@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from plan.budget_models import GIB, model, plan
 
+from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.scheduling.limits import limits_of
 from pipo_ray.scheduling.window import Window
@@ -18,12 +19,15 @@ GPU = {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}
 
 @pytest.mark.parametrize(
     ("budgets", "wanted"),
-    [({}, "shared"), (GPU, "shared"), (GPU | {"kv_on_cpu": True}, "shared"), (GPU | {"kv_in_ram": True}, "none")],
-)
+    [({}, "shared"), (GPU, "shared"), (GPU | {"kv_on_cpu": True}, "shared"), (GPU | {"kv_in_ram": True}, "shared"),
+     (GPU | {"kv_on_disk": KVOnDisk(4 * GIB, "/tmp")}, "none")],
+)  # fmt: skip
 def test_prefixes_are_shared_where_a_sequence_can_read_anothers_cache(budgets: dict[str, Any], wanted: str) -> None:
     found = plan(ONE, **budgets)
-    assert (found.kv is not None) == (wanted == "none")
-    assert limits_of(found, ONE[1], prefix_cache=True).sharing == wanted
+    assert (found.kv_disk is not None) == (wanted == "none")
+    limits = limits_of(found, ONE[1], prefix_cache=True)
+    assert limits.sharing == wanted
+    assert limits.copies == (found.kv is None)
     assert limits_of(found, ONE[1], prefix_cache=False).sharing == "none"
 
 
@@ -34,6 +38,13 @@ def test_few_bits_are_shared_too(budgets: dict[str, Any]) -> None:
     limits = limits_of(plan((ONE[0], facts), low_bit_kv=low, **budgets), facts, prefix_cache=True)
     assert limits.sharing == "shared"
     assert limits.window == Window(128, 64, low.short_share)
+
+
+def test_packed_pages_in_two_tiers_are_not_shared() -> None:
+    facts = replace(ONE[1], kv_shapes=((2, 64, 64),))
+    found = plan((ONE[0], facts), low_bit_kv=LowBitKV.of((4, 4), facts), **GPU, kv_in_ram=True)
+    assert found.kv is not None
+    assert limits_of(found, facts, prefix_cache=True).sharing == "none"
 
 
 @pytest.mark.parametrize("change", [{"ragged": False}, {"chunked": False}, {"rebuild_length": 100}])

@@ -94,6 +94,26 @@ def test_only_whole_pages_are_shared() -> None:
     assert run(books, sequence("a", *LONG), sequence("b", *LONG)) == [[], [("a", 96, "share")]]
 
 
+def test_a_cache_is_taken_where_only_parts_of_a_page_are_lost() -> None:
+    """36 tokens behind a whole page, which nobody could share."""
+    for tokens, wanted in ((64, [("a", 64, "take")]), (1, [("a", 60, "share")])):
+        books = PrefixCache("shared", page_tokens=tokens)
+        a = sequence("a", *LONG)
+        run(books, a)
+        books.end(a)
+        common = 64 if tokens == 64 else 60
+        assert run(books, sequence("b", *LONG[:common], 5, 5)) == [wanted]
+
+
+def test_without_copies_a_prefix_in_too_many_parts_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes_module, "MOST_PARTS", 1)
+    for copies, wanted in ((True, [("a", 40, "copy"), ("b", 40, "copy")]), (False, [])):
+        books = PrefixCache("shared", copies=copies)
+        a, b = sequence("a", *LONG), sequence("b", *LONG[:40], *range(200, 280))
+        assert run(books, a, b) == [[], [("a", 40, "share")]]
+        assert run(books, sequence("c", *LONG[:40], *range(200, 240), 1, 2)) == [wanted]
+
+
 def test_few_tokens_are_computed_again() -> None:
     few = LONG[: LEAST_SHARED - 1]
     assert run(PrefixCache("shared"), sequence("a", *few, 1, 2), sequence("b", *few, 3, 4)) == [[], []]
@@ -130,6 +150,7 @@ def test_what_was_used_least_recently_is_given_up_first() -> None:
     st.integers(1, 24),
     st.sampled_from([1, 1, 4]),
     st.sampled_from([1, 2, 8]),
+    st.booleans(),
     failures,
 )
 def test_random_clients(
@@ -139,19 +160,21 @@ def test_random_clients(
     batch_tokens: int,
     page_tokens: int,
     most_parts: int,
+    copies: bool,
     fails: dict[int, Exception],
 ) -> None:
     """Whatever arrives, ends, is aborted or fails: the worker finds every token where it is told that it is, never has
     more than the budget, and nobody's tokens change.
     """
     kv_tokens = kv_tokens // page_tokens * page_tokens
-    limits = Limits(kv_tokens, batch_tokens, max_sequences=5, page_tokens=page_tokens, sharing=sharing)
+    limits = Limits(kv_tokens, batch_tokens, max_sequences=5, page_tokens=page_tokens, sharing=sharing, copies=copies)
     worker = Worker(limits, dict(fails))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefixes_module, "LEAST_SHARED", 3)
         patch.setattr(prefixes_module, "MOST_PARTS", most_parts)
         patch.setattr(loop_module, "admit", admit_all_that_fit)
         asyncio.run(asyncio.wait_for(play(worker, script, limits), 60))
+    assert copies or "copy" not in worker.uses
 
 
 def test_who_takes_a_cache_gives_back_beforehand_what_it_has_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,296 @@
+"""Prefixes that several sequences read in one's pages, in two tiers: bit by bit as in one memory, and free of races,
+whoever begins, goes on, ends and goes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_SLUG
+from fake_device import FakeDevice
+from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_sweeps import segments_of
+from prefix_runs import alone_and_together, conversations, step
+
+from pipo_ray.messages import RequestSpec
+from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
+from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.model.kv_tiers import KVTiers, TieredCache
+from pipo_ray.params import SamplingParams
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, pages_of, ram_units_for
+from pipo_ray.scheduling.limits import Limits
+
+LAYERS, HEADS, KV_HEADS, DIM = 5, 4, 2, 8
+PAGE_BYTES = page_bytes(LAYERS * KV_HEADS * 2 * DIM * 4, LAYERS)
+
+
+class Twins:
+    """Sequences in two tiers, of which at most `most` pages of a layer are there, and in one memory."""
+
+    def __init__(self, gpu_pages: int, most: int, seed: int, eager: float, window: int | None) -> None:
+        self.device, self.most = FakeDevice(seed, eager), most
+        placement = KVPlacement((1,) * LAYERS, PAGE_BYTES, gpu_pages, ram_units_for((1,) * LAYERS, most, gpu_pages))
+        self.tiers = KVTiers(placement, torch.float32, self.device)
+        self.rule, self.generator = AttentionRule(0.5, window), torch.Generator().manual_seed(seed)
+        self.pairs: dict[int, tuple[TieredCache, SequenceCache]] = {}
+        self.lines: dict[int, list[tuple[int, int]]] = {}
+        self._names = 0
+
+    def open(self, capacity: int, behind: int | None = None, tokens: int = 0) -> int | None:
+        """A sequence with room for so many tokens of its own behind the first `tokens` of another's line."""
+        if not self.has_room(capacity):
+            return None
+        line, at = list[tuple[int, int]](), 0
+        for one, count in [] if behind is None else [*self.lines[behind], (behind, tokens)]:
+            if (count := min(count, tokens - at)) > 0:
+                line.append((one, count))
+                at += count
+        self._names += 1
+        mine = self.tiers.open(capacity, tuple((self.pairs[one][0], count) for one, count in line))
+        theirs = SequenceCache(capacity, prefix=tuple((self.pairs[one][1], count) for one, count in line))
+        self.pairs[self._names], self.lines[self._names] = (mine, theirs), line
+        return self._names
+
+    def has_room(self, capacity: int, instead_of: int | None = None) -> bool:
+        held = sum(mine.num_pages for name, (mine, _) in self.pairs.items() if name != instead_of)
+        return held + pages_of(capacity) <= self.most
+
+    def needed(self, name: int) -> int:
+        """Its own tokens on which others stand."""
+        return max((count for line in self.lines.values() for one, count in line if one == name), default=0)
+
+    def resize(self, name: int, capacity: int, length: int) -> None:
+        for cache in self.pairs[name]:
+            cache.resize(capacity, length)
+
+    def drop(self, name: int) -> None:
+        for cache in self.pairs.pop(name):
+            cache.drop()
+        del self.lines[name]
+
+    def sweep(self, batch: list[tuple[int, int]]) -> None:
+        total = sum(count for _, count in batch)
+        segments = segments_of([(self.pairs[name][0], count) for name, count in batch])
+        row = RaggedCache(segments, self.tiers)
+        row.begin_sweep()
+        for layer in range(LAYERS):
+            query, keys, values = (
+                torch.randn(heads, total, DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
+            )
+            row.update(keys[None], values[None], layer)
+            row.begin_layer()
+            for (name, _), segment in zip(batch, segments, strict=True):
+                own = [tensor[:, segment.start : segment.stop] for tensor in (query, keys, values)]
+                with self.device.watching():
+                    got = segment.cache.attend(layer, *own, self.rule).clone()
+                assert torch.equal(got, self.pairs[name][1].attend(layer, *own, self.rule))
+            row.end_layer()
+        row.advance()
+        for name, count in batch:
+            self.pairs[name][1].advance(count)
+
+    def pages(self) -> tuple[int, int]:
+        """That are free on the GPU, and in RAM."""
+        return self.tiers._gpu_pool.num_free, self.tiers._ram_pool.num_free
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "way": st.sampled_from(["new", "behind", "behind", "passing", "end", "cut", "take", "go"]),
+                "on": st.integers(0, 9), "back": st.sampled_from([0, 0, 1, 63, 64, 100]),
+                "capacity": st.integers(1, 200), "first": st.sampled_from([1, 1, 5, 64, 100]),
+                "tokens": st.lists(st.sampled_from([0, 1, 1, 1, 40, 90]), min_size=8, max_size=8),
+            }
+        ),
+        min_size=3, max_size=14,
+    ),
+    st.integers(10, 44), st.integers(0, 1000), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([None, None, 50]),
+)  # fmt: skip
+def test_sequences_that_begin_on_each_other(
+    history: list[dict[str, Any]], gpu_pages: int, seed: int, eager: float, window: int | None
+) -> None:
+    """Behind one that runs or has ended, in the sweep that computes what they share; ended ones are cut, taken and
+    dropped in any order; and nothing is left of them.
+    """
+    twins = Twins(gpu_pages, gpu_pages // 2, seed, eager, window)
+    free, ended = twins.pages(), set[int]()
+    first = twins.open(150)
+    assert first is not None
+    twins.sweep([(first, 100)])
+    for event in history:
+        joins = list[tuple[int, int]]()
+        live = list(twins.pairs)
+        on = live[event["on"] % len(live)] if live else None
+        batch = {
+            name: min(count, twins.pairs[name][0].capacity - twins.pairs[name][0].length)
+            for name, count in zip(live, event["tokens"], strict=False)
+            if name not in ended
+        }
+        if event["way"] == "new" or on is None:
+            if (name := twins.open(event["capacity"])) is not None:
+                joins = [(name, min(event["first"], event["capacity"]))]
+        elif event["way"] in ("behind", "passing"):
+            mine = twins.pairs[on][0]
+            tokens = mine.start + mine.length + (batch.get(on, 0) if event["way"] == "passing" else 0) - event["back"]
+            if tokens > 0 and (name := twins.open(event["capacity"], on, tokens)) is not None:
+                joins = [(name, min(event["first"], event["capacity"]))]
+        elif event["way"] == "end" and twins.pairs[on][0].length:
+            twins.resize(on, twins.pairs[on][0].length, twins.pairs[on][0].length)
+            ended.add(on)
+            batch.pop(on, None)
+        elif event["way"] == "cut" and on in ended:
+            kept = max(twins.needed(on), twins.pairs[on][0].length - event["back"])
+            if kept > 0:
+                twins.resize(on, kept, kept)
+        elif event["way"] == "take" and on in ended and not twins.needed(on):
+            length = max(1, twins.pairs[on][0].length - event["back"])
+            if twins.has_room(length + event["capacity"], instead_of=on):
+                twins.resize(on, length + event["capacity"], length)
+                ended.discard(on)
+                joins = [(on, 1)]
+        elif event["way"] == "go" and not twins.needed(on):
+            batch.pop(on, None)
+            twins.drop(on)
+        if steps := [(name, count) for name, count in [*batch.items(), *joins] if count]:
+            twins.sweep(steps)
+    chance = random.Random(seed)
+    while twins.pairs:
+        twins.drop(chance.choice([name for name in twins.pairs if not twins.needed(name)]))
+    assert twins.pages() == free
+
+
+def test_a_prefix_comes_to_the_gpu_once_for_all_who_stand_on_it() -> None:
+    """A page of each of five layers does not stay; four sequences stand on sixteen of them, and one row each is new."""
+    twins = Twins(gpu_pages=44, most=22, seed=0, eager=1.0, window=None)
+    first = twins.open(16 * PAGE_TOKENS)
+    assert first is not None
+    twins.sweep([(first, 16 * PAGE_TOKENS)])
+    twins.resize(first, 16 * PAGE_TOKENS, 16 * PAGE_TOKENS)
+    names = [twins.open(PAGE_TOKENS, first, 16 * PAGE_TOKENS) for _ in range(4)]
+    batch = [(name, 1) for name in names if name is not None]
+    twins.sweep(batch)
+    before = twins.tiers.loaded_bytes
+    saved = twins.tiers.saved_bytes
+    twins.sweep(batch)
+    row = PAGE_BYTES // PAGE_TOKENS
+    assert len(batch) == 4
+    assert 0 < twins.tiers.loaded_bytes - before <= LAYERS * row * (16 * PAGE_TOKENS + 4 * 2)
+    assert twins.tiers.saved_bytes - saved == LAYERS * row * 4
+    assert sum(cache.nbytes for cache, _ in twins.pairs.values()) == LAYERS * PAGE_BYTES * (16 + 4)
+
+
+def test_pages_that_were_loaded_ahead_are_free_once_they_have_come() -> None:
+    """A sequence is cut when its next sweep's first layers are on their way; another one takes their places."""
+    twins = Twins(gpu_pages=8, most=4, seed=0, eager=0.0, window=None)
+    first = twins.open(3 * PAGE_TOKENS)
+    assert first is not None
+    twins.sweep([(first, 3 * PAGE_TOKENS)])
+    assert len(twins.pairs[first][0].runs[0].gpu) == 3
+    twins.resize(first, PAGE_TOKENS, PAGE_TOKENS)
+    assert not twins.pairs[first][0].runs[0].gpu
+    assert twins.tiers._gpu_pool.num_free == 8
+    other = twins.open(3 * PAGE_TOKENS)
+    assert other is not None
+    twins.sweep([(other, 3 * PAGE_TOKENS)])
+
+
+def test_a_cache_that_is_taken_takes_the_pages_in_ram_that_it_lacks() -> None:
+    twins = Twins(gpu_pages=8, most=4, seed=0, eager=0.0, window=None)
+    one = twins.open(150)
+    assert one is not None
+    twins.sweep([(one, 140)])
+    twins.resize(one, 140, 140)
+    twins.resize(one, 4 * PAGE_TOKENS, 130)
+    for count in (70, 1, 1):
+        twins.sweep([(one, count)])
+    assert [len(run.ram) for run in twins.pairs[one][0].runs.values()] == [4] * LAYERS
+    twins.drop(one)
+    assert twins.pages() == (8, 4 * LAYERS)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    folder: Path = tmp_path_factory.mktemp("llama")
+    BY_SLUG["llama"].save(folder / "checkpoint")
+    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
+
+
+@contextmanager
+def in_two_tiers(packed: PackedModel, most: int) -> Iterator[Pipeline]:
+    """Room for `most` pages of a layer, which do not all stay on the GPU if there are so many."""
+    units = (1,) * packed.facts.num_layers
+    gpu = 2 * most
+    ram = ram_units_for(units, most, gpu)
+    with Pipeline(packed, ops=FakeDevice(), kv_pages=(gpu, ram)) as pipeline:
+        yield pipeline
+
+
+@pytest.mark.parametrize(("most", "seed"), [(14, 3), (40, 4)])
+def test_greedy_tokens_never_change(packed: PackedModel, most: int, seed: int) -> None:
+    """Conversations through the scheduler; in little room what has ended is given up for those that wait."""
+    turns = conversations(packed.facts.vocab_size, seed, system_tokens=150)
+    limits = Limits(most * PAGE_TOKENS, 64, page_tokens=PAGE_TOKENS, copies=False)
+    with in_two_tiers(packed, most) as pipeline:
+        alone, together = alone_and_together(pipeline, limits, turns)
+        assert pipeline.kv_tiers is not None
+        assert (pipeline.kv_tiers.loaded_bytes > 0) == (most < 20)
+        pipeline.runner.drop_all()
+        assert pipeline.runner.cache_bytes == 0
+    assert together.computed < (0.8 if most < 20 else 0.6) * alone.computed
+    assert together.uses == {"share"}
+
+
+def test_a_chat_goes_on_with_its_cache(packed: PackedModel) -> None:
+    """Turn by turn, whatever of a page it has too much: others could share whole pages alone."""
+    (tokens,) = random_prompts(packed.facts.vocab_size, (400,))
+    params = SamplingParams(max_tokens=6)
+    turns = [[RequestSpec(str(stop), tuple(tokens[:stop]), params, 0, 6)] for stop in (100, 150, 180, 300, 400)]
+    limits = Limits(8 * PAGE_TOKENS, 64, page_tokens=PAGE_TOKENS, copies=False)
+    with in_two_tiers(packed, 8) as pipeline:
+        _, together = alone_and_together(pipeline, limits, turns)
+        assert pipeline.kv_tiers is not None
+        assert pipeline.kv_tiers.loaded_bytes > 0
+    assert together.uses == {"take"}
+    # Of each turn what is behind the last whole page before it, and the answer but for its last token.
+    assert together.computed == sum(stop - common // 64 * 64 + 5 for stop, common in
+                                    ((100, 0), (150, 100), (180, 150), (300, 180), (400, 300)))  # fmt: skip
+
+
+def test_a_sweep_that_failed_leaves_what_others_stand_on(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a layer in the middle: what is computed behind it then is as if it had not been."""
+    tokens, more = random_prompts(packed.facts.vocab_size, (200, 60))
+    b = step("b", tokens[:128] + more, 128, 188, (("a", 128, "share"),))
+    with in_two_tiers(packed, 20) as pipeline:
+        runner, tiers = pipeline.runner, pipeline.kv_tiers
+        assert tiers is not None
+        runner.run([step("a", tokens, 0, 150)])
+        before = runner.cache_bytes
+        (wanted,) = runner.run([b])
+        runner.drop(["b"])
+        append = KVTiers.append
+
+        def failing(one: KVTiers, cache: TieredCache, layer: int, *rest: Any) -> Any:
+            if layer == 1:
+                raise RuntimeError("a kernel failed")
+            return append(one, cache, layer, *rest)
+
+        monkeypatch.setattr(KVTiers, "append", failing)
+        with pytest.raises(RuntimeError, match="a kernel failed"):
+            runner.run([b])
+        monkeypatch.undo()
+        assert runner.cache_bytes == before
+        (got,) = runner.run([b])
+        assert got is not None
+        assert wanted is not None
+        assert torch.equal(got, wanted)
