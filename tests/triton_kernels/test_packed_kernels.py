@@ -79,11 +79,11 @@ def test_a_call_leaves_nothing_for_the_next() -> None:
         assert torch.equal(first, row.attend(kernels, rule, programs))
 
 
-@pytest.mark.parametrize("pages", [20, pytest.param(270, marks=pytest.mark.slow)])
-def test_parts_are_merged_in_groups_of_16(pages: int) -> None:
-    """Of 23 and 273 parts: more than a group, and more groups than are merged at a time."""
+@pytest.mark.parametrize(("pages", "group"), [(20, 40), pytest.param(270, 2, marks=pytest.mark.slow)])
+def test_parts_are_merged_in_groups_of_16(pages: int, group: int) -> None:
+    """More parts than a group has, and more in a group, or more groups, than are merged at a time."""
     layout = PageLayout(1, 16, 16, 8)
-    row = RandomRow(layout, 2, torch.float16, CPU, [((pages,), 150), ((2,), 5)], 2.0, seed=7)
+    row = RandomRow(layout, group, torch.float16, CPU, [((pages,), 150), ((2,), 5)], 2.0, seed=7)
     rule, kernels = AttentionRule(0.25), PackedKernels(CPU)
     first = row.attend(kernels, rule, 100_000)
     row.require_attention(first, rule, step=2.0**-10, sums=1e-4)
