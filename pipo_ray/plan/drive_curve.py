@@ -11,14 +11,12 @@ measurements of one point differ by more.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 _SHARPNESS = (8.0, 2.0, 1.0)
-_HALVES = 2.0 ** np.arange(14, 30, 1 / 8)
+_HALVES = tuple(2.0 ** (14 + step / 8) for step in range(8 * 16))
 """Candidates for n_half: 16 KiB to 1 GiB, 9 % apart."""
 
 
@@ -32,7 +30,7 @@ class DriveCurve:
 
     def bytes_per_s(self, in_flight_bytes: float) -> float:
         """With so much in flight: rises with it."""
-        return float(self.best_bytes_per_s / _lost(self.half_bytes / in_flight_bytes, self.sharpness))
+        return self.best_bytes_per_s / _lost(self.half_bytes / in_flight_bytes, self.sharpness)
 
 
 def fit_curve(points: Iterable[tuple[float, float]]) -> DriveCurve:
@@ -43,23 +41,21 @@ def fit_curve(points: Iterable[tuple[float, float]]) -> DriveCurve:
 
     Raises ValueError if there are none.
     """
-    measured = np.array(list(points), np.float64).reshape(-1, 2)
-    if not len(measured):
+    measured = [(in_flight, math.log(rate)) for in_flight, rate in points]
+    if not measured:
         raise ValueError("a drive's curve needs a point")
-    in_flight, rates = measured[:, 0], np.log(measured[:, 1])
     least, best = math.inf, DriveCurve(0.0, 0.0, 1.0)
     for sharpness in _SHARPNESS:
-        lost = np.log(_lost(_HALVES[:, None] / in_flight, sharpness))
-        tops = rates + lost  # [halves, points]
-        middle = np.median(tops, axis=1)
-        distances = np.abs(tops - middle[:, None]).sum(axis=1)
-        nearest = int(distances.argmin())
-        if distances[nearest] < least:
-            least = float(distances[nearest])
-            best = DriveCurve(float(np.exp(middle[nearest])), float(_HALVES[nearest]), sharpness)
+        for half in _HALVES:
+            tops = [rate + math.log(_lost(half / in_flight, sharpness)) for in_flight, rate in measured]
+            middle = statistics.median(tops)
+            distance = math.fsum(abs(top - middle) for top in tops)
+            if distance < least:
+                least, best = distance, DriveCurve(math.exp(middle), half, sharpness)
     return best
 
 
-def _lost(half_per_in_flight: Any, sharpness: float) -> Any:
+def _lost(half_per_in_flight: float, sharpness: float) -> float:
     """By what factor a drive is slower than its best."""
-    return (1 + half_per_in_flight**sharpness) ** (1 / sharpness)
+    lost: float = (1 + half_per_in_flight**sharpness) ** (1 / sharpness)
+    return lost
