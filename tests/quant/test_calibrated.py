@@ -80,7 +80,7 @@ def stored_values(store: Path, manifest: Manifest, name: str, expert: int | None
 @pytest.mark.parametrize(
     "precision, tokens, most",
     [
-        ("int4-g32", 2048, 0.8),
+        ("int4-g32", 4096, 0.7),
         pytest.param("int4-g32", 32768, 0.6, marks=pytest.mark.slow),
         pytest.param("int4", 32768, 0.6, marks=pytest.mark.slow),
     ],
