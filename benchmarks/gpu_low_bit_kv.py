@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from pipo_ray.model.attention import ragged_attention, ragged_row
+from pipo_ray.model.gpu import choose_attention_kernels
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceKV
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_pool import KVPool, PooledCache
@@ -301,6 +302,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda", 0)
+    choose_attention_kernels()
     card = torch.cuda.get_device_name(device)
     with torch.inference_mode():
         rate = copy_rate(device)

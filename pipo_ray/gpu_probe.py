@@ -4,7 +4,6 @@ because a CUDA context costs hundreds of megabytes, of RAM as well as of the GPU
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipo_ray.json_file import keep_first
+from pipo_ray.json_file import keep_first, key_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +57,7 @@ def kept_rates(folder: Path, facts: Mapping[str, Any], measure: Callable[[], Rat
     """The rates of a machine of which `facts` are known, as kept in `folder`, so that what is planned by them is the
     same in the next run; measured and kept if there are none.
     """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    file = folder / f"rates-{key}.json"
+    file = folder / f"rates-{key_of(facts)}.json"
 
     def read() -> Rates | None:
         try:
@@ -93,7 +91,9 @@ def _load_kernels(device: torch.device) -> None:
     """Compute something, so that the context takes what it takes."""
     import torch
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the compute worker
+    from pipo_ray.model.gpu import choose_attention_kernels
+
+    choose_attention_kernels()
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
         _ = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True) @ x

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,11 @@ def keep_first(path: Path, value: Any, read: Callable[[], T | None]) -> T | None
                 return others
             write_json(path, value)
     return None
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits for a file's name: the same for the same facts, in whatever order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _scratch(path: Path, value: Any) -> Path:

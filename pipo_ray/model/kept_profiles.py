@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pipo_ray.json_file import keep_first
+from pipo_ray.json_file import keep_first, key_of
 from pipo_ray.model.kernel_profile import Cost, Kernel, KernelProfile, Layout
 from pipo_ray.quant.panels import processor_flags
 
@@ -91,8 +91,7 @@ class _MachineFile:
     ) -> _MachineFile:
         facts = {"layout": layout, "dtype": dtype, "threads": num_threads, **machine_facts(), **measurable.facts}
         facts["kernels"] = sorted(measurable.kernels)
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        path = None if folder is None else folder / f"kernels-{key}.json"
+        path = None if folder is None else folder / f"kernels-{key_of(facts)}.json"
         return cls(path, facts, frozenset(measurable.kernels))
 
     def read(self) -> Costs | None:
