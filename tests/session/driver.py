@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @ray.remote(num_cpus=0)
 class Writer:
-    """Writes to a slot for ever, owns a named semaphore as compiled graphs do, and starts a process of its own."""
+    """Writes to a slot for ever, maps a named semaphore as compiled graphs do, and starts a process of its own."""
 
     def work(self, refs: list[ray.ObjectRef], semaphore: str) -> None:
         descriptor = os.open(semaphore, os.O_RDWR | os.O_CREAT, 0o600)
@@ -39,10 +39,10 @@ def main() -> None:
                 print("allocated", flush=True)
                 for buffer in buffers:
                     buffer.release()
-        if mode in ("work", "work and record"):
+        if mode == "work":
             semaphore = f"/dev/shm/sem.pipo-test-{session.id}"
-            if mode == "work and record":
-                session.own_file(semaphore)
+            # Ray ends the writer as soon as the driver is gone, perhaps before anybody can see what it had mapped.
+            session.own_file(semaphore)
             buffer = session.allocate(16 * MIB)
             writer = Writer.remote()
             done = writer.work.remote([buffer.ref], semaphore)

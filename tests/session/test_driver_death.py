@@ -79,6 +79,10 @@ class Driver:
             except OSError:
                 continue
 
+    def semaphore(self) -> str:
+        """The file that its worker maps in mode "work"."""
+        return f"/dev/shm/sem.pipo-test-{self.session_id}"
+
     def is_gone(self) -> bool:
         """Whether nothing of the session is left."""
         return not (
@@ -86,7 +90,7 @@ class Driver:
             or self.processes()
             or self.watchers()
             or someone_maps(self.inodes)
-            or os.path.lexists(f"/dev/shm/sem.pipo-test-{self.session_id}")
+            or os.path.lexists(self.semaphore())
         )
 
     def assert_gone_within(self, seconds: float) -> float:
@@ -99,7 +103,8 @@ class Driver:
             }
             raise AssertionError(
                 f"left after {seconds} s: folder {os.path.lexists(self.path)}, processes {names}, "
-                f"watcher {self.watchers()}, memory {someone_maps(self.inodes)}"
+                f"watcher {self.watchers()}, memory {someone_maps(self.inodes)}, "
+                f"semaphore {os.path.lexists(self.semaphore())}"
             ) from None
 
     def finish(self) -> int:
@@ -176,7 +181,7 @@ def test_sigkill_and_ctrl_c_at_any_moment_leave_nothing() -> None:
 
 @pytest.mark.alone  # any session that starts sweeps
 def test_power_cut_is_swept_by_the_next_start() -> None:
-    driver = Driver("work and record")
+    driver = Driver("work")
     driver.find_folder()
     driver.wait_for("working")
     driver.note_memory()

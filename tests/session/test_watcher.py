@@ -19,11 +19,24 @@ from pipo_ray.session.folder import SessionFolder
 from pipo_ray.session.watcher import Watcher
 folder = SessionFolder.create(sys.argv[1])
 watcher = Watcher.start(folder.path, folder.session_id)
-marked = subprocess.Popen(["sleep", "100"], env={**os.environ, "PIPO_SESSION": folder.session_id}, close_fds=False)
+marked = subprocess.Popen(
+    [sys.executable, "-S", "-c", sys.argv[2], "/dev/shm/sem.pipo-test-" + folder.session_id],
+    env={**os.environ, "PIPO_SESSION": folder.session_id}, close_fds=False, stdout=subprocess.PIPE,
+)
+marked.stdout.readline()
 other = subprocess.Popen(["sleep", "100"], close_fds=False)
 forked = os.fork()
 if forked == 0: time.sleep(100)
 print(folder.path, watcher.process.pid, marked.pid, other.pid, forked, flush=True)
+time.sleep(100)
+"""
+
+MAPPER = """
+import mmap, os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+os.truncate(file, 32)
+mapped = mmap.mmap(file, 32)
+print("mapped", flush=True)
 time.sleep(100)
 """
 
@@ -47,15 +60,19 @@ def test_it_is_small_and_goes_when_dismissed(tmp_path: Path) -> None:
 
 
 def test_it_ends_the_session_of_a_killed_driver_and_nothing_else(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as driver:
+    program = [sys.executable, "-c", DRIVER, str(tmp_path), MAPPER]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
         path, *pids = driver.stdout.readline().split()
+        semaphore = Path("/dev/shm", f"sem.pipo-test-{path[-8:]}")
+        assert semaphore.exists()
         watcher, marked, other, forked = map(int, pids)
         # The forked child holds copies of whatever the driver had open, the sleepers whatever they could inherit.
         driver.kill()
         try:
             took = wait_until(lambda: processes.identify(watcher) is None)
             assert not os.path.exists(path)
+            assert not semaphore.exists()  # although nobody recorded it
             assert processes.identify(marked) is None
             assert processes.identify(other) is not None
             assert processes.identify(forked) is not None
