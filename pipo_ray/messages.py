@@ -39,7 +39,8 @@ class Placement:
 @dataclass(frozen=True)
 class KVDiskSetup:
     """KV pages on the drive: object references to the page table and to the pages in RAM, which the driver made and
-    holds, and where the loader opens the driver's file and its key (None: not encrypted).
+    holds, and where the loader opens the driver's file and its key (None: not encrypted). `shared`: sequences use what
+    others have.
     """
 
     placement: KVDiskPlacement
@@ -47,6 +48,7 @@ class KVDiskSetup:
     ram_ref: list[Any]
     path: str
     key_path: str | None
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,7 @@ class SweepRequest:
 @dataclass(frozen=True)
 class StepResult:
     """What a sweep made of one sequence: a token and the text it adds, or logits [tokens, vocabulary] float32, or
-    neither. `left_out`: a step that `follows` had nothing to follow. `lost`: its KV cache is gone, and it is to be sent
-    again from its first token; `error`: that has happened before, and the request ends.
+    neither. `left_out`: a step that `follows` had nothing to follow, or whose cache is lost.
     """
 
     sequence: str
@@ -169,19 +170,30 @@ class StepResult:
     stop_reason: int | str | None = None
     logits: npt.NDArray[np.float32] | None = None
     left_out: bool = False
-    lost: bool = False
+
+
+@dataclass(frozen=True)
+class LostCache:
+    """The compute worker has the cache `name` no more, of a sequence that runs or has ended; `error` where a drive took
+    it, or part of what it stands on.
+    """
+
+    name: str
     error: PipoError | None = None
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Seconds and bytes are this sweep's: `waited_s` the compute worker stood still for want of a piece."""
+    """Seconds and bytes are this sweep's: `waited_s` the compute worker stood still for want of a piece. `lost` is what
+    has been lost since the sweep before, whatever came of it in this one.
+    """
 
     number: int
     results: tuple[StepResult, ...]
     elapsed_s: float
     waited_s: float
     streamed_bytes: int
+    lost: tuple[LostCache, ...] = ()
 
 
 @dataclass(frozen=True)

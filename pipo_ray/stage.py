@@ -118,7 +118,8 @@ class Stage:
         kv_setup = None
         if kv is not None and self._kv_file is not None:
             table_ref, ram_ref = ([buffer.ref] for buffer in self._kv_buffers)
-            kv_setup = KVDiskSetup(kv, table_ref, ram_ref, self._kv_file.path, self._kv_file.key_path)
+            shared = limits.sharing != "none"
+            kv_setup = KVDiskSetup(kv, table_ref, ram_ref, self._kv_file.path, self._kv_file.key_path, shared)
         setup = StageSetup(
             store=str(store), plan=plan.sweep, placement=placement, table_ref=[self._table_buffer.ref],
             slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],

@@ -21,21 +21,34 @@ if TYPE_CHECKING:
     from pipo_ray.model.kv_disk import KVDisk
 
 
+Prefix = tuple[tuple["DiskCache", int], ...]
+"""So many of the first tokens of each of these caches."""
+
+
 class DiskCache:
-    """The KV cache of one sequence of at most `capacity` tokens, `length` of which are there in every layer. `lost` is
-    why it cannot be used any more. Layers at 16 bits attend here; the packed pages of others are kept.
+    """The KV cache of one sequence: behind the tokens of `prefix` at most `capacity` of its own, `length` of which are
+    there in every layer. `grows` until it has ended. Layers at 16 bits attend here; the packed pages of others are
+    kept.
     """
 
-    start = 0
-    """Tokens in other sequences' caches."""
-
-    def __init__(self, store: KVDisk, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
+    def __init__(self, store: KVDisk, capacity: int, prefix: Prefix = ()) -> None:
+        self.capacity, self.length, self.prefix = capacity, 0, prefix
+        self.grows = True
         self.layers: dict[int, list[Page]] = {}
-        self.lost: DriveError | None = None
+        self.failed: DriveError | None = None
         self._store = store
-        self._windows: dict[int, int | None] = {}
         self._packed: set[int] = set()
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prefix."""
+        return sum(count for _, count in self.prefix)
+
+    @property
+    def lost(self) -> DriveError | None:
+        """Why it cannot be used any more: a page of it, or of one that it stands on, is gone."""
+        failed = (cache.failed for cache in (self, *(one for one, _ in self.prefix)))
+        return next((error for error in failed if error is not None), None)
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
         """See `SequenceCache.attend`. Raises KVPagesLostError, and UnsupportedModelError for more bytes than a token of
@@ -46,44 +59,54 @@ class DiskCache:
             raise ValueError(f"KV cache of {self.capacity} tokens cannot hold {stop}")
         self._store.enter(self)
         self._store.layout.learn(layer, keys, values)
-        self._windows[layer] = rule.sliding_window
-        self._store.return_to(self, layer, pages_of(self.length))
+        self._store.windows[layer] = rule.sliding_window
+        filled = self.length % PAGE_TOKENS
+        self._store.return_to(self, layer, pages_of(self.length), last_is_full=not filled)
         pages = self.layers[layer]
-        self._store.forget(self, layer, self._first_seen(layer))
-        spans: list[Span]
+        self.forget_unseen(layer)
+        spans: list[Span] = [DiskSpan(self._store, cache.layers[layer], count) for cache, count in self.prefix]
         # Whether the new tokens' keys lie in pages when they are attended to is a matter of their number alone.
-        if self.length % PAGE_TOKENS and self.length % PAGE_TOKENS + keys.shape[1] <= PAGE_TOKENS:
+        if filled and filled + keys.shape[1] <= PAGE_TOKENS:
             self._append(layer, keys, values)
-            spans = [DiskSpan(self._store, pages, stop)]
-            return attend_spans(query, spans, rule)
-        spans = [DiskSpan(self._store, pages, self.length), DenseSpan(keys, values)]
+            return attend_spans(query, [*spans, DiskSpan(self._store, pages, stop)], rule)
+        spans += [DiskSpan(self._store, pages, self.length), DenseSpan(keys, values)]
         attended = attend_spans(query, spans, rule)
         self._append(layer, keys, values)
         return attended
 
     def packed_pages(self, layer: int, layout: PageLayout, sliding_window: int | None) -> DiskPages:
         """See `PagedSequence`. Raises UnsupportedModelError for larger pages than this model has by its facts."""
-        self._windows[layer] = sliding_window
+        self._store.windows[layer] = sliding_window
         self._packed.add(layer)
         return DiskPages(self._store, self, layer, layout)
 
-    def seen(self, layer: int) -> Sequence[Page]:
-        """The pages that the next sweep attends to, as far as they are there before it."""
-        tokens = self.length
-        if layer in self._packed:
-            tokens = packed_pages(self.length) * kv_pages.PAGE_TOKENS
-        stop = -(-tokens // self._store.placement.page_tokens(layer))
-        return self.layers.get(layer, [])[self._first_seen(layer) : stop]
+    def seen(self, layer: int) -> Iterator[Page]:
+        """The pages that the next sweep attends to, in order, as far as they are there before it."""
+        first, at = self._first_seen(layer), 0
+        for cache, count in self.prefix:
+            yield from cache._pages(layer, first - at, count)
+            at += count
+        own = self.length if layer not in self._packed else packed_pages(self.length) * kv_pages.PAGE_TOKENS
+        yield from self._pages(layer, first - at, own)
+
+    def unseen(self, layer: int) -> Sequence[Page]:
+        """Those of its own pages that none of its tokens will see any more."""
+        first = max(0, self._first_seen(layer) - self.start)
+        return self.layers.get(layer, [])[: first // self._store.placement.page_tokens(layer)]
 
     def forget_unseen(self, layer: int) -> None:
         """Give back what no token will see any more."""
-        self._store.forget(self, layer, self._first_seen(layer))
+        self._store.forget(self.unseen(layer))
 
     def _first_seen(self, layer: int) -> int:
-        """Number of the first page that the next token sees."""
-        window = self._windows.get(layer)
-        first = 0 if window is None else max(0, self.length - window + 1)
-        return first // self._store.placement.page_tokens(layer)
+        """The first token of all that the next one sees."""
+        window = self._store.windows.get(layer)
+        return 0 if window is None else max(0, self.start + self.length - window + 1)
+
+    def _pages(self, layer: int, first: int, stop: int) -> Sequence[Page]:
+        """Those of its own tokens `first` to before `stop`, as far as they are there."""
+        tokens = self._store.placement.page_tokens(layer)
+        return self.layers.get(layer, [])[max(0, first) // tokens : -(-stop // tokens)]
 
     def _append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         done = 0
@@ -94,7 +117,12 @@ class DiskCache:
             for memory, new in zip(page, (keys, values), strict=True):
                 memory[:, start : start + count] = new[:, done : done + count]
             done += count
-        self._store.post_saves()
+        self._store.wrote()
+
+    def resize(self, capacity: int, length: int) -> None:
+        """Keep its own first `length` tokens alone, with room for `capacity`: for no more, where it has ended."""
+        self.capacity, self.length = capacity, length
+        self._store.resize(self, grows=capacity > length)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""

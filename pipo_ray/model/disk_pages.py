@@ -38,7 +38,7 @@ class DiskPages:
             count = min(self._per_page - row, stop - first)
             yield self._packed(self._store.newest(self._cache, self._layer, index)[None])[row : row + count]
             first += count
-        self._store.post_saves()
+        self._store.wrote()
 
     def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
         """See `PackedPages`. Raises KVPagesLostError."""

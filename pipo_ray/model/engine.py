@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
     ComputeSetup,
     KVDiskSetup,
+    LostCache,
     SequenceSpec,
     SequenceStep,
     StageSetup,
@@ -67,9 +67,6 @@ from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
 from pipo_ray.plan.activations import bytes_per_token
 from pipo_ray.store.manifest import Manifest
 from pipo_ray.store.rows import RowReader
-
-_RECOMPUTED = 1
-"""So often a sequence that has lost its KV pages is computed again; after that its request ends."""
 
 
 class _Running:
@@ -168,7 +165,7 @@ class ComputeEngine:
             layers=layers, heap=self._heap(graph, dtype),
         )  # fmt: skip
         self._sequences: dict[str, _Running] = {}
-        self._losses: Counter[str] = Counter()
+        self._lost: dict[str, DriveError | None] = {}  # caches that the request before has lost
         self._computing_s = self._waited_s = self._copying_s = 0.0
         self._watches_kernels = False
         self._kernel_times: KernelTimes | None = None
@@ -216,7 +213,7 @@ class ComputeEngine:
     def _open_kv_disk(self, setup: KVDiskSetup, memory: StageMemory, dtype: torch.dtype) -> KVDisk:
         kv = KVMemory.attach(setup, memory.table)
         kv.table.trace = self._trace
-        return KVDisk(setup.placement, kv.pages, kv.table, dtype, self._ops)
+        return KVDisk(setup.placement, kv.pages, kv.table, dtype, self._ops, shared=setup.shared)
 
     def run_sweep(self, request: SweepRequest) -> SweepResult:
         """Run one sweep. If it raises, the sequences in it are forgotten and must be sent from their first token."""
@@ -233,7 +230,9 @@ class ComputeEngine:
     def _sweep(self, request: SweepRequest) -> SweepResult:
         begin = time.perf_counter()
         self.forget(request.drop)
-        self._runner.cut(request.cut)
+        gone, lost = self._lost, dict[str, DriveError | None]()  # who sent the request may not have heard of `gone`
+        self._lost = lost
+        self._runner.cut([(name, count) for name, count in request.cut if name not in gone])
         for name, _ in request.cut:
             self._sequences.pop(name, None)
         steps, entries = [], []
@@ -241,7 +240,11 @@ class ComputeEngine:
             token_ids = self._following(step) if step.follows else step.token_ids
             if token_ids is None or (step.spec is None and step.sequence not in self._sequences):
                 continue  # of a sequence that has ended, or that was lost
+            if any(part.sequence in gone for part in step.prefix):
+                gone[step.sequence] = lost[step.sequence] = None
+                continue
             if step.spec is not None:
+                gone.pop(step.sequence, None)
                 text = SequenceText(
                     self._tokenizer,
                     step.spec.prompt_token_ids,
@@ -255,12 +258,13 @@ class ComputeEngine:
                 SweepEntry(step.sequence, token_ids, step.start, step.capacity, step.logits, step.prefix, step.keep)
             )
         if not steps:
-            return SweepResult(request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0)
+            return SweepResult(
+                request.number, tuple(_left_out(step) for step in request.steps), 0.0, 0.0, 0, _told(lost)
+            )
         self._trace.add("no sweep", self._idle_since, begin, {})
         waited, streamed = self._waited(), self._stream.times.streamed_bytes
-        made: dict[str, StepResult] = {}
         try:
-            logits = self._run(steps, entries, made)
+            logits = self._run(steps, entries, lost)
         except BaseException:
             for step in steps:
                 self._sequences.pop(step.sequence, None)
@@ -268,7 +272,10 @@ class ComputeEngine:
             raise
         if self._ops is not None:
             self._ops.look_at_clocks()  # now, while the GPU works on what it was given; behind the sweep it would wait
-        made |= {result.sequence: result for result in self._finish(steps, logits)}
+        made = {result.sequence: result for result in self._finish(steps, logits)}
+        lost |= self._runner.take_lost()
+        for name in lost:
+            self._sequences.pop(name, None)
         results = [made.get(step.sequence) or _left_out(step) for step in request.steps]
         end = time.perf_counter()
         waited = self._waited() - waited
@@ -285,35 +292,26 @@ class ComputeEngine:
              "starts": [step.start for step in steps]},
         )  # fmt: skip
         return SweepResult(
-            request.number, tuple(results), end - begin, waited, self._stream.times.streamed_bytes - streamed
-        )
+            request.number, tuple(results), end - begin, waited, self._stream.times.streamed_bytes - streamed,
+            _told(lost),
+        )  # fmt: skip
 
     def _run(
-        self, steps: list[SequenceStep], entries: list[SweepEntry], made: dict[str, StepResult]
+        self, steps: list[SequenceStep], entries: list[SweepEntry], lost: dict[str, DriveError | None]
     ) -> list[torch.Tensor | None]:
-        """Logits of each of `steps`. Those whose KV pages are lost are taken out, and told in `made`; for the others
+        """Logits of each of `steps`. Those whose KV pages are lost are taken out, and told in `lost`; for the others
         the sweep is done again.
         """
+        again = False
         while entries:
             try:
-                return self._runner.run(entries)
+                return self._runner.run(entries, again=again)
             except KVPagesLostError:
-                lost = self._runner.take_lost()
-                made |= {name: self._lose(name, error) for name, error in lost.items()}
+                again = True
+                lost |= self._runner.undo()
                 steps[:] = [step for step in steps if step.sequence not in lost]
                 entries[:] = [entry for entry in entries if entry.sequence not in lost]
         return []
-
-    def _lose(self, sequence: str, error: DriveError | None) -> StepResult:
-        """Once it is computed again: the drive may have recovered, and another place in the file is taken. Without an
-        error of its own it always is.
-        """
-        self._sequences.pop(sequence, None)
-        if error is None:
-            return StepResult(sequence, lost=True)
-        self._losses[sequence] += 1
-        again = self._losses[sequence] <= _RECOMPUTED
-        return StepResult(sequence, lost=True) if again else StepResult(sequence, error=error)
 
     def _waited(self) -> float:
         """Seconds without a piece, or a KV page."""
@@ -324,7 +322,6 @@ class ComputeEngine:
         self._runner.drop(sequences)
         for name in sequences:
             self._sequences.pop(name, None)
-            self._losses.pop(name, None)
 
     def leave_out(self, sequences: Sequence[str]) -> None:
         """Steps of these sequences that follow are left out. Any thread may ask for it."""
@@ -336,6 +333,7 @@ class ComputeEngine:
         """Forget every sequence: a new scheduler begins."""
         self._runner.drop_all()
         self._sequences.clear()
+        self._lost.clear()
 
     def times(self) -> StageTimes:
         """Busy: computing. Waiting: for a piece."""
@@ -427,6 +425,10 @@ class ComputeEngine:
 
 def _left_out(step: SequenceStep) -> StepResult:
     return StepResult(step.sequence, left_out=True)
+
+
+def _told(lost: dict[str, DriveError | None]) -> tuple[LostCache, ...]:
+    return tuple(LostCache(name, error) for name, error in lost.items())
 
 
 def _profile_places(compute: ComputeSetup, name: str) -> ProfilePlaces:

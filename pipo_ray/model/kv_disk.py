@@ -11,24 +11,28 @@ wherever the pages are: so what comes out does not depend on it, to the last bit
                                       | ahead of its layer
                                    LOADING --done--> STAGED --used--> STORED, or KEPT where there is room by now
 
-A page that cannot be written or read costs its sequence the cache, and nobody else anything: `KVPagesLostError`.
+What a sequence has in common with others it reads in their pages, also of one that has ended: that has no page that is
+written any more, and its pages leave RAM before those that a sequence still sees in every sweep.
+
+A page that cannot be written or read costs its sequence the cache, and those that stand on it, and nobody else
+anything: `KVPagesLostError`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from pipo_ray.errors import DriveError, ResourceError
-from pipo_ray.model.disk_cache import DiskCache
+from pipo_ray.errors import ResourceError
+from pipo_ray.model.disk_cache import DiskCache, Prefix
 from pipo_ray.model.kv_page import LookAhead, Page, PageState
 from pipo_ray.model.kv_page_copies import PageCopies
 from pipo_ray.model.kv_page_layout import PageLayout
+from pipo_ray.model.page_moves import PageMoves
 from pipo_ray.pipeline.device_ops import DeviceOps
 from pipo_ray.pipeline.page_table import MOVING, FrameState, PageTable
 from pipo_ray.pipeline.slots import U8
@@ -45,7 +49,8 @@ class KVDisk:
     """Both tiers of a stage and the page tables of its sequences. All of it belongs to the thread that computes.
 
     `memory` is uint8 [ram_pages, page_bytes], shared with the loader, which does what `table` asks for. With `ops` a
-    GPU computes, which has copies of pages in RAM (`kv_page_copies.py`).
+    GPU computes, which has copies of pages in RAM (`kv_page_copies.py`). Where sequences are `shared`, another one may
+    see what a sliding window has left behind: it is not given up.
     """
 
     def __init__(
@@ -55,10 +60,10 @@ class KVDisk:
         table: PageTable,
         dtype: torch.dtype,
         ops: DeviceOps | None = None,
+        *,
+        shared: bool = True,
     ) -> None:
-        self.placement, self._table = placement, table
-        self.loaded_pages = self.saved_pages = 0
-        self.waited_s = 0.0
+        self.placement, self._table, self._shared = placement, table, shared
         ram = torch.from_numpy(memory)
         self._frames = ram
         self._copies = None
@@ -68,33 +73,52 @@ class KVDisk:
         self.at_once = 1 if ops is None else GROUP_PAGES
         # Frames that are attended to are frames into which nothing is read.
         self._most_together = max(1, min(RUN_BYTES // placement.page_bytes, placement.ahead_pages // 2))
-        self._free = deque(range(placement.ram_pages))
-        self._free_stored = list(reversed(range(placement.disk_pages)))
-        self._saving: deque[Page] = deque()
-        self._to_save: deque[Page] = deque()  # full, but maybe not in RAM yet: on their way from a GPU
-        self._leaving: list[tuple[int, int]] = []  # frames, and their places in the file, of pages given up meanwhile
+        self._ahead = LookAhead()
+        self.moves = PageMoves(placement, table, self._ahead, self._copies)
         self._live: list[DiskCache] = []
         self._room = (0,) * placement.num_layers  # pages that may stay, and those that do
         self._kept = [0] * placement.num_layers
+        self._idle: dict[int, Iterator[Page]] = {}
         self._batch: Sequence[DiskCache] = ()
-        self._ahead = LookAhead()
         self._sweep = 0  # the number of the one that is computed, or comes next
         self.layout = PageLayout(placement.page_bytes, dtype)
+        self.windows: dict[int, int | None] = {}
+        """By layer, as they attend: what a token sees."""
         table.restart()
 
     # -- sequences
     # -------------------------------------------------------------------------------------------------------
 
-    def open(self, capacity: int) -> DiskCache:
-        """A new sequence's cache. Raises ResourceError for more sequences than there are pages in RAM for."""
-        if len(self._live) >= self.placement.max_sequences:
-            raise ResourceError(
-                f"{len(self._live) + 1} sequences at the same time, but RAM has KV pages for "
-                f"{self.placement.max_sequences}; lower the number of requests"
-            )
-        cache = DiskCache(self, capacity)
+    def open(self, capacity: int, prefix: Prefix = ()) -> DiskCache:
+        """A new sequence's cache, of at most `capacity` tokens behind those of `prefix`. Raises ResourceError for more
+        sequences than there are pages in RAM for.
+        """
+        cache = DiskCache(self, capacity, prefix)
+        self._check_growing([*self._live, cache])
         self._live.append(cache)
         return cache
+
+    def _check_growing(self, caches: Sequence[DiskCache]) -> None:
+        if (growing := _num_growing(caches)) > self.placement.max_sequences:
+            raise ResourceError(
+                f"{growing} sequences at the same time, but RAM has KV pages for "
+                f"{self.placement.max_sequences}; lower the number of requests"
+            )
+
+    def resize(self, cache: DiskCache, *, grows: bool) -> None:
+        """Let the sequence have no more than its `length` tokens, and go on if it `grows`; else it has ended, and no
+        page of it will be written any more.
+        """
+        cache.grows = grows
+        self._check_growing(self._live)
+        self._set_room()
+        for layer, pages in cache.layers.items():
+            num_pages = -(-cache.length // self.placement.page_tokens(layer))
+            for page in pages[num_pages:]:
+                self._discard(page)
+            del pages[num_pages:]
+            if not grows and pages and pages[-1].at is PageState.OPEN:
+                self._settle(pages[-1], wanted=False)
 
     def drop(self, cache: DiskCache) -> None:
         """Give the sequence's pages back."""
@@ -109,15 +133,17 @@ class KVDisk:
 
     def begin_sweep(self, batch: Sequence[DiskCache]) -> None:
         """A sweep adds tokens to each of these caches. Raises KVPagesLostError if one of them is lost."""
-        self._collect()
+        self.moves.collect()
         self._raise_if_lost(batch)
         self._batch = batch
         self._sweep += 1  # also where the one before was given up
         self._make_room()
-        self.post_saves()
-        self._ahead.coming, self._ahead.next = iter(()), None
-        for page in [page for page in self._ahead.claimed if page.owner not in batch]:
-            self.release(page)
+        self.moves.post_saves()
+        self._ahead.restart(iter(()))
+        for layer in {page.layer for page in self._ahead.claimed}:
+            seen = {page for cache in batch for page in cache.seen(layer)}
+            for page in [page for page in self._ahead.claimed if page.layer == layer and page not in seen]:
+                self._give_back(page, wanted=False)
         self._look_ahead()
 
     def end_sweep(self) -> None:
@@ -130,7 +156,7 @@ class KVDisk:
     def enter(self, cache: DiskCache) -> None:
         """The sequence's pages are about to be read or written. Raises KVPagesLostError if they are lost."""
         self._raise_if_lost([cache])
-        self.post_saves()
+        self.moves.post_saves()
 
     def read(self, pages: Sequence[Page]) -> Tensor:
         """`at_once` pages or fewer, uint8 [pages, page_bytes]; waits for them. They are valid until `used`."""
@@ -168,7 +194,7 @@ class KVDisk:
         for page in here:
             self._give_back(page)
         here.clear()
-        self.post_saves()
+        self.moves.post_saves()
         self._claim()
 
     def _is_here(self, page: Page) -> bool:
@@ -180,12 +206,11 @@ class KVDisk:
     def _bring(self, page: Page) -> None:
         """The page is in RAM."""
         self._raise_if_lost([page.owner])
-        page.read_in = self._sweep
+        page.read_in, page.reads = self._sweep, page.reads_in(self._sweep) + 1
         if page.at is PageState.STORED:
-            self._table.post(FrameState.LOAD, [self._start_load(page, self._take_frame())])
+            self.moves.load(page)
         if page.at is PageState.LOADING:
-            self.waited_s += self._table.wait(page.frame)
-            self._arrived(page)
+            self.moves.wait_for(page)
             self._raise_if_lost([page.owner])
 
     def used(self, pages: Sequence[Page]) -> None:
@@ -197,90 +222,116 @@ class KVDisk:
                 self._give_back(page)
             self._claim()
 
-    def release(self, page: Page) -> None:
-        """The page in RAM has been used, or will not be."""
-        self._give_back(page)
-        self._claim()
-
-    def _give_back(self, page: Page) -> None:
-        self._ahead.claimed.pop(page, None)
-        if page.owner.lost is not None:
+    def _give_back(self, page: Page, *, wanted: bool = True) -> None:
+        """The page in RAM has been used, and is `wanted` in the next sweep, too; or will not be."""
+        if not self._ahead.used(page):
+            return
+        if page.owner.failed is not None:
             return  # it is dropped soon, with whatever it has
         if page.at is PageState.STAGED:
-            if self._keep(page):
-                self._free_stored.append(page.stored)
+            if self._keep(page, wanted=wanted):
+                self.moves.free_stored.append(page.stored)
                 page.stored = -1
             else:
-                self._free.append(page.frame)
+                self.moves.free.append(page.frame)
                 page.at, page.frame = PageState.STORED, -1
         elif page.at is PageState.LOADING:
-            self._leaving.append((page.frame, -1))
+            self.moves.leaving.append((page.frame, -1))
             page.at, page.frame = PageState.STORED, -1
 
     # -- what stays
     # ------------------------------------------------------------------------------------------------------
 
-    def _make_room(self) -> None:
-        """For a page of each layer of everybody, and those on their way: what stays beyond it is handed over."""
-        self._room = kept_pages(self.placement, len(self._live))
-        for layer, room in enumerate(self._room):
-            for cache in reversed(self._live):
-                for page in reversed(cache.layers.get(layer, ())):
-                    if self._kept[layer] <= room:
-                        break
-                    if page.at is PageState.KEPT:
-                        self._kept[layer] -= 1
-                        self._save(page)
+    def _set_room(self) -> None:
+        """For a page of each layer of everybody who goes on, and those on their way; the rest may stay."""
+        self._room = kept_pages(self.placement, _num_growing(self._live))
+        self._idle.clear()
 
-    def _keep(self, page: Page) -> bool:
-        """Whether the page, which is full and in RAM, stays there."""
-        if self._kept[page.layer] >= self._room[page.layer]:
+    def _make_room(self) -> None:
+        """What stays beyond the room that there is is handed over: first what nobody sees."""
+        self._set_room()
+        for layer, room in enumerate(self._room):
+            if self._kept[layer] <= room:
+                continue
+            latest = (page for cache in reversed(self._live) for page in reversed(cache.layers.get(layer, ())))
+            for page in chain(self._idle_pages(layer), latest):
+                if self._kept[layer] <= room:
+                    break
+                if page.at is PageState.KEPT:
+                    self._hand_over(page)
+
+    def _idle_pages(self, layer: int) -> Iterator[Page]:
+        """Those that stay, and that nobody who goes on will see."""
+        seen = {page for cache in self._live if cache.grows for page in cache.seen(layer)}
+        for cache in self._live:
+            for page in reversed(cache.unseen(layer) if cache.grows else cache.layers.get(layer, ())):
+                if page.at is PageState.KEPT and page not in seen:
+                    yield page
+
+    def _hand_over(self, page: Page) -> None:
+        """The page, which stayed, does so no more."""
+        self._kept[page.layer] -= 1
+        self.moves.save(page)
+
+    def _keep(self, page: Page, *, wanted: bool) -> bool:
+        """Whether the page, which is full and in RAM, stays there; for one that is `wanted` another goes, that nobody
+        sees.
+        """
+        layer = page.layer
+        if wanted and self._kept[layer] >= self._room[layer] and self.moves.free_stored:
+            idle = next(self._idle.setdefault(layer, self._idle_pages(layer)), None)
+            if idle is not None:
+                self._hand_over(idle)
+        if self._kept[layer] >= self._room[layer]:
             return False
-        self._kept[page.layer] += 1
+        self._kept[layer] += 1
         page.at = PageState.KEPT
         return True
 
     def newest(self, cache: DiskCache, layer: int, index: int) -> Tensor:
         """Page number `index` of a layer, uint8 [page_bytes], to be written: the newest, or the next, which becomes it;
-        the one before is full by then. To be followed by `post_saves`.
+        the one before is full by then. To be followed by `wrote`.
         """
         pages = cache.layers.setdefault(layer, [])
         if index == len(pages):
-            if pages:
+            if pages and pages[-1].at is PageState.OPEN:
                 self._settle(pages[-1])
-            pages.append(Page(cache, layer, index, self._take_frame()))
+            pages.append(Page(cache, layer, index, self.moves.take_frame()))
             if self._copies is not None:
                 self._copies.open(pages[-1].frame)
         frame = pages[index].frame
         return self._frames[frame] if self._copies is None else self._copies.written(frame)
 
-    def forget(self, cache: DiskCache, layer: int, stop: int) -> None:
-        """No token will see the pages before number `stop` any more."""
-        pages = cache.layers.get(layer, [])
-        for page in pages[: min(stop, len(pages) - 1)]:  # the newest is written to
-            if page.at is not PageState.GONE:
+    def wrote(self) -> None:
+        """What `newest` gave was written."""
+        self.moves.post_saves()
+
+    def forget(self, pages: Sequence[Page]) -> None:
+        """No token of their sequence will see them any more."""
+        for page in pages if not self._shared else ():
+            if page.at not in (PageState.GONE, PageState.OPEN):  # which is written to
                 self._discard(page)
 
-    def _settle(self, page: Page) -> None:
-        """The page is full, and a newer one begins."""
+    def _settle(self, page: Page, *, wanted: bool = True) -> None:
+        """The page is full, or its sequence has ended."""
         if self._copies is not None:
             self._copies.settle(page.frame)
-        if not self._keep(page):
-            self._save(page)
+        if not self._keep(page, wanted=wanted):
+            self.moves.save(page)
 
-    def return_to(self, cache: DiskCache, layer: int, num_pages: int) -> None:
-        """Undo what a sweep that failed has appended: there are so many pages, and the last is the newest again."""
+    def return_to(self, cache: DiskCache, layer: int, num_pages: int, *, last_is_full: bool) -> None:
+        """Undo what a sweep that failed has appended: there are so many pages, and the last is the newest again, unless
+        it is full.
+        """
         pages = cache.layers.setdefault(layer, [])
         for page in pages[num_pages:]:
             self._discard(page)
         del pages[num_pages:]
-        if not pages or pages[-1].at is PageState.OPEN:
+        if last_is_full or not pages or pages[-1].at is PageState.OPEN:
             return
         page = pages[-1]
         if page.at is PageState.SAVING:
-            self.post_saves(wait=True)
-            self._saving.remove(page)
-            self._table.wait(page.frame)
+            self.moves.finish_save(page)
         elif page.at is PageState.KEPT:
             self._kept[page.layer] -= 1
         self._bring(page)
@@ -288,172 +339,89 @@ class KVDisk:
             self._copies.reopen(page.frame)
         self._ahead.claimed.pop(page, None)
         if page.stored >= 0:
-            self._free_stored.append(page.stored)
+            self.moves.free_stored.append(page.stored)
         page.at, page.stored = PageState.OPEN, -1
+
+    def _discard(self, page: Page) -> None:
+        """The page is not needed any more."""
+        if page.at is PageState.KEPT:
+            self._kept[page.layer] -= 1
+        self.moves.discard(page)
 
     # -- ahead
     # -----------------------------------------------------------------------------------------------------------
 
     def _look_ahead(self) -> None:
-        self._ahead.coming, self._ahead.next = self._order(), None
+        self._ahead.restart(self._order())
         self._claim()
 
-    def _order(self) -> Iterator[Page]:
-        """The settled pages of the batch as a sweep will read them."""
+    def _order(self) -> Iterator[tuple[Page, int]]:
+        """The settled pages of the batch as a sweep will read them, and how often it reads each before."""
         for layer in range(self.placement.num_layers):
+            reads = Counter[Page]()
             for cache in self._batch:
-                yield from cache.seen(layer)
+                for page in cache.seen(layer):
+                    yield page, reads[page]
+                    reads[page] += 1
 
     def _claim(self) -> None:
         """Have as many pages as may be on their way, as far as frames are free: several at a time, which the loader
         reads at once if they are neighbours in the file.
         """
-        ahead, most = self._ahead, self.placement.ahead_pages
+        ahead, most, free = self._ahead, self.placement.ahead_pages, self.moves.free
         # Whole transfers, but not one that has to wait until all others are over and used.
         most -= (most - len(ahead.claimed)) % min(self.placement.run_pages, max(1, most // 4))
-        if len(ahead.claimed) >= most:
-            return
         loads: list[tuple[int, int]] = []
         owner: DiskCache | None = None
-        while len(ahead.claimed) < most:
-            page = ahead.next or next(ahead.coming, None)
+        while (coming := ahead.next or next(ahead.coming, None)) is not None:
             ahead.next = None
-            if page is None:
-                break
-            if page.read_in == self._sweep:
+            page, reads = coming
+            if page.reads_in(self._sweep) > reads:
                 continue  # it was read before this sweep began, and has been used in it meanwhile
-            if page.at is PageState.STORED and page.owner.lost is None:
-                if not self._free:
-                    self._collect()
-                if not self._free or not self._is_complete(self._free[0]):
-                    ahead.next = page
-                    break
-                if page.owner is not owner:  # whose pages must not fail with these
-                    self._table.post(FrameState.LOAD, loads)
-                    loads, owner = [], page.owner
-                loads.append(self._start_load(page, self._free.popleft()))
-            elif page.at is PageState.SAVING:
-                ahead.claimed[page] = None
-        self._table.post(FrameState.LOAD, loads)
-
-    # -- moving
-    # ----------------------------------------------------------------------------------------------------------
-
-    def _start_load(self, page: Page, frame: int) -> tuple[int, int]:
-        """Returns what the table is to be asked for."""
-        page.at, page.frame = PageState.LOADING, frame
-        self._ahead.claimed[page] = None
-        self.loaded_pages += 1
-        return frame, page.stored
-
-    def _save(self, page: Page) -> None:
-        while not self._free_stored and self._leaving:
-            self._wait_for_one()
-        if not self._free_stored:
-            self._lose(page, f"the file has no room for more than {self.placement.disk_pages}; raise --kv-on-disk")
-            return
-        page.at, page.stored = PageState.SAVING, self._free_stored.pop()
-        self._to_save.append(page)
-
-    def post_saves(self, wait: bool = False) -> None:
-        """Ask the loader for what is to be saved and in RAM by now; with `wait` for all of it."""
-        saves: list[tuple[int, int]] = []
-        owner: DiskCache | None = None
-        while self._to_save and (wait or self._is_complete(self._to_save[0].frame)):
-            page = self._to_save.popleft()
-            if self._copies is not None:
-                self._copies.complete(page.frame)
-            self._saving.append(page)
-            self.saved_pages += 1
-            if page.owner is not owner:
-                self._table.post(FrameState.SAVE, saves)
-                saves, owner = [], page.owner
-            saves.append((page.frame, page.stored))
-        self._table.post(FrameState.SAVE, saves)
-
-    def _is_complete(self, frame: int) -> bool:
-        """Whether no copy on the GPU's side is under way."""
-        return self._copies is None or self._copies.is_complete(frame)
-
-    def _arrived(self, page: Page) -> None:
-        page.at = PageState.STAGED
-        if self._table.state(page.frame) is FrameState.FAILED:
-            self._lose(page, f"reading failed: {self._cause(page)}")
-
-    def _take_frame(self) -> int:
-        self._collect()
-        while not self._free:
-            self._wait_for_one()
-        return self._take_free()
-
-    def _take_free(self) -> int:
-        """The frame that was given back first: copies from it are over by now."""
-        frame = self._free.popleft()
-        if self._copies is not None:
-            self._copies.complete(frame)
-        return frame
-
-    def _wait_for_one(self) -> None:
-        """Until a page that leaves RAM has left it."""
-        self.post_saves(wait=True)
-        leaving = [page.frame for page in self._saving if page not in self._ahead.claimed]
-        leaving += [frame for frame, _ in self._leaving]
-        if not leaving:
-            raise ResourceError(f"{self.placement.ram_pages} KV pages in RAM are too few; raise --memory")
-        self.waited_s += self._table.wait(leaving[0])
-        self._collect()
-
-    def _collect(self) -> None:
-        """Take back the frames of all pages that have left."""
-        staying: list[tuple[int, int]] = []
-        for frame, stored in self._leaving:
-            if self._table.state(frame) in MOVING:
-                staying.append((frame, stored))
+            if page in ahead.claimed:  # others use it, too
+                ahead.claimed[page] += 1
                 continue
-            self._free.append(frame)
-            if stored >= 0:
-                self._free_stored.append(stored)
-        self._leaving = staying
-        for page in [page for page in self._saving if self._table.state(page.frame) is not FrameState.SAVE]:
-            self._saving.remove(page)
-            page.at = PageState.STAGED
-            if self._table.state(page.frame) is FrameState.FAILED:
-                self._lose(page, f"writing failed: {self._cause(page)}")
-            elif page not in self._ahead.claimed:
-                self._free.append(page.frame)
-                page.at, page.frame = PageState.STORED, -1
-
-    def _lose(self, page: Page, why: str) -> None:
-        """Its sequence has lost its cache. Its frame is free, its place in the file is not used again."""
-        self._ahead.claimed.pop(page, None)
-        self._free.append(page.frame)
-        page.at, page.frame, page.stored = PageState.GONE, -1, -1
-        if page.owner.lost is None:
-            page.owner.lost = DriveError(f"KV pages of this request, in a file in {self.placement.folder}: {why}")
-
-    def _cause(self, page: Page) -> str:
-        number = self._table.error(page.frame)
-        what = "they came back changed" if number == errno.EBADMSG else os.strerror(number)
-        return f"{what}; check that the drive is connected, healthy and not full, or choose another with --kv-folder"
+            if page.at not in (PageState.STORED, PageState.SAVING) or page.owner.failed is not None:
+                continue
+            if len(ahead.claimed) >= most:
+                ahead.next = coming
+                break
+            if page.at is PageState.SAVING:
+                ahead.claimed[page] = 1
+                continue
+            if not free:
+                self.moves.collect()
+            if not free or not self.moves.is_complete(free[0]):
+                ahead.next = coming
+                break
+            if page.owner is not owner:  # whose pages must not fail with these
+                self._table.post(FrameState.LOAD, loads)
+                loads, owner = [], page.owner
+            loads.append(self.moves.start_load(page, free.popleft()))
+        self._table.post(FrameState.LOAD, loads)
 
     def _raise_if_lost(self, caches: Sequence[DiskCache]) -> None:
         if any(cache.lost is not None for cache in caches):
             raise KVPagesLostError
 
-    def _discard(self, page: Page) -> None:
-        """The page is not needed any more; whatever is on its way may still be."""
-        self._ahead.claimed.pop(page, None)
-        if page.at is PageState.SAVING:
-            (self._to_save if page in self._to_save else self._saving).remove(page)
-        elif page.at is PageState.KEPT:
-            self._kept[page.layer] -= 1
-        elif page.at is PageState.OPEN and self._copies is not None:
-            self._copies.close(page.frame)
-        if page.frame >= 0 and self._table.state(page.frame) in MOVING:
-            self._leaving.append((page.frame, page.stored))
-        else:
-            if page.frame >= 0:
-                self._free.append(page.frame)
-            if page.stored >= 0:
-                self._free_stored.append(page.stored)
-        page.at, page.frame, page.stored = PageState.GONE, -1, -1
+    # -- books
+    # -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def loaded_pages(self) -> int:
+        """Pages that were read from the file."""
+        return self.moves.loaded_pages
+
+    @property
+    def saved_pages(self) -> int:
+        """Pages that were written to the file."""
+        return self.moves.saved_pages
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds without a page that was needed."""
+        return self.moves.waited_s
+
+
+def _num_growing(caches: Sequence[DiskCache]) -> int:
+    return sum(cache.grows for cache in caches)

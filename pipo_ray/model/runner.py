@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.heap import Heap
 from pipo_ray.model.host_values import known, row_of
 from pipo_ray.model.kv_cache import KVStore, RaggedCache, Segment, SequenceCache, SequenceKV, at_16_bits
-from pipo_ray.model.kv_disk import KVPagesLostError
+from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_pool import KVPool
@@ -59,19 +59,21 @@ class ModelRunner:
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
 
-    def run(self, entries: Sequence[SweepEntry]) -> list[torch.Tensor | None]:
+    def run(self, entries: Sequence[SweepEntry], *, again: bool = False) -> list[torch.Tensor | None]:
         """Compute `entries`; per entry its logits [tokens wanted, vocabulary] in the model's dtype on the device, None
-        if none are wanted.
+        if none are wanted. `again`: those that are left of a sweep that failed, in which they have begun.
 
         If it raises, the sweep counts as not run, and the caches of its sequences are dropped; of KVPagesLostError only
-        those that `take_lost` tells.
+        those that `undo` tells.
         """
         with torch.inference_mode():  # in which caches are written
-            for entry in entries:
+            for entry in entries if not again else ():
                 self._shrink_what_is_taken(entry)
             for entry in entries:
+                if entry.begins and not again:
+                    self._begin(entry)
                 self._check_step(entry)
-                for point in entry.keep:
+                for point in entry.keep if not again else ():
                     self._open_point(point)
         try:
             with torch.inference_mode(), self._watched_heap(entries):
@@ -91,18 +93,24 @@ class ModelRunner:
             return nullcontext()
         return self._heap.watched(sum(len(entry.token_ids) for entry in entries))
 
-    def take_lost(self) -> dict[str, DriveError | None]:
-        """The sequences whose KV pages are lost, and why; None: it is not, but the sweep that failed cannot be undone
-        in it. They are dropped.
+    def undo(self) -> dict[str, DriveError | None]:
+        """A sweep has failed because KV pages are lost: see `take_lost`. None: it is not lost, but the sweep cannot be
+        undone in it.
         """
-        lost: dict[str, DriveError | None] = {}
+        torn = dict[str, DriveError | None]()
+        for name, cache in self._caches.items():
+            if isinstance(cache, LowBitCache) and not cache.undo():
+                torn[name] = None
+        return torn | self.take_lost(torn)
+
+    def take_lost(self, others: Iterable[str] = ()) -> dict[str, DriveError | None]:
+        """The caches whose KV pages are lost, or that stand on such, and why. They are dropped, and `others`."""
+        lost = dict[str, DriveError | None]()
         for name, cache in self._caches.items():
             pages = at_16_bits(cache)
             if isinstance(pages, DiskCache) and pages.lost is not None:
                 lost[name] = pages.lost
-            elif isinstance(cache, LowBitCache) and not cache.undo():
-                lost[name] = None
-        self.drop(tuple(lost))
+        self.drop((*lost, *others))
         return lost
 
     def drop(self, sequences: Sequence[str]) -> None:
@@ -134,11 +142,12 @@ class ModelRunner:
             return 0 if cache is None else cache.start + cache.length
         return self._own_caches[sequence][1] if sequence in self._own_caches else 0
 
+    def _begin(self, entry: SweepEntry) -> None:
+        self.drop([entry.sequence])
+        if self._ragged:
+            self._caches[entry.sequence] = self._open(entry)
+
     def _check_step(self, entry: SweepEntry) -> None:
-        if entry.begins:
-            self.drop([entry.sequence])
-            if self._ragged:
-                self._caches[entry.sequence] = self._open(entry)
         if self.length(entry.sequence) != entry.start:
             raise OutOfStepError(
                 f"{entry.sequence}: cache holds {self.length(entry.sequence)} tokens, not {entry.start}"
@@ -157,9 +166,7 @@ class ModelRunner:
         if store is None:
             cache = SequenceCache(entry.own_capacity, prefix=prefix, compiled=self._attention)
         elif prefix:
-            assert isinstance(store, KVPool | KVTiers | LowBitStore), (
-                "elsewhere each is by itself: see scheduling/limits.py"
-            )
+            assert isinstance(store, KVPool | KVTiers | KVDisk | LowBitStore)
             cache = store.open(entry.own_capacity, prefix)
         else:
             cache = store.open(entry.own_capacity)

@@ -76,16 +76,16 @@ def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits
         page_tokens=plan.kv_page_tokens,
         sharing=_sharing(plan, facts) if prefix_cache else "none",
         window=window,
-        copies=plan.kv is None,  # of two tiers' pages, the device has those of one layer at a time
+        copies=plan.kv is None and plan.kv_disk is None,  # where pages move, only some are there at a time
     )
 
 
 def _sharing(plan: RunPlan, facts: ModelFacts) -> Sharing:
-    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Pages on the drive, and
-    packed ones in two tiers, belong to one sequence each.
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Packed pages that move
+    belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
-    if plan.kv_disk is not None or (plan.kv is not None and plan.low_bit_kv is not None):
+    if plan.low_bit_kv is not None and (plan.kv is not None or plan.kv_disk is not None):
         return "none"
     return "shared"

@@ -36,17 +36,25 @@ from pipo_ray.session.processes import ProcessId, identify
 AHEAD_S = 0.05
 """How long before the end of a sweep the next one is sent: calls are faster, and who arrives before takes part."""
 
+RECOMPUTED = 1
+"""So often a sequence whose KV pages a drive has lost is computed again: the drive may have recovered, and another
+place in the file is taken. After that its request ends.
+"""
+
 RunSweep = Callable[[SweepRequest], Awaitable[SweepResult]]
 SetUp = Callable[[], Awaitable[None]]
 
 
 @dataclass
 class _Sent:
-    """A sweep that the compute worker has been given."""
+    """A sweep that the compute worker has been given; `lost`: sequences that begin anew since, whatever it makes of
+    them.
+    """
 
     request: SweepRequest
     result: asyncio.Future[SweepResult]
     begin: float
+    lost: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -253,8 +261,10 @@ class SchedulingLoop:
         end = time.perf_counter()
         if self._next is not None:
             self._next.begin = end
+        lost = {one.name: one.error for one in result.lost if one.name not in sent.lost}
         if all(outcome.left_out for outcome in result.results):
-            return  # all that were to go on have ended
+            self._lose(lost)
+            return  # all that were to go on have ended, or are lost
         self._last_sweep_s = end - sent.begin
         self._sweeping_s += end - sent.begin
         self._compute_s += result.elapsed_s
@@ -264,23 +274,37 @@ class SchedulingLoop:
         by_name = {sequence.name: sequence for sequence in self._running}
         for step, outcome in zip(request.steps, result.results, strict=True):
             sequence = by_name.get(step.sequence)
-            if sequence is None:  # aborted meanwhile
+            if sequence is None or step.sequence in sent.lost:  # aborted meanwhile, or to be sent again
                 continue
-            if outcome.left_out or outcome.lost:  # the worker does not know it any more
-                if self._limits.sharing != "none":  # nor, for all we know, those that it stands on
+            if outcome.left_out:
+                if step.sequence not in lost:  # the worker does not know it any more
                     raise WorkerLostError
-                sequence.cached = 0
-                continue
-            if outcome.error is not None:
-                self._event(sequence, StepResult(sequence.name), outcome.error)
-                self._running.remove(sequence)
-                self._prefixes.end(sequence)
                 continue
             self.tokens_computed += step.num_tokens
             self.tokens_reused += step.start if step.prefix else 0
             self._prefixes.computes(step)
             sequence.cached = step.start + step.num_tokens
             self._take(sequence, outcome)
+        self._lose(lost)
+
+    def _lose(self, lost: dict[str, PipoError | None]) -> None:
+        """The worker has these caches no more: who runs on one of them is sent again from its first token, in the room
+        that it needs now, and who has lost too often ends.
+        """
+        anew = self._prefixes.lose(lost)
+        if self._next is not None:
+            self._next.lost |= anew
+        left = [sequence for sequence in self._running if sequence.name not in anew]
+        waiting = []
+        for sequence in [one for one in self._running if one.name in anew]:
+            error = lost.get(sequence.name)
+            sequence.cached, sequence.losses = 0, sequence.losses + (error is not None)
+            if error is not None and sequence.losses > RECOMPUTED:
+                self._event(sequence, StepResult(sequence.name), error)
+            else:
+                waiting.append(sequence)
+        self._running = left
+        self._waiting.extendleft(reversed(waiting))
 
     def _take(self, sequence: RunningSequence, outcome: StepResult) -> None:
         finished = outcome.finish_reason is not None

@@ -18,12 +18,12 @@ behind it; if that sweep fails, all begin anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from pipo_ray.messages import SequenceStep
 from pipo_ray.model.batch import KeptPoint, PrefixPart
 from pipo_ray.scheduling.prefix_node import Node
+from pipo_ray.scheduling.prefix_search import Found, common_tokens, longest
 from pipo_ray.scheduling.sequences import Sequence
 from pipo_ray.scheduling.window import NO_WINDOW, Window
 
@@ -38,16 +38,6 @@ MOST_PARTS = 8
 
 LEAST_KEPT = 64
 """Tokens that whoever comes next must be spared at least for a point to be kept."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A node on which a sequence may begin behind `matched` tokens; and the one that agrees with it for longest."""
-
-    source: Node | None = None
-    matched: int = 0
-    alike: Node | None = None
-    agreed: int = 0
 
 
 class PrefixCache:
@@ -100,8 +90,7 @@ class PrefixCache:
         if source is None or matched < LEAST_SHARED or matched <= sequence.begins:
             return
         self._touch(source.line(matched))
-        whole_pages = source.computed // self._page_tokens * self._page_tokens  # others can share no more
-        if source.takeable and whole_pages - matched < LEAST_SHARED:
+        if source.takeable and self._whole_pages(source) - matched < LEAST_SHARED:
             self._take(sequence, source, matched)
         else:
             self._stand(node, source, matched, copied)
@@ -238,7 +227,7 @@ class PrefixCache:
         if self._window.tokens and self._window.packed(node.computed) < node.packed:
             self._cut_to(node, node.needed)  # it may have computed more than is wanted of it: its last tokens are gone
         elif node.children or (self._sharing != "none" and not sequence.score and self._is_new(node, sequence)):
-            self._cut[node.name] = node.computed - node.first
+            self._cut_to(node, node.computed if self._window.tokens else self._whole_pages(node))
         else:
             self._cut_to(node, node.first)
 
@@ -254,6 +243,26 @@ class PrefixCache:
             self._cut_to(node, node.needed)
             lacking -= before - self._cost(node, node.computed)
         return True
+
+    def lose(self, names: Iterable[str]) -> set[str]:
+        """The compute worker has these caches no more, nor those that stand on them. Returns the sequences that run,
+        and have none now.
+        """
+        names, anew = set(names), set[str]()
+        gone = [node for node in self._nodes() if node.name in names]
+        for node in gone:  # to which those are added that stand on it
+            gone += [child for child in node.children if child not in gone]
+        for node in gone:
+            self._detach(node)
+            if node.sequence is None:
+                self._ended.remove(node)
+            else:
+                anew.add(node.sequence.name)
+                del self._running[node.sequence.name]
+                node.sequence.begins = node.sequence.shared = node.sequence.to_keep = 0
+            self._cut.pop(node.name, None)
+            self._drop.append(node.name)
+        return anew
 
     def clear(self) -> None:
         """Forget everything, as the compute worker has."""
@@ -281,43 +290,13 @@ class PrefixCache:
 
     def _longest(
         self, sequence: Sequence, *, stored: bool = False, passing: bool = False, other_than: Node | None = None
-    ) -> _Found:
-        """The node with most of the first tokens of `sequence` (all but the last, whose logits are wanted), and how
-        many, in whole pages; `stored`: of those that are there before the request that is being formed; `passing`: with
-        those, too, that only that request passes.
-        """
-        tokens = sequence.tokens(0, sequence.length - 1)
-        best: tuple[Node | None, int] = (None, 0)
-        alike = best
-        roots = [node for node in self._nodes() if node.parent is None or node.attached > node.first]
-        candidates = [(node, 0) for node in roots]
-        while candidates:
-            node, matched = candidates.pop()
-            if node is other_than:
-                continue
-            there = node.stored if stored else node.computed
-            head = node.tokens(LEAST_SHARED)
-            if matched == 0 and head != tokens[: len(head)]:  # as most are; the rest need not be looked at
-                continue
-            own = node.tokens(max(0, there - node.first))
-            common = _common(tokens[matched:], own) // self._page_tokens * self._page_tokens
-            matched += common
-            if common and _is_better(node, matched, *alike):
-                alike = node, matched
-            if common and _is_better(node, matched, *best) and self._is_way_in(node, matched, passing):
-                best = node, matched
-            candidates += [(n, n.first) for n in node.children if n.attached == n.first and n.first <= matched]
-        return _Found(*best, *alike)
+    ) -> Found:
+        return longest(
+            sequence.tokens(0, sequence.length - 1), [node for node in self._nodes() if node is not other_than],
+            self._window, self._page_tokens, LEAST_SHARED, stored=stored, passing=passing,
+        )  # fmt: skip
 
-    def _is_way_in(self, node: Node, matched: int, passing: bool) -> bool:
-        """Whether a sequence can begin behind so many tokens that it has in common with the node."""
-        if not self._window.tokens:
-            return True
-        if node.sequence is not None and not (passing and node.reached):  # it goes on, and its window with it
-            return False
-        return self._window.packed(matched) >= node.packed
-
-    def _in_passing(self, sequence: Sequence) -> _Found | None:
+    def _in_passing(self, sequence: Sequence) -> Found | None:
         """What `sequence`, which is to begin in the request that is being formed, can begin on in it alone."""
         node = self._node(sequence)
         if self._sharing == "none" or not self._window.tokens or sequence.score or node.computed > node.first:
@@ -376,7 +355,7 @@ class PrefixCache:
                 continue
             if other.sequence.tokens(0, LEAST_SHARED) != tokens[:LEAST_SHARED]:
                 continue
-            common = _common(tokens, other.sequence.tokens(0, other.sequence.length - 1))
+            common = common_tokens(tokens, other.sequence.tokens(0, other.sequence.length - 1))
             if common in other.keep:
                 return
             if common > max(most, other.computed, other.sequence.begins):
@@ -401,9 +380,13 @@ class PrefixCache:
 
     def _is_new(self, node: Node, sequence: Sequence) -> bool:
         """Whether the ended `node` has tokens worth keeping, and no other has the same."""
-        if node.computed - node.first < LEAST_SHARED:
+        if self._whole_pages(node) - node.first < LEAST_SHARED:
             return False
         return self._longest(sequence, other_than=node).matched + LEAST_SHARED <= node.computed
+
+    def _whole_pages(self, node: Node) -> int:
+        """Of its tokens and those before, what others can share."""
+        return node.computed // self._page_tokens * self._page_tokens
 
     def _stand(self, node: Node, source: Node, matched: int, copied: bool) -> None:
         """Let `node`, which has not begun, begin behind `matched` tokens of the line of `source`."""
@@ -458,18 +441,3 @@ class PrefixCache:
         packed = min(stop, node.packed) if self._window.tokens else stop
         pages = -(-(packed - node.first) // self._page_tokens) * self._page_tokens
         return self._window.budget(pages, stop - packed)
-
-
-def _is_better(node: Node, matched: int, other: Node | None, others: int) -> bool:
-    return other is None or (matched, node.last_used) > (others, other.last_used)
-
-
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many first tokens are equal. Halves are compared as a whole, which is far faster than token by token."""
-    low, high = 0, min(len(one), len(other))
-    if one[:high] == other[:high]:
-        return high
-    while high - low > 1:  # the first `low` are equal, the first `high` are not
-        middle = (low + high) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
-    return low

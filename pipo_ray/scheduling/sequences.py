@@ -16,7 +16,7 @@ class Sequence:
     can have. Its first step is at position `begins`: the KV of the tokens before is there already, that of `shared`
     of them in other sequences' caches. `to_keep`: tokens of KV budget for what it is to leave at 16 bits, on its way,
     for others to begin on. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that
-    runs. `scored`: positions whose logits the client has.
+    runs. `scored`: positions whose logits the client has. `losses`: how often a drive has lost KV of it.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Sequence:
     to_keep: int = 0
     chosen_ahead: int = 0
     scored: int = 0
+    losses: int = 0
 
     @property
     def length(self) -> int:

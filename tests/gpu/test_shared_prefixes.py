@@ -189,7 +189,7 @@ def test_greedy_tokens_never_change_in_two_tiers(device: torch.device, tmp_path:
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 0
     assert together.computed < 0.8 * alone.computed
-    assert together.uses == {"share"}
+    assert "share" in together.uses <= {"share", "take"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
+from disk_twins import DIM, HEADS, KV_HEADS, LAYERS, STAGING, stores, watch_late_pages
 from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline.page_loader import Pages
 
 from pipo_ray.errors import DriveError, ResourceError, UnsupportedModelError
 from pipo_ray.model.disk_cache import DiskCache, DiskSpan
 from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
-from pipo_ray.model.kv_page import Page, PageState
+from pipo_ray.model.kv_page import PageState
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.page_file import PageFile
-from pipo_ray.pipeline.page_table import _NO_FRAME
 from pipo_ray.plan.disk_pages import PAGE_TOKENS
-from pipo_ray.plan.kv_disk import PASSING_PAGES, KVDiskPlacement, pages_of
-from pipo_ray.session.kv_file import KVFile
-
-HEADS, KV_HEADS, DIM, LAYERS = 2, 1, 8, 3
-STAGING = 6
+from pipo_ray.plan.kv_disk import pages_of
 
 
 @dataclass
@@ -94,38 +87,18 @@ class Stage:
 def stage(
     ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32, device: FakeDevice | None = None
 ) -> Iterator[Stage]:
-    nbytes = PAGE_TOKENS * KV_HEADS * 2 * DIM * dtype.itemsize
-    assert nbytes % 4096 == 0
-    with tempfile.TemporaryDirectory() as folder:
-        file = KVFile(folder, disk_pages * nbytes)
-        pages = Pages.create(Path(folder), file, ram_pages, disk_pages, nbytes)
-        stop, table, frames = pages.open()
-        server = pages.serve(table, frames)
-        gpu_pages = 0 if device is None else PASSING_PAGES + 8 * LAYERS
-        placement = KVDiskPlacement(LAYERS, nbytes, ram_pages, STAGING, disk_pages, folder, gpu_pages=gpu_pages)
-        # A GPU attends to other parts at once: with the same ones.
-        plenty = KVDiskPlacement(LAYERS, nbytes, 400, STAGING, 1, folder, gpu_pages=gpu_pages)
-        other_device = None if device is None else FakeDevice(eager=1.0)
-        (Path(folder) / "other").mkdir()
-        others = Pages.create(Path(folder) / "other", file, 400, 1, nbytes).open()
-        others[1]._words64[2] = 1  # nobody serves this one, and nobody needs to
-        try:
-            disk = KVDisk(placement, frames, table, dtype, device)
-            yield Stage(disk, KVDisk(plenty, others[2], others[1], dtype, other_device), device)
-        finally:
-            stop[0] = 1
-            table._post([_NO_FRAME])  # whoever sleeps looks up
-            server.stop()
-            file.close()
+    with stores(ram_pages, disk_pages, dtype, device, newest=8, shared=False) as (disk, ram):
+        yield Stage(disk, ram, device)
 
 
 def check_books(one: Stage) -> None:
     """With nobody there all frames and all of the file are free, once everything has ended."""
     disk = one.disk
-    while disk._to_save or disk._saving or disk._leaving:
-        disk._wait_for_one()
-    assert sorted(disk._free) == list(range(disk.placement.ram_pages))
-    assert sorted(disk._free_stored) == list(range(disk.placement.disk_pages))
+    moves = disk.moves
+    while moves.to_save or moves.saving or moves.leaving:
+        moves.wait_for_one()
+    assert sorted(moves.free) == list(range(disk.placement.ram_pages))
+    assert sorted(moves.free_stored) == list(range(disk.placement.disk_pages))
     assert not disk._ahead.claimed
     assert disk._kept == [0] * LAYERS
     if disk._copies is not None:
@@ -230,23 +203,15 @@ def test_no_page_is_asked_for_when_it_is_needed_only(
     device: FakeDevice | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was read ahead before the sweep began is not read ahead once more when it has been used."""
-    too_late: list[Page] = []
-    real = KVDisk._bring
-
-    def bring(self: KVDisk, page: Page) -> None:
-        if page.at is PageState.STORED:
-            too_late.append(page)
-        real(self, page)
-
     with stage(STAGING + 3 * LAYERS, 60, device=device) as one:
         written = one.join(10 * PAGE_TOKENS)
         for _ in range(9):
             one.sweep([(written, PAGE_TOKENS)], look=False)
         one.sweep([(written, 1)], look=False)
-        monkeypatch.setattr(KVDisk, "_bring", bring)
+        late = watch_late_pages(monkeypatch)
         for _ in range(4):
             one.sweep([(written, 1)], look=False)
-    assert not too_late
+    assert not late
 
 
 def test_pages_come_back_to_ram_when_there_is_room() -> None:
@@ -320,7 +285,8 @@ def test_a_drive_that_takes_nothing_at_all_does_not_take_the_pages_in_ram(monkey
             one.leave(broken)
             one.sweep([(sound, 1)])
             one.leave(sound)
-        assert len(one.disk._free) + len(one.disk._saving) + len(one.disk._leaving) == one.disk.placement.ram_pages
+        moves = one.disk.moves
+        assert len(moves.free) + len(moves.saving) + len(moves.leaving) == one.disk.placement.ram_pages
 
 
 def test_a_full_file_costs_one_sequence() -> None:

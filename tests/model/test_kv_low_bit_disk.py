@@ -143,8 +143,10 @@ def stage(
         others = Pages.create(Path(folder) / "other", file, 300, 1, nbytes).open()
         others[1]._words64[2] = 1  # nobody serves this one, and nobody needs to
         try:
-            disk = KVDisk(placement, frames, table, dtype, device)
-            ram = KVDisk(plenty, others[2], others[1], dtype, None if device is None else FakeDevice(eager=1.0))
+            disk = KVDisk(placement, frames, table, dtype, device, shared=False)
+            ram = KVDisk(
+                plenty, others[2], others[1], dtype, None if device is None else FakeDevice(eager=1.0), shared=False
+            )
             stores = [LowBitStore(bits, compiled, paged) for paged in (disk, ram, None)]
             yield Stage(disk, ram, stores, dim, dtype, device)
         finally:
@@ -186,7 +188,7 @@ def test_the_same_comes_out_wherever_packed_pages_are(
         for _ in range(3):
             one.sweep({0: 1}, window)
         one.leave(0)
-        assert sorted(one.disk._free_stored + [s for _, s in one.disk._leaving if s >= 0]) == list(range(120))
+        assert sorted(one.disk.moves.free_stored + [s for _, s in one.disk.moves.leaving if s >= 0]) == list(range(120))
 
 
 def test_token_by_token_across_pages() -> None:
@@ -287,7 +289,7 @@ def test_who_shared_a_sweep_that_failed_goes_on_or_is_computed_again(
             patch.setattr(PageFile, "load", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             with pytest.raises(KVPagesLostError):
                 runner.run(last)
-        lost = runner.take_lost()
+        lost = runner.undo()
         assert isinstance(lost.pop("lost"), DriveError)
         assert lost == {"torn": None}
         again = runner.run([SweepEntry("torn", tuple(short), 0, 2000, "last"), last[1]])

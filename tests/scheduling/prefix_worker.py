@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pipo_ray.errors import DriveError, WorkerLostError
-from pipo_ray.messages import RequestSpec, SequenceStep, StepResult, SweepRequest, SweepResult, TokenEvent
+from pipo_ray.messages import LostCache, RequestSpec, SequenceStep, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.model.batch import PrefixPart
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling import prefixes as prefixes_module
@@ -78,12 +78,16 @@ def continuation(prompt: Several[int], max_tokens: int) -> list[int]:
 
 class Worker:
     """Takes one sweep after the other, and checks that all that it is asked for is there, and nothing else. `fails`
-    says which sweeps fail, and how.
+    says which sweeps fail, and how; `loses` in which a cache is lost, which one, and whether the sweep is too.
     """
 
-    def __init__(self, limits: Limits, fails: dict[int, Exception]) -> None:
-        self.limits, self.fails = limits, fails
+    def __init__(
+        self, limits: Limits, fails: dict[int, Exception], loses: dict[int, tuple[int, bool]] | None = None
+    ) -> None:
+        self.limits, self.fails, self.loses = limits, fails, loses or {}
         self.caches: dict[str, Cache] = {}
+        self.lost: dict[str, DriveError | None] = {}
+        self.set_ups = 0
         self.waiting: list[tuple[Cache, Cache]] = []
         self.last: dict[str, int] = {}
         self.ends: dict[str, int] = {}
@@ -92,12 +96,17 @@ class Worker:
         self._turn = asyncio.Lock()
 
     async def set_up(self) -> None:
+        self.set_ups += 1
         self.caches.clear()
         self.waiting.clear()
+        self.lost.clear()
 
     async def run_sweep(self, request: SweepRequest) -> SweepResult:
         async with self._turn:
+            gone, self.lost = self.lost, {}
             for name, count in request.cut:
+                if name in gone:
+                    continue
                 cache = self.caches[name]
                 assert 0 < count <= len(cache.own), "a cut to more than there is"
                 self._cut(cache, count)
@@ -113,6 +122,13 @@ class Worker:
                     self.caches.clear()
                 raise failure
             left_out = {step.sequence for step in request.steps if step.follows and self._has_ended(step)}
+            left_out |= {s.sequence for s in request.steps if s.spec is None and s.sequence not in self.caches}
+            for step in request.steps:
+                if any(part.sequence in gone for part in step.prefix):
+                    gone[step.sequence] = self.lost[step.sequence] = None
+                    left_out.add(step.sequence)
+                elif step.spec is not None:
+                    gone.pop(step.sequence, None)
             steps = [step for step in request.steps if step.sequence not in left_out]
             for step in steps:
                 for part in step.prefix:
@@ -133,13 +149,29 @@ class Worker:
             alive = {id(cache) for cache in self.caches.values()}
             for cache in self.caches.values():
                 assert all(id(other) in alive for other, _ in cache.prefix), "a cache was dropped that others stand on"
-            results = {step.sequence: self._compute(step) for step in steps}
+            which, with_sweep = self.loses.get(self.sweeps, (-1, False))
+            if with_sweep:
+                self._lose(which)
+            results = {step.sequence: self._compute(step) for step in steps if step.sequence not in self.lost}
             assert not self.waiting, "tokens that nobody had"
+            if which >= 0 and not with_sweep:
+                self._lose(which)
             return SweepResult(
                 request.number,
                 tuple(results.get(s.sequence, StepResult(s.sequence, left_out=True)) for s in request.steps),
-                0.0, 0.0, 0,
+                0.0, 0.0, 0, tuple(LostCache(*one) for one in self.lost.items()),
             )  # fmt: skip
+
+    def _lose(self, which: int) -> None:
+        """A cache, and all that stand on it."""
+        if not self.caches:
+            return
+        name = sorted(self.caches)[which % len(self.caches)]
+        lost = self.caches[name]
+        for one, cache in list(self.caches.items()):
+            if cache is lost or any(other is lost for other, _ in cache.prefix):
+                self.lost[one] = DriveError("a page is gone")
+                del self.caches[one]
 
     def _has_ended(self, step: SequenceStep) -> bool:
         cache = self.caches.get(step.sequence)
@@ -344,3 +376,4 @@ def admit_all_that_fit(
 
 
 failures = st.dictionaries(st.integers(1, 25), st.sampled_from([WorkerLostError(), DriveError("away")]), max_size=2)
+losses = st.dictionaries(st.integers(1, 25), st.tuples(st.integers(0, 9), st.booleans()), max_size=3)

@@ -17,17 +17,17 @@ ONE = model(2, 64, 100)
 GPU = {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}
 
 
+ON_DISK = {"kv_on_disk": KVOnDisk(4 * GIB, "/tmp")}
+
+
 @pytest.mark.parametrize(
-    ("budgets", "wanted"),
-    [({}, "shared"), (GPU, "shared"), (GPU | {"kv_on_cpu": True}, "shared"), (GPU | {"kv_in_ram": True}, "shared"),
-     (GPU | {"kv_on_disk": KVOnDisk(4 * GIB, "/tmp")}, "none")],
-)  # fmt: skip
-def test_prefixes_are_shared_where_a_sequence_can_read_anothers_cache(budgets: dict[str, Any], wanted: str) -> None:
+    "budgets", [{}, ON_DISK, GPU, GPU | {"kv_on_cpu": True}, GPU | {"kv_in_ram": True}, GPU | ON_DISK]
+)
+def test_prefixes_are_shared_where_a_sequence_can_read_anothers_cache(budgets: dict[str, Any]) -> None:
     found = plan(ONE, **budgets)
-    assert (found.kv_disk is not None) == (wanted == "none")
     limits = limits_of(found, ONE[1], prefix_cache=True)
-    assert limits.sharing == wanted
-    assert limits.copies == (found.kv is None)
+    assert limits.sharing == "shared"
+    assert limits.copies == (found.kv is None and found.kv_disk is None)
     assert limits_of(found, ONE[1], prefix_cache=False).sharing == "none"
 
 
@@ -40,10 +40,11 @@ def test_few_bits_are_shared_too(budgets: dict[str, Any]) -> None:
     assert limits.window == Window(128, 64, low.short_share)
 
 
-def test_packed_pages_in_two_tiers_are_not_shared() -> None:
+@pytest.mark.parametrize("budgets", [GPU | {"kv_in_ram": True}, ON_DISK])
+def test_packed_pages_that_move_are_not_shared(budgets: dict[str, Any]) -> None:
     facts = replace(ONE[1], kv_shapes=((2, 64, 64),))
-    found = plan((ONE[0], facts), low_bit_kv=LowBitKV.of((4, 4), facts), **GPU, kv_in_ram=True)
-    assert found.kv is not None
+    found = plan((ONE[0], facts), low_bit_kv=LowBitKV.of((4, 4), facts), **budgets)
+    assert (found.kv is None) == (found.kv_disk is not None)
     assert limits_of(found, facts, prefix_cache=True).sharing == "none"
 
 

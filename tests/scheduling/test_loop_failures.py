@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 
 from pipo_ray.errors import ActorFailedError, DriveError, PipoError, WorkerLostError
-from pipo_ray.messages import RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
+from pipo_ray.messages import LostCache, RequestSpec, StepResult, SweepRequest, SweepResult, TokenEvent
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.loop import SchedulingLoop
@@ -117,35 +119,57 @@ def play(worker: Worker, limits: Limits, requests: list[RequestSpec], count: int
 
 
 class LossyWorker(Worker):
-    """In sweeps of these numbers the first sequence's result is another one."""
+    """In sweeps of these numbers request 0 has lost its cache, to a drive, or with None without an error of its own."""
 
-    def __init__(self, instead: dict[int, dict[str, object]]) -> None:
+    def __init__(self, losses: dict[int, PipoError | None]) -> None:
         super().__init__()
-        self._instead = instead
+        self._losses = losses
 
     async def run_sweep(self, request: SweepRequest) -> SweepResult:
         result = await super().run_sweep(request)
-        if (fields := self._instead.get(len(self.starts))) is None:
+        if len(self.starts) not in self._losses:
             return result
-        first, *others = result.results
-        return replace(result, results=(StepResult(first.sequence, **fields), *others))  # type: ignore[arg-type]
+        name = "a/0/0"
+        results = [replace(one, left_out=one.sequence == name) for one in result.results]
+        return replace(result, results=tuple(results), lost=(LostCache(name, self._losses[len(self.starts)]),))
 
 
-def test_a_sequence_that_has_lost_its_cache_is_computed_again_and_no_other() -> None:
-    worker = LossyWorker({3: {"lost": True}})
-    events = play(worker, LIMITS, [request("0"), request("1")], 8)
+@pytest.mark.parametrize("sharing", ["none", "shared"])
+@pytest.mark.parametrize("losses", [{3: DriveError("away")}, {3: None}])
+def test_a_sequence_that_has_lost_its_cache_is_computed_again_and_no_other(sharing: Any, losses: Any) -> None:
+    worker = LossyWorker(losses)
+    events = play(worker, replace(LIMITS, sharing=sharing), [request("0"), request("1")], 8)
     assert worker.starts == [[0, 0], [3, 3], [4, 4], [5, 0], [5]]
     assert worker.set_ups == 1
     assert [event.request_id for event in events].count("0") == 4
     assert not any(event.error for event in events)
 
 
-def test_one_request_ends_with_an_error_and_no_other() -> None:
+@pytest.mark.parametrize("sharing", ["none", "shared"])
+def test_one_request_ends_with_an_error_and_no_other(sharing: Any) -> None:
+    """One that the drive has lost twice."""
     error = DriveError("its pages are gone")
-    worker = LossyWorker({2: {"error": error}})
-    events = play(worker, LIMITS, [request("0"), request("1")], 6)
+    worker = LossyWorker({2: DriveError("away"), 3: error})
+    events = play(worker, replace(LIMITS, sharing=sharing), [request("0"), request("1")], 6)
     assert [(event.request_id, event.error) for event in events if event.error] == [("0", error)]
-    assert worker.starts == [[0, 0], [3, 3], [4], [5]]
+    assert worker.starts == [[0, 0], [3, 3], [4, 0], [5]]
+
+
+def test_a_worker_that_does_not_know_a_sequence_begins_anew() -> None:
+    """For a reason that it does not tell."""
+
+    class Forgetful(Worker):
+        async def run_sweep(self, request: SweepRequest) -> SweepResult:
+            result = await super().run_sweep(request)
+            if len(self.starts) != 2:
+                return result
+            first, *others = result.results
+            return replace(result, results=(StepResult(first.sequence, left_out=True), *others))
+
+    worker = Forgetful()
+    events = play(worker, LIMITS, [request("0"), request("1")], 8)
+    assert worker.set_ups == 2
+    assert not any(event.error for event in events)
 
 
 class ScoringWorker(Worker):

@@ -8,14 +8,24 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduling.prefix_worker import Request, Worker, admit_all_that_fit, continuation, failures, play, requests
+from scheduling.prefix_worker import (
+    Request,
+    Worker,
+    admit_all_that_fit,
+    continuation,
+    failures,
+    losses,
+    play,
+    requests,
+)
 
 from pipo_ray.params import SamplingParams
 from pipo_ray.scheduling import loop as loop_module
 from pipo_ray.scheduling import prefixes as prefixes_module
 from pipo_ray.scheduling.limits import Limits
 from pipo_ray.scheduling.policy import form_batch
-from pipo_ray.scheduling.prefixes import LEAST_SHARED, PrefixCache, Sharing, _common
+from pipo_ray.scheduling.prefix_search import common_tokens
+from pipo_ray.scheduling.prefixes import LEAST_SHARED, PrefixCache, Sharing
 from pipo_ray.scheduling.sequences import Sequence
 
 
@@ -25,7 +35,7 @@ def test_common_tokens(one: list[int], other: list[int], shared: int) -> None:
     wanted = 0
     while wanted < min(len(one), len(other)) and one[wanted] == other[wanted]:
         wanted += 1
-    assert _common(tuple(one), tuple(other)) == wanted
+    assert common_tokens(tuple(one), tuple(other)) == wanted
 
 
 # -- single decisions
@@ -152,6 +162,7 @@ def test_what_was_used_least_recently_is_given_up_first() -> None:
     st.sampled_from([1, 2, 8]),
     st.booleans(),
     failures,
+    losses,
 )
 def test_random_clients(
     script: list[Request],
@@ -162,19 +173,21 @@ def test_random_clients(
     most_parts: int,
     copies: bool,
     fails: dict[int, Exception],
+    loses: dict[int, tuple[int, bool]],
 ) -> None:
-    """Whatever arrives, ends, is aborted or fails: the worker finds every token where it is told that it is, never has
-    more than the budget, and nobody's tokens change.
+    """Whatever arrives, ends, is aborted, lost or fails: the worker finds every token where it is told that it is,
+    never has more than the budget, nobody's tokens change, and what is lost is no reason to begin anew for others.
     """
     kv_tokens = kv_tokens // page_tokens * page_tokens
     limits = Limits(kv_tokens, batch_tokens, max_sequences=5, page_tokens=page_tokens, sharing=sharing, copies=copies)
-    worker = Worker(limits, dict(fails))
+    worker = Worker(limits, dict(fails), loses)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefixes_module, "LEAST_SHARED", 3)
         patch.setattr(prefixes_module, "MOST_PARTS", most_parts)
         patch.setattr(loop_module, "admit", admit_all_that_fit)
         asyncio.run(asyncio.wait_for(play(worker, script, limits), 60))
     assert copies or "copy" not in worker.uses
+    assert worker.set_ups <= 1 + len(fails) - len(worker.fails)
 
 
 def test_who_takes_a_cache_gives_back_beforehand_what_it_has_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
