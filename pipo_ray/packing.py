@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from pipo_ray.compiled.support import machine_panel_bytes
 from pipo_ray.errors import InputError, PipoError, UnsupportedModelError
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
@@ -177,6 +178,7 @@ def pack_checkpoint(
             policy,
             looked_up=looked_up,
             layout=machine_layout(),
+            panel_bytes=machine_panel_bytes(),
             linear_experts=policy.is_low_bit and has_experts and experts_are_linear(config),
             source_format=None if codes is None else codes.low_bit,
             aliases=aliases,
@@ -248,7 +250,7 @@ def _panels_ahead(
         return None
     from pipo_ray.quant.ahead import PanelsAhead, guessed_panels, read_ahead_bytes
 
-    guesses = guessed_panels(checkpoint, policy, machine_layout())
+    guesses = guessed_panels(checkpoint, policy, machine_layout(), machine_panel_bytes())
     return stack.enter_context(PanelsAhead(checkpoint, guesses, rounding, read_ahead_bytes()))
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Set
 
-from pipo_ray.quant.panels import machine_layout, processor_flags
+from pipo_ray.quant.panels import PANEL_BYTES, SMALL_PANEL_BYTES, machine_layout, processor_flags
 
 LAYOUT = "avx512"
 """The int4 layout that the compiled kernels read."""
@@ -26,3 +26,8 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed"
     return None
+
+
+def machine_panel_bytes() -> int:
+    """How large panels of low-bit weights are made here: for our own kernels, or for torch's."""
+    return SMALL_PANEL_BYTES if obstacle() is None else PANEL_BYTES

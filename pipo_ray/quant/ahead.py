@@ -42,7 +42,9 @@ def read_ahead_bytes() -> int:
     return min(_MOST_BYTES, available_memory() // _MEMORY_SHARE)
 
 
-def guessed_panels(checkpoint: Checkpoint, policy: Precision, layout: str) -> dict[str, Panels]:
+def guessed_panels(
+    checkpoint: Checkpoint, policy: Precision, layout: str, panel_bytes: int = PANEL_BYTES
+) -> dict[str, Panels]:
     """The checkpoint's tensors that `policy` will most likely turn into panels, layer by layer: bf16 matrices in a
     numbered part of the model, other than experts, which models fuse.
     """
@@ -57,7 +59,7 @@ def guessed_panels(checkpoint: Checkpoint, policy: Precision, layout: str) -> di
             continue
         rows, columns = header.shape
         if rows and columns and not columns % low_bit.columns_multiple:
-            result[name] = divide(rows, columns, low_bit, layout, PANEL_BYTES)
+            result[name] = divide(rows, columns, low_bit, layout, panel_bytes)
     return result
 
 

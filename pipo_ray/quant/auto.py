@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from pipo_ray.compiled.support import machine_panel_bytes
 from pipo_ray.errors import InputError
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import load_config
@@ -71,7 +72,9 @@ class Subject:
             blocks = block_layout(model, trace, aliases)
             has_experts = any(tensor.expert is not None for block in blocks for tensor in block.tensors)
             linear = has_experts and experts_are_linear(config)
-            candidates = find_candidates(blocks, tables, machine_layout(), linear_experts=linear)
+            candidates = find_candidates(
+                blocks, tables, machine_layout(), linear_experts=linear, panel_bytes=machine_panel_bytes()
+            )
             yield cls(checkpoint, config, facts, candidates)
 
     def windows(self, text: CalibrationText, length: int, most_tokens: int) -> list[list[int]]:

@@ -23,7 +23,7 @@ from pipo_ray.model.blocks import BlockSpec
 from pipo_ray.quant.assign import refusal
 from pipo_ray.quant.formats import SIXTEEN_BITS, LowBitFormat
 from pipo_ray.quant.knapsack import Item, Option
-from pipo_ray.quant.panels import divide
+from pipo_ray.quant.panels import PANEL_BYTES, divide
 from pipo_ray.quant.patterns import rules_for
 from pipo_ray.quant.policy import PolicyModel, Precision
 from pipo_ray.store.dtypes import num_bytes
@@ -77,7 +77,12 @@ class Candidates:
 
 
 def find_candidates(
-    blocks: Sequence[BlockSpec], looked_up: Collection[str], layout: str, *, linear_experts: bool
+    blocks: Sequence[BlockSpec],
+    looked_up: Collection[str],
+    layout: str,
+    *,
+    linear_experts: bool,
+    panel_bytes: int = PANEL_BYTES,
 ) -> Candidates:
     """Of a model's `blocks` in bfloat16; the other arguments are those of `assign`."""
     sizes: dict[str, dict[str, int]] = {}
@@ -100,7 +105,7 @@ def find_candidates(
             homes[tensor.name] = f"layers.{block.layer}.experts" if tensor.expert is not None else block.name
             mine = sizes.setdefault(tensor.name, {})
             for low_bit in formats:
-                panels = divide(tensor.shape[0], tensor.shape[1], low_bit, layout)
+                panels = divide(tensor.shape[0], tensor.shape[1], low_bit, layout, panel_bytes)
                 mine[low_bit.name] = mine.get(low_bit.name, 0) + math.prod(panels.shape)
             mine[SIXTEEN_BITS] = mine.get(SIXTEEN_BITS, 0) + plain
     weights = tuple(Candidate(name, homes[name], sizes[name]) for name in sizes)

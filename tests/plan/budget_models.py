@@ -7,6 +7,8 @@ from typing import Any
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.model.facts import ModelFacts, UnitFacts
 from pipo_ray.plan.budget import RunPlan, plan_run
+from pipo_ray.quant.formats import LowBitFormat
+from pipo_ray.quant.panels import divide
 from pipo_ray.store.layout import plan_files
 from pipo_ray.store.manifest import FORMAT_VERSION, Manifest
 
@@ -28,6 +30,12 @@ def model(layers: int, width: int, vocabulary: int) -> tuple[Manifest, ModelFact
     blocks.append(BlockSpec("rest", "rest", None, (TensorSpec("norm", (width,), "F32"),)))
     blocks.append(BlockSpec("head", "head", None, (TensorSpec("head", (vocabulary, width), "F32", cut="rows"),)))
     units += [UnitFacts("norm", ("norm",), "plain"), UnitFacts("head", ("head",), "plain")]
+    return _described(blocks, units, layers=layers, vocabulary=vocabulary, width=width)
+
+
+def _described(
+    blocks: list[BlockSpec], units: list[UnitFacts], *, layers: int, vocabulary: int, width: int
+) -> tuple[Manifest, ModelFacts]:
     stored = tuple(block for file in plan_files(blocks) for block in file.blocks)
     total = sum(block.nbytes for block in stored)
     manifest = Manifest(FORMAT_VERSION, "", "", "", "float32", {}, stored, total, "", {})
@@ -35,6 +43,18 @@ def model(layers: int, width: int, vocabulary: int) -> tuple[Manifest, ModelFact
     facts = ModelFacts("", "", tuple(units), events, True, True, "", None, 8 * width, 512, vocabulary, width, 4 * width,
                        layers, 1, "pipo_ragged", 0, ())  # fmt: skip
     return manifest, facts
+
+
+def low_bit_model(layers: int, rows: int, columns: int, name: str, panel_bytes: int) -> tuple[Manifest, ModelFacts]:
+    """A matrix in the format `name` in every layer, and nothing else."""
+    panels = divide(rows, columns, LowBitFormat.parse(name), "avx512", panel_bytes)
+    blocks, units = [], []
+    for layer in range(layers):
+        matrix = f"{layer}.matrix"
+        spec = TensorSpec(matrix, panels.shape, "U8", cut="rows", panels=panels)
+        blocks.append(BlockSpec(f"layer{layer}", "mlp", layer, (spec,)))
+        units.append(UnitFacts(matrix, (matrix,), "plain"))
+    return _described(blocks, units, layers=layers, vocabulary=32, width=columns)
 
 
 def plan(one: tuple[Manifest, ModelFacts], **options: Any) -> RunPlan:

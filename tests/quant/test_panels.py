@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo_ray.quant.formats import LowBitFormat
-from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, PANEL_BYTES, divide, machine_layout
+from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, PANEL_BYTES, SMALL_PANEL_BYTES, divide, machine_layout
 
 NAMES = ("int4-g32", "int4", "int4-g128-sym", "int8")
 
@@ -34,14 +34,15 @@ SHAPES = [
 """Of Llama, Qwen, OPT and Gemma."""
 
 
+@pytest.mark.parametrize("panel_bytes", [SMALL_PANEL_BYTES, PANEL_BYTES])
 @pytest.mark.parametrize("rows, columns", SHAPES)
-def test_bits_per_weight_of_real_shapes(rows: int, columns: int) -> None:
-    panels = divide(rows, columns, LowBitFormat.parse("int4"), "avx512")
+def test_bits_per_weight_of_real_shapes(rows: int, columns: int, panel_bytes: int) -> None:
+    panels = divide(rows, columns, LowBitFormat.parse("int4"), "avx512", panel_bytes)
     assert 4.5 <= panels.bits_per_weight <= 4.6
-    assert panels.panel_bytes <= PANEL_BYTES
+    assert panels.panel_bytes <= panel_bytes
     # Not many more than needed: each costs a call.
-    assert panels.num_panels <= 2 * (rows * columns * 4.5 / 8 / PANEL_BYTES) + 1
-    assert divide(rows, columns, LowBitFormat.parse("int8"), "avx512").bits_per_weight <= 8.2
+    assert panels.num_panels <= 2 * (rows * columns * 4.5 / 8 / panel_bytes) + 1
+    assert divide(rows, columns, LowBitFormat.parse("int8"), "avx512", panel_bytes).bits_per_weight <= 8.2
 
 
 def test_machine_layout_is_the_one_torch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
