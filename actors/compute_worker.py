@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,7 +28,8 @@ class ComputeWorker:
 
         ActorRoll(roll).sign_in("ComputeWorker")
         # Meanwhile the driver makes the slots. What goes wrong with it goes wrong in `set_up` again, and is told there.
-        threading.Thread(target=_import_engine, name="import", daemon=True).start()
+        self._profiles = None if setup.profile_folder is None else Path(setup.profile_folder)
+        threading.Thread(target=_import_engine, args=(self._profiles,), name="import", daemon=True).start()
         self._compute_setup = setup
         self._setup: StageSetup = obtain_lease("ComputeWorker")
         self._memory = StageMemory.attach(self._setup)
@@ -44,7 +46,7 @@ class ComputeWorker:
 
     def _set_up(self) -> None:
         if self._engine is None:
-            ComputeEngine = _import_engine()
+            ComputeEngine = _import_engine(self._profiles)
             self._engine = ComputeEngine(self._setup, self._compute_setup, self._memory)
             # What is there now stays: looking through it for garbage again and again costs a sweep 0.1 s at times.
             gc.collect()
@@ -110,19 +112,20 @@ class ComputeWorker:
 
     def _texts(self) -> Any:
         if self._text is None:
-            _import_engine()  # prompts may come while another thread imports transformers, which is no time to use it
+            # Prompts may come while another thread imports transformers, which is no time to use it.
+            _import_engine(self._profiles)
             from pipo_ray.model.prompts import PromptEncoder
 
             self._text = PromptEncoder(self._setup.store, self._compute_setup.facts)
         return self._text
 
 
-def _import_engine() -> Any:
+def _import_engine(profiles: Path | None) -> Any:
     """The class ComputeEngine; torch and transformers come with it. Safe to call from several threads."""
     with _importing:
         from pipo_ray.model.lean_transformers import import_transformers
 
-        import_transformers()
+        import_transformers(profiles)
         from pipo_ray.model.engine import ComputeEngine
 
     return ComputeEngine

@@ -35,7 +35,10 @@ from pipo_ray import LLM, SamplingParams
 BUNDLED = Path(__file__).parents[1] / "pipo_ray" / "bundled"
 PROMPT = "It was a fine morning, and Mrs. Bennet"
 MIB = 1 << 20
-NAMES = {"idle_agent.py": "stand-in", "watch.py": "watcher", "gcs_server": "gcs_server", "raylet": "raylet"}
+NAMES = {
+    "idle_agent.py": "stand-in", "watch.py": "watcher", "lean_worker.py": "fork server", "gcs_server": "gcs_server",
+    "raylet": "raylet",
+}  # fmt: skip
 
 
 def look(pids: list[int]) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def look(pids: list[int]) -> dict[str, Any]:
             lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
         except OSError:
             continue
-        part, shared, rss = ("", ""), False, 0
+        part, shared, rss, pss = ("", ""), False, 0, 0
         for line in lines:
             key, _, rest = line.partition(" ")
             if not key.endswith(":"):
@@ -60,13 +63,15 @@ def look(pids: list[int]) -> dict[str, Any]:
                 continue
             value = int(rest.split()[0]) << 10
             if key == "Pss:":
+                pss = value
                 row["pss"] += value
             elif key == "Rss:":
                 rss = value
-            else:
+            elif part[0].startswith("/"):
                 row["private"] += value
-                if part[0].startswith("/"):
-                    files[part] = max(files.get(part, 0), rss - value)
+                files[part] = max(files.get(part, 0), rss - value)
+            else:
+                row["private"] += pss  # forked processes share what neither has changed
         row["files"] = row["pss"] - row["private"]
         rows.append(row)
     return {

@@ -230,8 +230,9 @@ def _import_torch() -> None:
     gc.disable()
     try:
         from pipo_ray.model.lean_transformers import import_transformers
+        from pipo_ray.prepare import cache_folder
 
-        import_transformers()
+        import_transformers(cache_folder() / "profiles")
     finally:
         gc.freeze()
         gc.enable()

@@ -21,11 +21,14 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, MutableSequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed
+
+from pipo_ray.model.model_index import kept_index
 
 _COMPILER = "torch._dynamo"
 _WRAPPED = "torch._dynamo._trace_wrapped_higher_order_op"
@@ -65,13 +68,14 @@ def without_distributed() -> Iterator[None]:
         torch.distributed.is_available = original
 
 
-def import_transformers() -> None:
-    """Import the parts of transformers that a run needs; to be called before anything else of it is imported.
+def import_transformers(index_folder: Path | None = None) -> None:
+    """Import the parts of transformers that a run needs; to be called before anything else of it is imported. In
+    `index_folder` it keeps what it reads 3,000 files for (`model_index`).
 
     torchvision cannot be imported in this process afterwards, unless it was before.
     """
     sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]  # Python's way to say that there is none
-    with without_compiler(), without_distributed():
+    with without_compiler(), without_distributed(), kept_index(index_folder):
         importlib.import_module("transformers.utils").is_torch_distributed_available()  # it keeps the answer
         for name in ("masking_utils", "modeling_utils", "generation", "models.auto.modeling_auto"):
             importlib.import_module(f"transformers.{name}")

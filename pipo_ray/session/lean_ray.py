@@ -50,6 +50,9 @@ LEAN_ENVIRONMENT = {
 }
 """Added on a node without a dashboard."""
 
+PRELOAD = ("ray._common.pydantic_compat",)
+"""What Ray's workers import with their first object, pydantic with it where it is installed."""
+
 _log = logging.getLogger(__name__)
 _AGENT_SCRIPT = Path(__file__).with_name("idle_agent.py")
 _WORKER_SCRIPT = Path(__file__).with_name("lean_worker.py")

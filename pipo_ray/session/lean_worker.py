@@ -1,14 +1,18 @@
 """Starts an actor's process on a lean node, in place of Ray's `setup_worker.py`.
 
 That one imports Ray (half a second of a core, for each actor), prepares a `runtime_env`, which a lean node never has,
-and then executes the worker's program, which imports Ray again. This one runs the program at once, in this process. And
-it keeps pyarrow out, which Ray imports if it can, only to be ready for tables: 10 MiB for each actor.
+and then executes the worker's program, which imports Ray again. This one asks the session's fork server (`fork_server`)
+for a process that runs the program, and ends; the first one starts that server. Without a server it runs the program
+itself.
 """
 
 import argparse
-import os
-import runpy
-import sys
+
+# The raylet runs this file by its path, without the package around it.
+if __package__:
+    from pipo_ray.session import fork_server
+else:
+    import fork_server  # type: ignore[import-not-found, no-redef]
 
 
 def main() -> None:
@@ -19,10 +23,9 @@ def main() -> None:
     _, arguments = parser.parse_known_args()
     while arguments[0] in ("-S", "-s"):  # flags of the interpreter, which has them already
         del arguments[0]
-    sys.modules["pyarrow"] = None  # type: ignore[assignment]  # so that importing it fails as if it were not installed
-    sys.argv[:] = arguments
-    sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
-    runpy.run_path(arguments[0], run_name="__main__")
+    program = fork_server.obtain(arguments)
+    if program is not None:
+        fork_server.run(program)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from pipo_ray.errors import BudgetError, ResourceError
-from pipo_ray.session import lean_ray, processes
+from pipo_ray.session import fork_server, lean_ray, processes
 from pipo_ray.session.folder import SessionFolder, remove_shared_memory_file
 from pipo_ray.session.memory import available_memory, format_size, machine_total, memory_limit, shm_free
 from pipo_ray.session.ray_clusters import access_environment, address_to_join, find_cluster
@@ -70,6 +70,7 @@ class RayNode:
         address: str | None = None,
         dashboard: bool = False,
         worker_environment: Mapping[str, str] | None = None,
+        preload: Sequence[str] = (),
     ) -> "RayNode":
         """Start a private node, or join a cluster.
 
@@ -82,6 +83,7 @@ class RayNode:
             dashboard: start Ray's dashboard and agents too (about 400 MiB more; needs `ray[default]`).
             worker_environment: environment variables for every actor process, on top of ours. (`runtime_env` of an
                 actor does not work on a private node, see `lean_ray`.)
+            preload: modules that every actor imports: on a private node once for all, see `fork_server`.
         Raises:
             ResourceError: another Ray cluster is running, none is there to join, or Ray does not start.
             BudgetError: /dev/shm, or the memory limit that we run under, is too small for the object store.
@@ -94,7 +96,10 @@ class RayNode:
                     if address is None:
                         _refuse_other_cluster()
                     node._start_private(
-                        max(object_store_bytes, MINIMUM_OBJECT_STORE_BYTES), dashboard, worker_environment or {}
+                        max(object_store_bytes, MINIMUM_OBJECT_STORE_BYTES),
+                        dashboard,
+                        worker_environment or {},
+                        preload,
                     )
                 else:
                     assert address is not None
@@ -142,7 +147,9 @@ class RayNode:
     def _processes(self) -> set[processes.ProcessId]:
         return processes.of_session(self._folder.session_id, self._folder.path)
 
-    def _start_private(self, object_store: int, dashboard: bool, worker_environment: Mapping[str, str]) -> None:
+    def _start_private(
+        self, object_store: int, dashboard: bool, worker_environment: Mapping[str, str], preload: Sequence[str]
+    ) -> None:
         _require_room(object_store)
         _require_disk(os.path.dirname(self._folder.path))
         token = os.path.join(self._folder.path, "token")
@@ -153,6 +160,8 @@ class RayNode:
             **lean_ray.ENVIRONMENT,
             **({} if dashboard else lean_ray.LEAN_ENVIRONMENT),
             "RAY_AUTH_TOKEN_PATH": token,
+            fork_server.SOCKET: os.path.join(self._folder.path, "fork_server"),
+            fork_server.PRELOAD: ",".join((*lean_ray.PRELOAD, *preload)),
             **worker_environment,
             processes.MARKER: self._folder.session_id,
         }

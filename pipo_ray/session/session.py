@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,6 +37,7 @@ class Session:
         address: str | None = None,
         dashboard: bool = False,
         worker_environment: Mapping[str, str] | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         """Remove what dead sessions left, then start watcher and node.
 
@@ -45,6 +46,7 @@ class Session:
             address: None, "local", "auto" or "host:port", see `RayNode.start`.
             dashboard: start Ray's dashboard too.
             worker_environment: environment variables for every actor process.
+            preload: modules that every actor imports, see `RayNode.start`.
         Raises:
             ResourceError: another Ray cluster is running, or Ray or the folder cannot be made.
             BudgetError: /dev/shm or the memory limit is too small.
@@ -74,6 +76,7 @@ class Session:
                 address=address,
                 dashboard=dashboard,
                 worker_environment=worker_environment,
+                preload=preload,
             )
             # Ray registers its own closing when imported; the last one registered runs first, and that has to be ours.
             atexit.unregister(self.close)

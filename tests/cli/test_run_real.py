@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from e2e.checkpoints import packed
 
 from pipo_ray.cli.result import JSON_KEYS
-from pipo_ray.prepare import prepare_store
 
 PIPO = [sys.executable, "-m", "pipo_ray.cli"]
 BUDGET = ["--memory", "2GiB", "--weight-memory", "400KiB", "--device", "cpu", "--ray-address", "local"]
@@ -23,7 +23,7 @@ BUDGET = ["--memory", "2GiB", "--weight-memory", "400KiB", "--device", "cpu", "-
 @pytest.fixture(scope="module")
 def store(chat_checkpoint: Path) -> str:
     """Packed once for all tests here."""
-    return str(prepare_store(chat_checkpoint).folder)
+    return str(packed(chat_checkpoint))
 
 
 def pipo(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

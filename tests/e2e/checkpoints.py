@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 from architectures import BASE, BY_SLUG, Architecture
+
+import pipo_ray.prepare
+from pipo_ray import packing
+from pipo_ray.packing_process import Progress
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 EOS = 2
@@ -26,6 +31,24 @@ def make_checkpoint(folder: Path, architecture: Architecture | str, *, tokenizer
     if tokenizer:
         add_byte_tokenizer(folder)
     return folder
+
+
+def packed(folder: Path, **options: Any) -> Path:
+    """The checkpoint's block store, packed into the cache as `prepare_store` has it done, but in this process, which
+    has imported torch already: a child takes seconds for that. Who runs the checkpoint finds it there.
+    """
+    with mock.patch.object(pipo_ray.prepare, "run_job", _job):
+        return pipo_ray.prepare.prepare_store(folder, **options).folder
+
+
+def _job(arguments: list[str], on_progress: Progress | None) -> dict[str, Any]:
+    options = packing._arguments(arguments)
+    assert options.job == "pack"
+    manifest = packing.pack_checkpoint(
+        options.source, options.destination, dtype=options.dtype, quantization=options.precision,
+        slot_bytes=options.slot_bytes, progress=on_progress, wait=options.wait,
+    )  # fmt: skip
+    return {"total_bytes": manifest.total_bytes}
 
 
 def vocab_size(folder: Path) -> int:

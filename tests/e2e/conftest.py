@@ -8,10 +8,9 @@ import pytest
 from pipeline.failing_drive import FailingDrive, build_failing_drive
 
 from pipo_ray.plan.transfer import Mode
-from pipo_ray.prepare import prepare_store
 
-from .checkpoints import BYTES_LLAMA, make_checkpoint
-from .drive_runs import tokens, undisturbed
+from .checkpoints import BYTES_LLAMA, make_checkpoint, packed, reference_greedy
+from .drive_runs import NUM_TOKENS, PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +36,26 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> FailingDrive:
 @pytest.fixture(scope="session")
 def bytes_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint without a tokenizer, packed into the cache once for all. To be read only."""
-    return make_checkpoint(tmp_path_factory.mktemp("plain") / "bytes-llama", BYTES_LLAMA)
+    folder = make_checkpoint(tmp_path_factory.mktemp("plain") / "bytes-llama", BYTES_LLAMA)
+    packed(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def text_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a tokenizer."""
-    return make_checkpoint(tmp_path_factory.mktemp("text") / "bytes-llama", BYTES_LLAMA, tokenizer=True)
+    folder = make_checkpoint(tmp_path_factory.mktemp("text") / "bytes-llama", BYTES_LLAMA, tokenizer=True)
+    packed(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def store(bytes_llama: Path) -> Path:
     """More than `drive_runs.BUDGET` holds."""
-    return prepare_store(bytes_llama).folder
+    return packed(bytes_llama)
 
 
 @pytest.fixture(scope="session")
-def expected(store: Path) -> list[list[int]]:
-    """The tokens of `drive_runs.PROMPTS`. Asked for before a test's own LLM starts: a process has one at a time."""
-    with undisturbed(store) as llm:
-        return tokens(llm)
+def expected(bytes_llama: Path) -> list[list[int]]:
+    """The tokens of `drive_runs.PROMPTS` from a sound drive: transformers' (test_generate.py)."""
+    return [reference_greedy(bytes_llama, prompt, NUM_TOKENS) for prompt in PROMPTS]

@@ -12,14 +12,10 @@ from pipo_ray import LLM, SamplingParams
 
 from .checkpoints import VOCAB_SIZE, prompts_of
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+NUM_TOKENS = 12
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 PROMPTS = prompts_of((3, 29, 11), VOCAB_SIZE)
 BUDGET: dict[str, Any] = {"memory": "3GiB", "weight_memory": "450KiB", "ray_address": "local", "device": "cpu"}
-
-
-def undisturbed(store: Path) -> LLM:
-    """An LLM on a sound drive."""
-    return LLM(store, **BUDGET)
 
 
 def start(store: Path, failing: FailingDrive, **more: Any) -> LLM:

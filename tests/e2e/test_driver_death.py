@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from architectures import Architecture
 
-from pipo_ray.prepare import prepare_store
 from pipo_ray.session import processes
 
 from .checkpoints import make_checkpoint
@@ -34,7 +33,6 @@ SLOW = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkpoint(bytes_llama: Path) -> Path:
     """A small one, packed before the drivers start."""
-    prepare_store(bytes_llama)
     return bytes_llama
 
 

@@ -37,6 +37,7 @@ def llm(checkpoint: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) 
         checkpoint, memory="3GiB", weight_memory="450KiB", ray_address="local", trace=trace,
         max_batch_tokens=MAX_BATCH_TOKENS, mode=mode,
     ) as llm:  # fmt: skip
+        assert list(llm.pids()) == ["NvmeLoader", "StagingPool", "ComputeWorker", "Scheduler"]
         # Small as the model is, either mode moves it in its own way.
         setup = llm._stage._setup
         assert setup.read_threads == (4 if mode == "performance" else 6)

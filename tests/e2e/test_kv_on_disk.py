@@ -25,7 +25,7 @@ from pipo_ray.plan.disk_pages import PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, least_ram_bytes, ram_bytes_for
 from pipo_ray.prepare import prepare_store
 
-from .checkpoints import VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import VOCAB_SIZE, make_checkpoint, packed, prompts_of
 from .footprint import Footprint, wait_until_gone
 
 LONG, SHORT, OTHER = prompts_of((4200, 40, 4200), VOCAB_SIZE)  # the long ones have no room beside each other
@@ -42,7 +42,7 @@ BUDGET: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = Architecture("long-llama", "Llama", "llama", {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 8192})
-    return prepare_store(make_checkpoint(tmp_path_factory.mktemp("kv") / "long-llama", long)).folder
+    return packed(make_checkpoint(tmp_path_factory.mktemp("kv") / "long-llama", long))
 
 
 def memory(store: Path, kv_bytes: int) -> int:

@@ -19,6 +19,8 @@ from pipo_ray.prepare import prepare_store
 from pipo_ray.quant.codec import read_rows, views_of
 from pipo_ray.quant.rounding import values_of
 
+from .checkpoints import packed
+
 BUNDLED = Path(pipo_ray.bundled.__file__).parent
 PROMPT = "It was a fine morning, and Mrs. Bennet"
 
@@ -41,7 +43,7 @@ def reference(store: Path, manifest) -> torch.nn.Module:  # type: ignore[no-unty
     "precision, weight_memory", [("int4", "1500KiB"), pytest.param("int8", "2500KiB", marks=pytest.mark.slow)]
 )
 def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight_memory: str, mode: Mode) -> None:
-    prepared = prepare_store(BUNDLED, precision=precision)
+    prepared = prepare_store(packed(BUNDLED, precision=precision))
     model = reference(prepared.folder, prepared.manifest)
     with LLM(
         BUNDLED, precision=precision, memory="3GiB", weight_memory=weight_memory, ray_address="local", mode=mode
@@ -64,6 +66,8 @@ def test_text_and_logits_are_those_of_the_rounded_weights(precision: str, weight
 
 
 def test_quality_is_measured_against_the_original(capfd: pytest.CaptureFixture[str]) -> None:
+    packed(BUNDLED)
+    packed(BUNDLED, precision="int4")
     arguments = ["--precision", "int4", "--tokens", "200", "--memory", "3GiB", "--ray-address", "local", "--json"]
     assert main(["quality", str(BUNDLED), *arguments]) == 0
     original, four = json.loads(capfd.readouterr().out)

@@ -23,7 +23,7 @@ from pipo_ray.plan.low_bit_pages import low_bit_kv
 from pipo_ray.prepare import prepare_store
 from pipo_ray.quant.kv_policy import KVPrecision
 
-from .checkpoints import VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import VOCAB_SIZE, make_checkpoint, packed, prompts_of
 
 LONG, SHORT = prompts_of((2700, 40), VOCAB_SIZE)
 NEW, CHUNK, WEIGHTS = 12, 500, 450 << 10
@@ -37,12 +37,12 @@ def details(llm: LLM, stage: str) -> dict[str, Any]:
 def test_text_is_that_of_one_process_whoever_is_killed(actor: str, tmp_path: Path) -> None:
     config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 8192}
     checkpoint = make_checkpoint(tmp_path / "long-llama", Architecture("long-llama", "Llama", "llama", config))
-    packed = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
-    with Pipeline(packed, kv_bits=(8, 4, 8), chunk=CHUNK, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
+    one_process = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
+    with Pipeline(one_process, kv_bits=(8, 4, 8), chunk=CHUNK, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
         expected = pipeline.greedy([LONG, SHORT], NEW)
     policy = tmp_path / "kv.json"
     policy.write_text('{"layers": [["1", 4], ["*", 8]]}')
-    prepared = prepare_store(str(checkpoint))
+    prepared = prepare_store(packed(checkpoint))
     low = low_bit_kv(KVPrecision.parse(str(policy)), prepared.facts)
     without = plan_run(prepared.manifest, prepared.facts, memory_bytes=4 << 30, weight_memory_bytes=WEIGHTS,
                        max_batch_tokens=CHUNK)  # fmt: skip

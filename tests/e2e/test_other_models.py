@@ -12,7 +12,7 @@ from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import InputError
 from pipo_ray.plan.transfer import Mode
 
-from .checkpoints import make_checkpoint, prompts_of, reference_greedy, reference_logits, vocab_size
+from .checkpoints import make_checkpoint, packed, prompts_of, reference_greedy, reference_logits, vocab_size
 from .footprint import Footprint, wait_until_gone
 
 NUM_TOKENS = 24
@@ -25,6 +25,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 def test_other_architectures_without_a_tokenizer(slug: str, weight_memory: str, mode: Mode, tmp_path: Path) -> None:
     """One that may not share a row, with experts and a state instead of a cache, and a mixture of experts that may."""
     folder = make_checkpoint(tmp_path / slug, slug)
+    packed(folder)
     prompts = prompts_of((2, 17, 9), vocab_size(folder))
     with LLM(folder, memory="3GiB", weight_memory=weight_memory, ray_address="local", mode=mode) as llm:
         footprint = Footprint(llm._session.path, 0)

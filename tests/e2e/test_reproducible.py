@@ -9,13 +9,14 @@ import pytest
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.plan.transfer import Mode
 
-from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, prompts_of
+from .checkpoints import BYTES_LLAMA, VOCAB_SIZE, make_checkpoint, packed, prompts_of
 
 COMMON = {"max_tokens": 16, "ignore_eos": True, "logprobs": 2}
 
 
 def test_bf16_repeats_itself_where_the_sweeps_are_the_same(mode: Mode, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", BYTES_LLAMA)
+    packed(folder, dtype="bfloat16")
     prompts = prompts_of((3, 41, 11, 1), VOCAB_SIZE)
     params = [
         SamplingParams(temperature=0.0, **COMMON),
@@ -39,7 +40,10 @@ def test_bf16_repeats_itself_where_the_sweeps_are_the_same(mode: Mode, tmp_path:
 
 @pytest.mark.parametrize(
     ("precision", "profiles"),
-    [("16bit", ["kernels.json"]), ("int4", ["kernels.json", "low-bit-kernels.json"])],
+    [
+        pytest.param("16bit", ["kernels.json"], marks=pytest.mark.slow),
+        ("int4", ["kernels.json", "low-bit-kernels.json"]),
+    ],
 )
 def test_the_next_session_repeats_it(
     precision: str, profiles: list[str], bytes_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,6 +51,7 @@ def test_the_next_session_repeats_it(
     """By the same kernels: it does not measure them anew, which would never give the same seconds twice."""
     monkeypatch.setenv("PIPO_CACHE", str(tmp_path / "cache"))
     prompts = prompts_of((3, 41, 11, 1), VOCAB_SIZE)
+    packed(bytes_llama, dtype="bfloat16", precision=precision)
     found = []
     for _ in range(2):
         with LLM(

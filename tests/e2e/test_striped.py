@@ -1,4 +1,4 @@
-"""The bundled model over two folders, one loader each, through the real actors: the text that one folder gives."""
+"""The bundled model over two folders, one loader each, through the real actors: transformers' text."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import StoreError
-from pipo_ray.prepare import pack_store
+from pipo_ray.packing import pack_checkpoint
 from pipo_ray.store.manifest import Manifest
 
+from .checkpoints import reference_greedy
 from .traces import live_events
 
 # In float32, in which the text does not depend on which kernel was faster when the run began.
 BUNDLED = Path(__file__).resolve().parents[2] / "pipo_ray" / "bundled"
 PROMPTS = ["Once upon a time", "The ship"]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+NUM_TOKENS = 16
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 LOADERS = ["NvmeLoader", "NvmeLoader-2"]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("striped")
-    manifest = pack_store(BUNDLED, folder / "store", dtype="float32", stripes=[folder / "stripe"])
+    manifest = pack_checkpoint(BUNDLED, folder / "store", dtype="float32", stripes=[str(folder / "stripe")])
     assert {block.folder for block in manifest.blocks} == {0, 1}
     return folder / "store"
 
@@ -43,41 +46,37 @@ def budget(store: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def expected(store: Path, budget: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    plain = tmp_path_factory.mktemp("plain") / "store"
-    pack_store(BUNDLED, plain, dtype="float32")
-    with LLM(plain, **budget) as llm:
-        assert list(llm.pids()) == ["NvmeLoader", "StagingPool", "ComputeWorker", "Scheduler"]
-        return texts(llm)
+def expected() -> list[list[int]]:
+    """The tokens that transformers goes on with; from one folder it is the same text (test_generate.py)."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    return [reference_greedy(BUNDLED, tokenizer(prompt).input_ids, NUM_TOKENS) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
-def llm(
-    store: Path, budget: dict[str, Any], expected: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LLM]:
+def llm(store: Path, budget: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     with LLM(store, **budget, trace=tmp_path_factory.mktemp("trace") / "trace.json") as llm:
         yield llm
 
 
-def texts(llm: LLM) -> list[str]:
-    return [output.outputs[0].text for output in llm.generate(PROMPTS, GREEDY)]
+def tokens(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
 @pytest.mark.slow
-def test_the_drive_that_fails_is_named(store: Path, budget: dict[str, Any], expected: list[str]) -> None:
+def test_the_drive_that_fails_is_named(store: Path, budget: dict[str, Any], expected: list[list[int]]) -> None:
     """And the next request reads again what failed."""
     with LLM(store, **budget) as llm:
         for folder in (store.parent / "stripe", store):
-            assert texts(llm) == expected
+            assert tokens(llm) == expected
             (victim,) = folder.glob("*.safetensors")
             data = victim.read_bytes()
             os.truncate(victim, 4096)
             with pytest.raises(StoreError, match=rf"^{victim}: ends at byte .* it was truncated"):
-                texts(llm)
+                tokens(llm)
             victim.write_bytes(data)
             with suppress(StoreError):  # what was tried before the drive was back
-                texts(llm)
-            assert texts(llm) == expected
+                tokens(llm)
+            assert tokens(llm) == expected
 
 
 def test_a_stripe_that_is_not_mounted(store: Path, budget: dict[str, Any], tmp_path: Path) -> None:
@@ -92,9 +91,9 @@ def test_a_stripe_that_is_not_mounted(store: Path, budget: dict[str, Any], tmp_p
         shutil.move(away, stripe)
 
 
-def test_the_same_text_from_two_drives(llm: LLM, expected: list[str]) -> None:
+def test_the_same_text_from_two_drives(llm: LLM, expected: list[list[int]]) -> None:
     begin = time.perf_counter()
-    assert texts(llm) == expected
+    assert tokens(llm) == expected
     report = llm.report()
     assert report["streamed_bytes_per_sweep"] > 0
     stages = {stage["stage"]: stage for stage in report["stages"]}
@@ -112,7 +111,7 @@ def test_the_same_text_from_two_drives(llm: LLM, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("victims", [["NvmeLoader"], ["NvmeLoader-2"], LOADERS])
-def test_a_killed_loader_comes_back(victims: list[str], llm: LLM, expected: list[str]) -> None:
+def test_a_killed_loader_comes_back(victims: list[str], llm: LLM, expected: list[list[int]]) -> None:
     llm._stage.roll._rows[:, 2:] -= 61  # the deaths of the test before lie a minute back
     before = llm.pids()
     found = []
@@ -120,7 +119,7 @@ def test_a_killed_loader_comes_back(victims: list[str], llm: LLM, expected: list
         if number == 5:
             for victim in victims:
                 os.kill(before[victim], signal.SIGKILL)
-        found.append(output.outputs[0].text)
+        found.append(output.outputs[0].token_ids)
     assert found[-1] == expected[0]
     deadline = time.monotonic() + 30
     while any(llm.pids()[victim] == before[victim] for victim in victims):
@@ -128,4 +127,4 @@ def test_a_killed_loader_comes_back(victims: list[str], llm: LLM, expected: list
         time.sleep(0.05)
     after = llm.pids()
     assert {name for name in before if after[name] != before[name]} == set(victims)
-    assert texts(llm) == expected
+    assert tokens(llm) == expected

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 BUNDLED = Path(__file__).parents[2] / "pipo_ray" / "bundled"
 BUILD = f"""
@@ -17,20 +19,28 @@ import pipo_ray.model.engine, torch
 from pipo_ray.model.graph import build_graph, load_config
 model = build_graph(load_config({str(BUNDLED)!r}), torch.float32, attention="eager", device=torch.device("cpu"))
 """
+Run = Callable[[str], str]
 
 
-def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", BUILD + program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a program behind BUILD; what it says."""
+    with Forked(BUILD, tmp_path_factory.mktemp("programs")) as built:
+
+        def run(program: str) -> str:
+            done = built.run(f"import sys, torch\nfrom pipo_ray.model.graph import load_config\n{program}")
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        yield run
 
 
-def test_a_graph_is_built_without_the_compiler() -> None:
+def test_a_graph_is_built_without_the_compiler(run: Run) -> None:
     unwanted = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx", "sympy")
     assert run(f"print([name for name in {unwanted} if name in sys.modules])") == "[]\n"
 
 
-def test_nor_is_it_needed_to_look_at_a_model() -> None:
+def test_nor_is_it_needed_to_look_at_a_model(run: Run) -> None:
     """Torch's Python kernels for meta tensors import it, and sympy: a second before the first byte is packed."""
     program = f"""
 from pipo_ray.model.inspect import find_facts
@@ -40,7 +50,7 @@ print([name for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes
     assert run(program) == "[]\n"
 
 
-def test_questions_about_symbols_are_answered_by_the_real_module() -> None:
+def test_questions_about_symbols_are_answered_by_the_real_module(run: Run) -> None:
     program = """
 from pipo_ray.model.lean_transformers import without_compiler
 with without_compiler():
@@ -60,14 +70,14 @@ print(type(sys.modules["torch._dynamo"]).__name__)
     assert run(program) == "refused\n7 _Compiler\nmodule\n"
 
 
-def test_the_compiler_works_when_it_is_asked_for() -> None:
+def test_the_compiler_works_when_it_is_asked_for(run: Run) -> None:
     program = "print(torch.compile(lambda x: 2 * x, backend='eager')(torch.ones(1)).item(), torch._dynamo.__file__)"
     number, file = run(program).split()
     assert float(number) == 2
     assert file.endswith("__init__.py")
 
 
-def test_a_package_that_imports_a_part_of_the_compiler_gets_the_real_one() -> None:
+def test_a_package_that_imports_a_part_of_the_compiler_gets_the_real_one(run: Run) -> None:
     """As torchvision does."""
     program = """
 from pipo_ray.model.lean_transformers import without_compiler
@@ -91,10 +101,11 @@ from transformers.utils.import_utils import _is_package_available
 import transformers.models.gemma2.modeling_gemma2
 print(importlib.util.find_spec("torchvision"), bool(_is_package_available("torchvision")[0]))
 """
-    assert run(program) == "None False\n"
+    done = subprocess.run([sys.executable, "-c", BUILD + program], capture_output=True, text=True, check=False)
+    assert done.stdout == "None False\n", done.stderr
 
 
-def test_what_a_stand_in_does_not_know_comes_from_the_real_module() -> None:
+def test_what_a_stand_in_does_not_know_comes_from_the_real_module(run: Run) -> None:
     program = """
 from pipo_ray.model.lean_transformers import without_compiler
 with without_compiler():

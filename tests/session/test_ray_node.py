@@ -48,6 +48,9 @@ class Actor:
     def pid(self) -> int:
         return os.getpid()
 
+    def parent(self) -> int:
+        return os.getppid()
+
     def has_pyarrow(self) -> bool:
         return sys.modules.get("pyarrow") is not None
 
@@ -136,6 +139,10 @@ def test_a_private_node_is_lean_private_and_leaves_no_trace(
         assert ray.get(actor.program.remote()).endswith("default_worker.py")
         actor_pid = ray.get(actor.pid.remote())
         assert actor_pid in session.node.pids()
+        # Both are forked from the process that has imported Ray (test_fork_server.py), and not started by the raylet.
+        fork_server = ray.get(actor.parent.remote())
+        assert fork_server == ray.get(Actor.remote().parent.remote())
+        assert fork_server in set(session.node.pids()) - set(node_pids)
         # Ctrl-C in the terminal reaches every process of the foreground; those of Ray are deaf to it.
         os.kill(actor_pid, signal.SIGINT)
         with pytest.raises(ValueError, match="a reason"):
