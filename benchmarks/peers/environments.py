@@ -35,6 +35,32 @@ ENVIRONMENTS = {
             "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
         },
     ),
+    # Without its own requirements, of which the torch is newer than the library's; these are what it imports.
+    "gptqmodel": Environment(
+        (
+            _TORCH,
+            (
+                *_TRANSFORMERS,
+                "datasets==5.2.0",
+                "defuser==0.0.28",
+                "device-smi==0.5.7",
+                "dill==0.4.1",
+                "jinja2==3.1.6",
+                "logbar==0.4.15",
+                "ninja==1.13.2",
+                "packaging==26.3",
+                "pillow==13.0.0",
+                "protobuf==7.36.2",
+                "pyarrow==26.0.1",
+                "pypcre==0.6.4",
+                "requests==2.34.2",
+                "threadpoolctl==3.8.0",
+                "tokenicer==0.0.14",
+                "torchao==0.18.0",
+            ),
+            ("--no-deps", "gptqmodel==7.7.0"),
+        )
+    ),
 }
 
 

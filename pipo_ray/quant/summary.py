@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from pipo_ray.quant.calibration_text import CALIBRATION_KEY
 from pipo_ray.quant.foreign.detect import SOURCE_KEY
@@ -61,12 +63,21 @@ def describe_source(manifest: Manifest) -> list[str]:
     if not isinstance(source, dict):
         return []
     repacked, again = source["repacked"], source["rounded_again"]
-    done = [f"{repacked} matrices repacked as they are"] if repacked else []
+    done = [f"{repacked} matrices repacked {_how_exactly(source)}"] if repacked else []
     if source["dequantized"]:
         done.append(f"{source['dequantized']} dequantized")
     if again:
         done.append(f"{again} dequantized and rounded again, so that accuracy is lost twice")
-    inexact = source["groups"] - source["exact_groups"]
-    if repacked and inexact:
-        done.append(f"scales rounded to bf16 in {inexact / source['groups']:.0%} of the groups")
     return [f"{source['label']}: {', '.join(done)}"]
+
+
+def _how_exactly(source: Mapping[str, Any]) -> str:
+    """Of groups that were not counted (GGUF's) some will have been rounded."""
+    groups, inexact = source["groups"], source["groups"] - source["exact_groups"]
+    if groups and not inexact:
+        return "exactly"
+    share = ""
+    if groups:
+        percent = "all" if inexact == groups else f"{max(1, min(99, round(100 * inexact / groups)))}%"
+        share = f" in {percent} of the groups"
+    return f"(codes as they are; scales and zeros rounded to bf16, by 2^-8 at most{share})"

@@ -28,8 +28,10 @@ def test_gptq_from_pack_to_text(tmp_path: Path, capfd: pytest.CaptureFixture[str
     truth = Truth()
     folder = write_checkpoint(BUNDLED, tmp_path / "gptq", GPTQ, truth.gptq, dtype="float16")
     assert main(["pack", str(folder), str(tmp_path / "store")]) == 0
-    line = "GPTQ int4, groups of 32: 48 matrices repacked as they are, 8 dequantized"
-    assert line in capfd.readouterr().err
+    line = "GPTQ int4, groups of 32: 48 matrices repacked (codes as they are; scales and zeros rounded to bf16"
+    said = capfd.readouterr().err
+    assert line in said
+    assert "of the groups), 8 dequantized" in said
     run(tmp_path / "store", line, reference(BUNDLED, truth.values, tmp_path))
 
 
@@ -37,7 +39,7 @@ def test_a_gguf_file_to_text(tmp_path: Path) -> None:
     """Its own tokenizer included."""
     kinds = {"token_embd.weight": Kind.Q8_0, "output.weight": Kind.Q8_0}
     file = write_gguf(BUNDLED, tmp_path / "model.gguf", lambda name: kinds.get(name, Kind.Q4_0), tokenizer=True)
-    tokens = run(file, "GGUF Q4_0, Q8_0: 56 matrices repacked as they are, 2 dequantized", theirs(file))
+    tokens = run(file, "GGUF Q4_0, Q8_0: 56 matrices repacked (codes as they are; scales and zeros", theirs(file))
     assert not prepare_store(file).packed_now, "it is in the cache"
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     assert tokenizer.decode(tokens, skip_special_tokens=True).startswith(PROMPT)

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
+from pipo_ray.quant.foreign.detect import SOURCE_KEY
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import divide
 from pipo_ray.quant.summary import describe_precision
@@ -42,3 +47,34 @@ def test_which_kernel_is_used_without_ours_is_said_once() -> None:
         assert len(describe_precision(one, "avx512", None)) == 1
     assert describe_precision(manifest(PLAIN), "avx512", "llvmlite is not installed") == []
     assert len(describe_precision(manifest(packed("int4", "avx2")), "avx512", "llvmlite is not installed")) == 2
+
+
+@pytest.mark.parametrize(
+    "exact, said",
+    [
+        (4000, "GPTQ: 7 matrices repacked exactly, 2 dequantized"),
+        (0, "rounded to bf16, by 2^-8 at most in all of the groups), 2 dequantized"),
+        (1000, "by 2^-8 at most in 75% of the groups)"),
+        (1, "in 99% of the groups)"),
+        (3999, "in 1% of the groups)"),
+    ],
+)
+def test_what_repacking_rounds_is_said(exact: int, said: str) -> None:
+    source = {"label": "GPTQ", "repacked": 7, "dequantized": 2, "rounded_again": 0, "groups": 4000}
+    found = replace(manifest(packed("int4")), extra={SOURCE_KEY: source | {"exact_groups": exact}})
+    line = describe_precision(found, "avx512")[0]
+    assert line.startswith("GPTQ: 7 matrices repacked ")
+    assert said in line
+
+
+def test_groups_that_were_not_counted_are_not_called_exact() -> None:
+    source = {"label": "GGUF Q4_0", "repacked": 2, "dequantized": 0, "rounded_again": 0, "groups": 0, "exact_groups": 0}
+    found = replace(manifest(packed("int4")), extra={SOURCE_KEY: source})
+    assert describe_precision(found, "avx512")[0] == (
+        "GGUF Q4_0: 2 matrices repacked (codes as they are; scales and zeros rounded to bf16, by 2^-8 at most)"
+    )
+
+
+def test_nothing_repacked_is_nothing_rounded_to_bf16() -> None:
+    source = {"label": "GPTQ", "repacked": 0, "dequantized": 9, "rounded_again": 0, "groups": 4, "exact_groups": 0}
+    assert describe_precision(replace(manifest(PLAIN), extra={SOURCE_KEY: source})) == ["GPTQ: 9 dequantized"]

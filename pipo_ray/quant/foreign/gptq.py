@@ -8,14 +8,14 @@ Of a weight [rows, columns] with `bits` bits and groups of g columns:
     g_idx    int32 [columns]                             each column's group; in order unless `desc_act`
 
 A value is (code - zero point) scale. `checkpoint_format` "gptq" stores zero points less one, "gptq_v2" as they are.
-Source: `pack` and `dequantize_weight` of GPTQModel's TorchQuantLinear (gptqmodel/nn_modules/qlinear).
+Source: `pack` and `dequantize_weight` of GPTQModel's TorchLinear (gptqmodel/nn_modules/qlinear) and, for the one less,
+`convert_gptq_v1_to_v2_format_module` (gptqmodel/utils/model.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -36,22 +36,24 @@ from pipo_ray.quant.foreign.weight import (
 
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 """How the names end of the tensors that a weight is made of."""
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""By bits, a word with the number 1 in each place."""
 
 
 def find_weights(files: TensorFiles, source: SourceFormat) -> dict[str, ForeignWeight]:
     """The quantized weights by plain name. Raises CheckpointError for one whose parts do not fit together."""
     bits = whole_number(source.settings, "bits")
-    first = 1 if source.settings.get("checkpoint_format", "gptq") == "gptq" else 0
+    less_one = source.settings.get("checkpoint_format", "gptq") == "gptq"
     return {
         f"{key[: -len('.qweight')]}.weight": _weight(
-            files, key[: -len(".qweight")], bits, whole_number(source.settings, "group_size", -1), first
+            files, key[: -len(".qweight")], bits, whole_number(source.settings, "group_size", -1), less_one
         )
         for key in files.checkpoint.tensors
         if key.endswith(".qweight")
     }
 
 
-def _weight(files: TensorFiles, module: str, bits: int, group: int, first: int) -> ForeignWeight:
+def _weight(files: TensorFiles, module: str, bits: int, group: int, less_one: bool) -> ForeignWeight:
     name = f"{module}.weight"
     words, rows = files.matrix(name, f"{module}.qweight", ("I32",))
     columns = words * 32 // bits
@@ -68,7 +70,7 @@ def _weight(files: TensorFiles, module: str, bits: int, group: int, first: int) 
         files.header(name, f"{module}.g_idx", ("I32",), (columns,))
         order = group_order(files.whole(f"{module}.g_idx"), columns, groups, f"{module}.g_idx")
     weight = _GptqWeight(
-        name, (rows, columns), files.checkpoint.files[f"{module}.qweight"], None, files, module, bits, first, order
+        name, (rows, columns), files.checkpoint.files[f"{module}.qweight"], None, files, module, bits, less_one, order
     )
     if order is None and bits in (4, 8) and holding(bits, columns, group, True) is not None:
         return replace(weight, low_bit=holding(bits, columns, group, weight.is_symmetric()))
@@ -80,7 +82,7 @@ class _GptqWeight(ForeignWeight):
     files: TensorFiles
     module: str
     bits: int
-    first: int
+    less_one: bool
     order: torch.Tensor | None
 
     def rows(self, start: int, stop: int) -> IntegerRows:
@@ -96,23 +98,30 @@ class _GptqWeight(ForeignWeight):
 
     def _decode(self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, cut: slice) -> Codes:
         unpacked = unpack_rows(codes.T, self.bits, self.shape[1])
-        points = unpack_rows(zeros, self.bits, zeros.shape[1] * 32 // self.bits)[:, cut].T.float() + self.first
         symmetric = self.low_bit is not None and self.low_bit.symmetric
-        return Codes(unpacked, scales.T.float(), None if symmetric else points)
+        points = None if symmetric else self._zero_points(zeros)[:, cut].T.float()
+        return Codes(unpacked, scales.T.float(), points)
+
+    def _zero_points(self, words: torch.Tensor) -> torch.Tensor:
+        """uint8 [groups, rows] of int32 [groups, words]. 0 less one takes a 1 from the next point of its word, as
+        GPTQModel subtracts in whole words: added there it is given back. With 3 bits each point is for itself.
+        """
+        by_word = self.less_one and self.bits in _ONES
+        if by_word:
+            words = words + _ONES[self.bits]  # without the carry out of the last point
+        points = unpack_rows(words, self.bits, words.shape[1] * 32 // self.bits)
+        return points + 1 & (1 << self.bits) - 1 if self.less_one and not by_word else points
 
     def is_symmetric(self) -> bool:
         """Whether all zero points are the middle of the codes, whatever config.json says of `sym`."""
-        zeros = self.files.whole(f"{self.module}.qzeros")
-        points = unpack_rows(zeros, self.bits, self.shape[0])
-        return bool((points == (1 << self.bits - 1) - self.first).all())
+        points = self._zero_points(self.files.whole(f"{self.module}.qzeros"))
+        return bool((points == 1 << self.bits - 1).all())
 
     def survey(self) -> Survey:
         scales = self.files.whole(f"{self.module}.scales").float()
         self.check_scales(scales, f"{self.module}.scales")
         if self.low_bit is None:
             return Survey(0, 0)
-        points: Any = None
-        if not self.low_bit.symmetric:
-            zeros = self.files.whole(f"{self.module}.qzeros")
-            points = unpack_rows(zeros, self.bits, self.shape[0]).float() + self.first
-        return count_exact(scales, points)
+        if self.low_bit.symmetric:
+            return count_exact(scales, None)
+        return count_exact(scales, self._zero_points(self.files.whole(f"{self.module}.qzeros")).float())

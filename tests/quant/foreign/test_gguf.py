@@ -112,13 +112,14 @@ def test_a_scale_that_is_not_finite(tmp_path: Path) -> None:
         weight.rows(0, 8).rounded(weight.low_bit)
 
 
+ROUNDED = "(codes as they are; scales and zeros rounded to bf16, by 2^-8 at most)"
 MODELS = [
-    ("LlamaConfig", q4_k_m, {"head_dim": 64}, "GGUF Q4_K, Q6_K: 10 matrices repacked as they are, 6 dequantized"),
+    ("LlamaConfig", q4_k_m, {"head_dim": 64}, f"GGUF Q4_K, Q6_K: 10 matrices repacked {ROUNDED}, 6 dequantized"),
     (
         "LlamaConfig",
         lambda name: Kind.Q4_0,
         {"tie_word_embeddings": True},
-        "GGUF Q4_0: 14 matrices repacked as they are, 1 dequantized",
+        f"GGUF Q4_0: 14 matrices repacked {ROUNDED}, 1 dequantized",
     ),
     ("Qwen2Config", lambda name: Kind.F16, {}, None),
     ("Qwen3MoeConfig", q4_k_m, {"moe_intermediate_size": 256, "head_dim": 64}, None),

@@ -104,8 +104,19 @@ def test_gptq(
     monkeypatch.setattr(reading.TensorFiles.__init__, "__defaults__", (strip_bytes,))
     made = quantize(weight(), bits, group, symmetric=symmetric)
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": layout}
-    parts = gptq_parts(made, bits, first=1 if layout == "gptq" else 0)
-    check(opened(tmp_path, settings, parts), made.values(), low_bit)
+    check(opened(tmp_path, settings, gptq_parts(made, bits, layout=layout)), made.values(), low_bit)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_zero_points_may_be_any_code(bits: int, layout: str, tmp_path: Path) -> None:
+    """0, too, which less one borrows from the next."""
+    made = quantize(weight(), bits, 32, symmetric=False)
+    points = torch.randint(0, 1 << min(bits, 4), made.points.shape, generator=torch.Generator().manual_seed(0))
+    made = made._replace(points=points.to(torch.uint8))
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": layout}
+    parts = gptq_parts(made, bits, layout=layout)
+    check(opened(tmp_path, settings, parts), made.values(), "int4-g32" if bits == 4 else None)
 
 
 def test_gptq_with_columns_in_another_order(tmp_path: Path) -> None:
@@ -161,8 +172,7 @@ def test_awq_is_what_compressed_tensors_reads(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_words_are_those_of_compressed_tensors(bits: int) -> None:
-    """The writer of the tests above packs as that library does, along the columns of a weight; what it writes of zeros
-    and of columns in another order no library here reads."""
+    """The writer of the tests above packs as that library does, along the columns of a weight."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     made = quantize(weight(), bits, 32, symmetric=False)

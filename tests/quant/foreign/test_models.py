@@ -110,7 +110,9 @@ def test_the_store_has_the_checkpoints_codes(
     exact = reference(plain, truth.values, tmp_path)
     check_store(tmp_path / "store", manifest, exact)
     line, _ = describe_precision(manifest)
-    assert line.startswith(f"{source['label']}: {repacked} matrices repacked as they are")
+    assert line.startswith(
+        f"{source['label']}: {repacked} matrices repacked (codes as they are; scales and zeros rounded"
+    )
     formats = {t.name: t.panels.format for block in manifest.blocks for t in block.tensors if t.panels is not None}
     assert formats["model.layers.1.mlp.up_proj.weight"] == "int4-g32"
     if method == "gptq":

@@ -41,8 +41,7 @@ def quantize(
     else:
         low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
         scales = ((high - low) / top).to(dtype)
-        # AutoGPTQ stores zero points less one: 0 cannot be.
-        points = (-low / scales.float()).round().clamp(1, top)
+        points = (-low / scales.float()).round().clamp(0, top)
     codes = (groups / scales.float().unsqueeze(2) + points.unsqueeze(2)).round().clamp(0, top)
     return Quantized(codes.view(rows, columns).to(torch.uint8), scales, points.to(torch.uint8))
 
@@ -61,14 +60,26 @@ def awq_words(codes: torch.Tensor) -> torch.Tensor:
     return dense_words(codes.view(len(codes), -1, 8)[:, :, list(AWQ_ORDER)].reshape(len(codes), -1), 4)
 
 
+def less_one(points: torch.Tensor, bits: int) -> torch.Tensor:
+    """As `dense_words`, of points less one: subtracted from whole words, but with 3 bits from each point, modulo 8."""
+    if bits == 3:
+        return dense_words((points.int() - 1) % 8, 3)
+    ones = sum(1 << place for place in range(0, 32, bits))
+    words = [
+        [(word - ones + (1 << 31)) % (1 << 32) - (1 << 31) for word in row]
+        for row in dense_words(points, bits).tolist()
+    ]
+    return torch.tensor(words, dtype=torch.int32)
+
+
 def gptq_parts(
-    found: Quantized, bits: int, group_of: torch.Tensor | None = None, first: int = 1
+    found: Quantized, bits: int, group_of: torch.Tensor | None = None, layout: str = "gptq"
 ) -> dict[str, torch.Tensor]:
     columns = found.codes.shape[1]
     in_order = torch.arange(columns) // (columns // found.scales.shape[1])
     return {
         "qweight": dense_words(found.codes, bits).T.contiguous(),
-        "qzeros": dense_words((found.points - first).T, bits),
+        "qzeros": (less_one if layout == "gptq" else dense_words)(found.points.T, bits),
         "scales": found.scales.T.contiguous(),
         "g_idx": (in_order if group_of is None else group_of).int(),
     }
