@@ -1,8 +1,8 @@
 """Checkpoints that GPTQModel quantizes and writes (GPTQ and AWQ), against what becomes of them here.
 
 How to run (no GPU; the first run makes GPTQModel an environment of its own in the folder, 1.5 GB and two minutes, for
-which PCRE2's headers must be there, Debian's libpcre2-dev; then ten seconds a checkpoint, and those that are in the
-folder already are taken from there):
+which PCRE2's headers must be there, Debian's libpcre2-dev; then ten seconds a checkpoint, two with --quick, and those
+that are in the folder already are taken from there):
 
     python benchmarks/foreign_checkpoints.py [--cases PATTERN,...] [--quick] [--folder DIR] [--json FILE] [--save FILE]
 
@@ -191,7 +191,7 @@ def main() -> int:
     """Write the checkpoints, compare, print a table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="*", metavar="PATTERN,...", help="only cases whose name matches one of them")
-    parser.add_argument("--quick", action="store_true", help="no logits: half a minute instead of ten")
+    parser.add_argument("--quick", action="store_true", help="no logits: two minutes instead of ten")
     parser.add_argument("--folder", type=Path, help="for the environment and the checkpoints, kept and used again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--save", type=Path, metavar="FILE", help="what the tests compare with")
