@@ -99,8 +99,24 @@ def _checked_group(settings: Mapping[str, Any]) -> int:
     return group
 
 
+def _refuse_exceptions(settings: Mapping[str, Any], bits: int, group: int) -> None:
+    """GPTQModel's `dynamic` has settings of its own for the modules that a pattern matches. One that begins with "-"
+    says that they are not quantized.
+    """
+    dynamic = settings.get("dynamic")
+    for pattern, own in (dynamic if isinstance(dynamic, Mapping) else {}).items():
+        if pattern.startswith("-") or not isinstance(own, Mapping):
+            continue
+        if (own.get("bits", bits), own.get("group_size", group)) != (bits, group):
+            raise UnsupportedModelError(
+                f"other bits or groups for some modules, here {pattern!r} of `dynamic`, cannot be read, only the same "
+                "for all"
+            )
+
+
 def _gptq(settings: Mapping[str, Any]) -> SourceFormat:
     bits, group = whole_number(settings, "bits"), _checked_group(settings)
+    _refuse_exceptions(settings, bits, group)
     if bits not in (2, 3, 4, 8):
         raise UnsupportedModelError(f"GPTQ with {bits} bits cannot be read, only 2, 3, 4 and 8")
     layout = settings.get("checkpoint_format", "gptq")
@@ -113,6 +129,7 @@ def _awq(settings: Mapping[str, Any]) -> SourceFormat:
     bits = whole_number(settings, "bits" if "bits" in settings else "w_bit")
     name = "group_size" if "group_size" in settings else "q_group_size"
     group = whole_number(settings, name, 128)
+    _refuse_exceptions(settings, bits, group)
     version = str(settings.get("version", "gemm")).lower()
     if bits != 4:
         raise UnsupportedModelError(f"AWQ with {bits} bits cannot be read, only 4")

@@ -20,7 +20,7 @@ from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import load_config
 from pipo_ray.packing import pack_checkpoint
 from pipo_ray.quant.codec import read_rows, views_of
-from pipo_ray.quant.foreign.detect import SOURCE_KEY
+from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
 from pipo_ray.quant.policy import Precision
 from pipo_ray.quant.rounding import values_of
 from pipo_ray.quant.summary import describe_precision
@@ -172,6 +172,12 @@ def test_float16_with_codes_is_refused(tmp_path: Path, tiny_checkpoint: Callable
     assert manifest.precision == "float16"
 
 
+def test_exceptions_that_change_nothing_here_are_no_obstacle() -> None:
+    dynamic = {"-:.*o_proj": {"bits": 8}, "+:.*v_proj": {"bits": 4, "desc_act": False, "group_size": 32}}
+    for settings in (GPTQ, AWQ):
+        assert source_format({"quantization_config": settings | {"dynamic": dynamic}}, "here") is not None
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [
@@ -184,6 +190,9 @@ def test_float16_with_codes_is_refused(tmp_path: Path, tiny_checkpoint: Callable
         (GPTQ | {"checkpoint_format": "marlin"}, "stored as 'marlin'"),
         (AWQ | {"bits": 3}, "AWQ with 3 bits"),
         (AWQ | {"version": "gemv"}, "stored for 'gemv'"),
+        (GPTQ | {"dynamic": {"-:.*k_proj": {}, "+:.*v_proj": {"bits": 8}}}, "here '+:.*v_proj' of `dynamic`"),
+        (GPTQ | {"dynamic": {".*": {"group_size": 64}}}, "other bits or groups for some modules"),
+        (AWQ | {"dynamic": {".*": {"group_size": 64}}}, "other bits or groups for some modules"),
         ({"quant_method": "compressed-tensors"}, "no config_groups"),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"0": {}}, "transform_config": {"R1": {}}},
