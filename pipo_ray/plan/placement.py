@@ -36,7 +36,7 @@ def least_weight_bytes(manifest: Manifest, facts: ModelFacts) -> int:
 def whole_bytes(manifest: Manifest, facts: ModelFacts) -> int:
     """What the model takes when all of it is resident."""
     slot_bytes = max(largest_uncut_bytes(manifest.blocks), WITHOUT_PROFILE.slot_bytes)
-    return sum(piece.read_bytes for piece in sweep_plan(manifest, facts, slot_bytes).pieces)
+    return sum(piece.read_bytes for piece in cut_pieces(manifest.blocks, slot_bytes))
 
 
 def sweep_plan(manifest: Manifest, facts: ModelFacts, slot_bytes: int) -> SweepPlan:

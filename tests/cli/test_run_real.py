@@ -17,6 +17,8 @@ from e2e.checkpoints import packed
 from pipo_ray.cli.result import JSON_KEYS
 
 PIPO = [sys.executable, "-m", "pipo_ray.cli"]
+NOISE = "\ufffd".encode()
+"""Is in the middle of the text soon: its bytes are random."""
 BUDGET = ["--memory", "2GiB", "--weight-memory", "400KiB", "--device", "cpu", "--ray-address", "local"]
 
 
@@ -174,7 +176,7 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_then_leaves(store: str) -> None:
         terminal.wait_for(b"> ")
         terminal.type(b"hello\n")
         terminal.wait_for(b"hello\r\n")
-        time.sleep(1)
+        terminal.wait_for(NOISE)
         terminal.type(b"\x03")
         terminal.wait_for(b"(stopped)", 20)
         terminal.wait_for(b"> ", 20)
@@ -201,9 +203,10 @@ def test_a_terminal_gets_a_progress_bar(chat_checkpoint: Path, tmp_path: Path) -
 def test_ctrl_c_in_a_run_leaves_nothing(store: str, moment: str) -> None:
     with Terminal("run", store, "-p", "hello", "--max-tokens", "450", "--ignore-eos", *BUDGET) as terminal:
         if moment == "start":
-            time.sleep(2)  # while Ray starts
+            terminal.wait_for(b"starting Ray")
+            time.sleep(0.5)  # while it does
         else:
-            terminal.wait_for("\ufffd".encode())  # in the middle of the text, which is noise
+            terminal.wait_for(NOISE)
         terminal.type(b"\x03")
         status, rest = terminal.end()
         assert status == 130
