@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,22 +99,24 @@ class Twins(TwinCaches):
 @contextmanager
 def stores(
     ram_pages: int, disk_pages: int, dtype: torch.dtype = torch.float32, device: FakeDevice | None = None,
-    *, newest: int = 4, shared: bool = True,
+    *, newest: int = 4, shared: bool = True, page_bytes: int | None = None, tokens: tuple[int, ...] = (),
 ) -> Iterator[tuple[KVDisk, KVDisk]]:  # fmt: skip
     """One of so many pages of RAM and file, and one with room for all in RAM; where a GPU computes, with places there
-    for the newest pages of so many sequences.
+    for the newest pages of so many sequences. Pages are of LAYERS at 16 bits, or of so many `tokens` of each layer.
     """
-    nbytes = PAGE_TOKENS * KV_HEADS * 2 * DIM * dtype.itemsize
+    layers = len(tokens) or LAYERS
+    nbytes = page_bytes or PAGE_TOKENS * KV_HEADS * 2 * DIM * dtype.itemsize
     assert nbytes % 4096 == 0
     with tempfile.TemporaryDirectory() as folder:
         file = KVFile(folder, disk_pages * nbytes)
         pages = Pages.create(Path(folder), file, ram_pages, disk_pages, nbytes)
         stop, table, frames = pages.open()
         server = pages.serve(table, frames)
-        gpu_pages = 0 if device is None else PASSING_PAGES + newest * LAYERS
-        placement = KVDiskPlacement(LAYERS, nbytes, ram_pages, STAGING, disk_pages, folder, gpu_pages=gpu_pages)
+        gpu_pages = 0 if device is None else PASSING_PAGES + newest * layers
+        options: dict[str, Any] = {"gpu_pages": gpu_pages, "tokens": tokens}
+        placement = KVDiskPlacement(layers, nbytes, ram_pages, STAGING, disk_pages, folder, **options)
         # A GPU attends to other parts at once: with the same ones.
-        plenty = KVDiskPlacement(LAYERS, nbytes, 400, STAGING, 1, folder, gpu_pages=gpu_pages)
+        plenty = KVDiskPlacement(layers, nbytes, 400, STAGING, 1, folder, **options)
         other_device = None if device is None else FakeDevice(eager=1.0)
         (Path(folder) / "other").mkdir()
         others = Pages.create(Path(folder) / "other", file, 400, 1, nbytes).open()

@@ -41,13 +41,22 @@ class TwinCaches:
         """
         if not self.has_room(capacity):
             return None
+        line = self.line(behind, tokens)
+        return self.add(self.make(capacity, line), line)
+
+    def line(self, behind: int | None, tokens: int) -> list[tuple[int, int]]:
+        """The sequences that have the first `tokens` of one, and how many each."""
         line, at = list[tuple[int, int]](), 0
         for one, count in [] if behind is None else [*self.lines[behind], (behind, tokens)]:
             if (count := min(count, tokens - at)) > 0:
                 line.append((one, count))
                 at += count
+        return line
+
+    def add(self, pair: tuple[Any, Any], line: list[tuple[int, int]]) -> int:
+        """A sequence's name."""
         self._names += 1
-        self.pairs[self._names], self.lines[self._names] = self.make(capacity, line), line
+        self.pairs[self._names], self.lines[self._names] = pair, line
         return self._names
 
     def needed(self, name: int) -> int:

@@ -33,7 +33,7 @@ class DiskCache:
 
     def __init__(self, store: KVDisk, capacity: int, prefix: Prefix = ()) -> None:
         self.capacity, self.length, self.prefix = capacity, 0, prefix
-        self.grows = True
+        self.grows = capacity > 0
         self.layers: dict[int, list[Page]] = {}
         self.failed: DriveError | None = None
         self._store = store
@@ -76,7 +76,7 @@ class DiskCache:
 
     def packed_pages(self, layer: int, layout: PageLayout, sliding_window: int | None) -> DiskPages:
         """See `PagedSequence`. Raises UnsupportedModelError for larger pages than this model has by its facts."""
-        self._store.windows[layer] = sliding_window
+        self._store.windows.setdefault(layer, sliding_window)
         self._packed.add(layer)
         return DiskPages(self._store, self, layer, layout)
 
@@ -86,7 +86,9 @@ class DiskCache:
         for cache, count in self.prefix:
             yield from cache._pages(layer, first - at, count)
             at += count
-        own = self.length if layer not in self._packed else packed_pages(self.length) * kv_pages.PAGE_TOKENS
+        own = self.length
+        if layer in self._packed:
+            own = packed_pages(self.start + self.length) * kv_pages.PAGE_TOKENS - self.start
         yield from self._pages(layer, first - at, own)
 
     def unseen(self, layer: int) -> Sequence[Page]:
@@ -119,10 +121,13 @@ class DiskCache:
             done += count
         self._store.wrote()
 
-    def resize(self, capacity: int, length: int) -> None:
-        """Keep its own first `length` tokens alone, with room for `capacity`: for no more, where it has ended."""
+    def resize(self, capacity: int, length: int, packed: int = 0) -> None:
+        """Keep its own first `length` tokens alone, `packed` of which are in packed pages, with room for `capacity`:
+        for no more, where it has ended.
+        """
         self.capacity, self.length = capacity, length
-        self._store.resize(self, grows=capacity > length)
+        held = {layer: packed if layer in self._packed else length for layer in self.layers}
+        self._store.resize(self, held, grows=capacity > length)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""

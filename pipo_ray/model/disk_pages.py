@@ -22,6 +22,7 @@ class DiskPages:
 
     def __init__(self, store: KVDisk, cache: DiskCache, layer: int, layout: PageLayout) -> None:
         self._store, self._cache, self._layer, self._layout = store, cache, layer, layout
+        self._before = cache.start // PAGE_TOKENS
         self._per_page = store.placement.page_tokens(layer) // PAGE_TOKENS
         if self._per_page * layout.page_bytes > store.placement.page_bytes:
             raise UnsupportedModelError(
@@ -34,7 +35,7 @@ class DiskPages:
         self._store.enter(self._cache)
         self._cache.forget_unseen(self._layer)
         while first < stop:
-            index, row = divmod(first, self._per_page)
+            index, row = divmod(first - self._before, self._per_page)
             count = min(self._per_page - row, stop - first)
             yield self._packed(self._store.newest(self._cache, self._layer, index)[None])[row : row + count]
             first += count
@@ -43,7 +44,18 @@ class DiskPages:
     def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
         """See `PackedPages`. Raises KVPagesLostError."""
         self._store.enter(self._cache)
-        pages = self._cache.layers.get(self._layer, [])
+        at = 0
+        for cache, tokens in self._cache.prefix:
+            count = tokens // PAGE_TOKENS
+            yield from self._parts_of(cache, max(0, first - at), min(count, stop - at))
+            at += count
+        yield from self._parts_of(self._cache, max(0, first - at), stop - at)
+
+    def _parts_of(self, cache: DiskCache, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
+        """Of its own packed pages those from number `first` to before `stop`."""
+        if first >= stop:
+            return
+        pages = cache.layers.get(self._layer, [])
         index, behind = first // self._per_page, -(-stop // self._per_page)
         while index < behind and first < stop:
             here, held, begin = [], index, index * self._per_page

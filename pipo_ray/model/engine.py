@@ -238,10 +238,12 @@ class ComputeEngine:
         steps, entries = [], []
         for step in request.steps:
             token_ids = self._following(step) if step.follows else step.token_ids
+            points = {point.name: None for point in step.keep}
             if token_ids is None or (step.spec is None and step.sequence not in self._sequences):
-                continue  # of a sequence that has ended, or that was lost
-            if any(part.sequence in gone for part in step.prefix):
-                gone[step.sequence] = lost[step.sequence] = None
+                lost |= points  # of a sequence that has ended, or that was lost
+                continue
+            if any(part.sequence in gone or part.sequence in lost for part in step.prefix):
+                lost |= {step.sequence: None, **points}
                 continue
             if step.spec is not None:
                 gone.pop(step.sequence, None)

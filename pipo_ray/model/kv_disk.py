@@ -21,7 +21,7 @@ anything: `KVPagesLostError`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -105,15 +105,15 @@ class KVDisk:
                 f"{self.placement.max_sequences}; lower the number of requests"
             )
 
-    def resize(self, cache: DiskCache, *, grows: bool) -> None:
-        """Let the sequence have no more than its `length` tokens, and go on if it `grows`; else it has ended, and no
-        page of it will be written any more.
+    def resize(self, cache: DiskCache, held: Mapping[int, int], *, grows: bool) -> None:
+        """Let the sequence have no more than so many tokens in pages of each layer, and go on if it `grows`; else it
+        has ended, and no page of it will be written any more.
         """
         cache.grows = grows
         self._check_growing(self._live)
         self._set_room()
         for layer, pages in cache.layers.items():
-            num_pages = -(-cache.length // self.placement.page_tokens(layer))
+            num_pages = -(-held[layer] // self.placement.page_tokens(layer))
             for page in pages[num_pages:]:
                 self._discard(page)
             del pages[num_pages:]
@@ -299,6 +299,8 @@ class KVDisk:
             pages.append(Page(cache, layer, index, self.moves.take_frame()))
             if self._copies is not None:
                 self._copies.open(pages[-1].frame)
+        elif pages[index].at is not PageState.OPEN:  # its sequence had ended
+            self._reopen(pages[index])
         frame = pages[index].frame
         return self._frames[frame] if self._copies is None else self._copies.written(frame)
 
@@ -327,9 +329,11 @@ class KVDisk:
         for page in pages[num_pages:]:
             self._discard(page)
         del pages[num_pages:]
-        if last_is_full or not pages or pages[-1].at is PageState.OPEN:
-            return
-        page = pages[-1]
+        if not last_is_full and pages and pages[-1].at is not PageState.OPEN:
+            self._reopen(pages[-1])
+
+    def _reopen(self, page: Page) -> None:
+        """The page is written to again."""
         if page.at is PageState.SAVING:
             self.moves.finish_save(page)
         elif page.at is PageState.KEPT:

@@ -14,9 +14,9 @@ at 16 bits, or that computes them in the same sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,17 +36,23 @@ class PagedSequence(SequenceKV, Protocol):
     """A sequence's cache at 16 bits, in pages that may be elsewhere, which has room for packed pages among them."""
 
     def packed_pages(self, layer: int, layout: PageLayout, sliding_window: int | None) -> PackedPages:
-        """Where the packed pages of a layer that is not at 16 bits lie; called once, with the layer's first tokens. A
-        token sees so many with itself.
+        """Where the packed pages of a layer that is not at 16 bits lie, those of the prefix first; called once, with
+        the layer's first tokens. A token sees so many with itself.
         """
+        ...
+
+    def resize(self, capacity: int, length: int, packed: int) -> None:
+        """Keep its own first `length` tokens alone, `packed` of which are in packed pages, with room for `capacity`."""
         ...
 
 
 class PagedStore(Protocol):
     """Where sequences' pages lie, at 16 bits and packed."""
 
-    def open(self, capacity: int) -> PagedSequence:
-        """A new sequence's cache, of at most `capacity` tokens."""
+    def open(self, capacity: int, prefix: Any = ()) -> PagedSequence:
+        """A new sequence's cache, of at most `capacity` tokens behind so many of the first of each of the caches of
+        this store in `prefix`, in whole packed pages.
+        """
         ...
 
 
@@ -83,9 +89,11 @@ class LowBitStore:
             )
         return self.bits[layer]
 
-    def open(self, capacity: int, prefix: Prefix = ()) -> LowBitCache:
-        """The cache of a new sequence that has at most `capacity` tokens of its own, behind those of `prefix`."""
-        return LowBitCache(self, capacity, prefix)
+    def open(self, capacity: int, prefix: Prefix = (), *, pages: bool = True) -> LowBitCache:
+        """The cache of a new sequence that has at most `capacity` tokens of its own, behind those of `prefix`; without
+        `pages` no more than a window.
+        """
+        return LowBitCache(self, capacity, prefix, pages=pages)
 
     def scratch(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory that holds until it is asked for again."""
@@ -101,12 +109,15 @@ class LowBitCache:
     caches, in whole pages, at most `capacity` of its own, `length` of which are there in every layer.
     """
 
-    def __init__(self, store: LowBitStore, capacity: int, prefix: Prefix = ()) -> None:
+    def __init__(self, store: LowBitStore, capacity: int, prefix: Prefix = (), *, pages: bool = True) -> None:
         self.capacity, self.length = capacity, 0
         self.start = sum(count for _, count in prefix)
         self._store, self._prefix = store, prefix
         self._layers: dict[int, LowBitLayer] = {}
-        self._paged = None if store.paged is None else store.paged.open(capacity)
+        self._paged: PagedSequence | None = None
+        if store.paged is not None:
+            line = tuple((cache._paged, count) for cache, count in prefix)
+            self._paged = store.paged.open(capacity if pages else 0, line)
         self._alike: SequenceCache | None = None
         if self._paged is None:
             beginning = tuple((cache._wide_memory, count) for cache, count in prefix)
@@ -124,7 +135,7 @@ class LowBitCache:
 
     @property
     def _wide_memory(self) -> SequenceCache:
-        assert self._alike is not None, "where pages are elsewhere, sequences share nothing"
+        assert self._alike is not None, "where pages are elsewhere, sequences with layers at 16 bits share nothing"
         return self._alike
 
     # -- what it has in common with others
@@ -140,7 +151,7 @@ class LowBitCache:
         if not comes and source._source is not None:
             source, comes = source._source, True
         self.length += num_tokens
-        self._wide_memory.length = self.length
+        self.wide.length = self.length
         self._awaited = num_tokens
         if comes:
             source._waiting.append(self)
@@ -148,7 +159,7 @@ class LowBitCache:
             return
         for layer, memory in source._layers.items():
             self._receive(layer, memory.begin, *memory.window)
-        for layer, (keys, values) in source._wide_memory.layers.items():
+        for layer, (keys, values) in source._wide_memory.layers.items() if self._paged is None else ():
             self._receive(layer, source.start, keys, values)
 
     @property
@@ -181,9 +192,14 @@ class LowBitCache:
         """Keep its own first `length` tokens alone, in memory for `capacity`. Where these are no more than what is
         packed, in whole pages, nobody can go on behind them. Moves them, a layer at a time.
         """
+        packed = 0
         for memory in self._layers.values():
             memory.resize(self.start, self.start + capacity, self.start + length)
-        self._wide_memory.resize(capacity, length)
+            packed = memory.begin - self.start
+        if self._paged is not None:
+            self._paged.resize(capacity, length, packed)
+        else:
+            self._wide_memory.resize(capacity, length)
         self.capacity, self.length = capacity, length
 
     def _receive(self, layer: int, first: int, keys: Tensor, values: Tensor, fetch: Fetch | None = None) -> None:
@@ -210,7 +226,7 @@ class LowBitCache:
 
     def hand_out_wide(self, layer: int) -> None:
         """In a layer at 16 bits, which has its new tokens: let those who wait take theirs."""
-        if self._waiting:
+        if self._waiting and self._paged is None:
             self._hand_out(layer, self.start, *self._wide_memory.layers[layer])
 
     def _hand_out(self, layer: int, first: int, keys: Tensor, values: Tensor, fetch: Fetch | None = None) -> None:
@@ -274,8 +290,14 @@ class LowBitCache:
         """
         return all(memory.undo(self.start + self.length) for memory in self._layers.values())
 
+    def depends_on(self, others: Container[object]) -> bool:
+        """Whether it stands on one of them, or awaits tokens of it."""
+        return self._source in others or any(cache in others for cache, _ in self._prefix)
+
     def drop(self) -> None:
         """Give the memory back."""
+        if self._source is not None and self in self._source._waiting:
+            self._source._waiting.remove(self)
         self._layers.clear()
         self._waiting.clear()
         self.wide.drop()

@@ -24,6 +24,7 @@ import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from pipo_ray.model.tier_rows import TieredPages, TierRows
 from pipo_ray.pipeline.device_ops import DeviceOps, Event
 from pipo_ray.pipeline.page_pool import PagePool, spans
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
-from pipo_ray.plan.kv_pages import KVPlacement, pages_of, resident_layers
+from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, pages_of, resident_layers
 from pipo_ray.plan.low_bit_pages import PageLayout
 
 _Stamp = tuple[int, Event]
@@ -49,7 +50,8 @@ Prefix = tuple[tuple["TieredCache", int], ...]
 
 @dataclass
 class _Run:
-    """The table of units of one layer of one sequence of at most `capacity` tokens, which has `tokens` in `layout`.
+    """The table of units of one layer of one sequence of at most `capacity` tokens, which has `tokens` in `layout`,
+    behind `start` of others, and at least `packed` of them in packed pages.
 
     Where the layer is resident, `gpu` are units for the sequence's whole capacity and `ram` is empty. Otherwise `ram`
     are, and `gpu` is empty but around the layer's turn. Compute must wait for `arrivals` before it uses `gpu`.
@@ -57,7 +59,9 @@ class _Run:
 
     layout: TierRows
     capacity: int
+    start: int
     tokens: int = 0
+    packed: int = 0
     gpu: list[int] = field(default_factory=list)
     ram: list[int] = field(default_factory=list)
     arrivals: list[Event] = field(default_factory=list)
@@ -65,11 +69,11 @@ class _Run:
 
     def rows(self, num_tokens: int) -> int:
         """Rows of so many tokens."""
-        return self.layout.rows(num_tokens, self.capacity)
+        return self.layout.rows(num_tokens, self.capacity, self.start, self.packed)
 
     def units(self, num_tokens: int) -> int:
         """Units for so many tokens."""
-        return self.layout.units(num_tokens, self.capacity)
+        return -(-self.rows(num_tokens) // self.layout.per_unit)
 
     @property
     def all_units(self) -> int:
@@ -113,10 +117,12 @@ class TieredCache:
         spans = [DenseSpan(*self._tiers.held(cache, layer, count, keys, values)) for cache, count in self.prefix]
         return attend_spans(query, [*spans, DenseSpan(*own)], rule)
 
-    def resize(self, capacity: int, length: int) -> None:
-        """Keep its own first `length` tokens alone, with room for `capacity`; see `KVTiers.resize`."""
+    def resize(self, capacity: int, length: int, packed: int = 0) -> None:
+        """Keep its own first `length` tokens alone, `packed` of which are in packed pages, with room for `capacity`;
+        see `KVTiers.resize`.
+        """
         self.length = length
-        self._tiers.resize(self, capacity)
+        self._tiers.resize(self, capacity, packed)
 
     def advance(self, num_tokens: int) -> None:
         """The sweep that appended `num_tokens` tokens to every layer is complete."""
@@ -174,7 +180,7 @@ class KVTiers:
         self._live.append(cache)
         return cache
 
-    def resize(self, cache: TieredCache, capacity: int) -> None:
+    def resize(self, cache: TieredCache, capacity: int, packed: int) -> None:
         """Let the sequence have pages for `capacity` tokens. What it has too much is free now, copies and computations
         that use it may be under way; what it lacks it takes when the layer's turn comes, by when the layers that stay
         on the GPU have been chosen for it.
@@ -182,7 +188,7 @@ class KVTiers:
         cache.capacity = capacity
         computed = self._ops.record_on_compute()
         for layer, run in cache.runs.items():
-            run.capacity, run.tokens = capacity, min(run.tokens, cache.length)
+            run.capacity, run.tokens, run.packed = capacity, min(run.tokens, cache.length), packed
             home = run.ram or run.gpu
             if len(home) <= run.all_units:
                 continue
@@ -252,13 +258,19 @@ class KVTiers:
         """Where the layer's packed pages are for what is computed between `begin_layer` and `end_layer`. Raises
         UnsupportedModelError for larger ones than this model has by its facts.
         """
-        run, size = cache.runs[layer], self._layouts[layer].page_units
+        size = self._layouts[layer].page_units
         if layout.page_bytes > size * self.unit_bytes:
             raise UnsupportedModelError(
                 f"layer {layer} has packed pages of {layout.page_bytes} bytes, its model's facts say "
                 f"{size * self.unit_bytes} at most"
             )
-        return TieredPages(self.gpu, lambda: run.gpu, size, layout.page_bytes)
+        line = [(one, count // PAGE_TOKENS * size) for one, count in cache.prefix]
+
+        def units() -> list[int]:
+            others = chain.from_iterable(one.runs[layer].gpu[:count] for one, count in line)
+            return [*others, *cache.runs[layer].gpu]
+
+        return TieredPages(self.gpu, units, size, layout.page_bytes)
 
     # -- a sweep
     # ---------------------------------------------------------------------------------------------------------
@@ -287,7 +299,7 @@ class KVTiers:
         for cache, num_tokens in self._batch:
             run = cache.runs.get(layer)
             if run is None:
-                run = cache.runs[layer] = _Run(self._layouts[layer], cache.capacity)
+                run = cache.runs[layer] = _Run(self._layouts[layer], cache.capacity, cache.start)
                 if layer in self._resident:
                     self._extend(run, run.all_units)
                 else:
@@ -336,8 +348,8 @@ class KVTiers:
             for cache, num_tokens in self._batch:
                 run = cache.runs.get(layer)
                 if run is None:  # a new sequence: it takes its pages when the layer begins
-                    tokens = cache.capacity if layer in self._resident else num_tokens
-                    room -= self._layouts[layer].units(tokens, cache.capacity)
+                    run = _Run(self._layouts[layer], cache.capacity, cache.start)
+                    room -= run.all_units if layer in self._resident else run.units(cache.length + num_tokens)
                 elif run.ram and not run.gpu:
                     most = max(run.tokens, cache.length) + num_tokens
                     wanted.append((run, min(run.all_units, run.units(most))))

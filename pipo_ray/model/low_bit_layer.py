@@ -264,8 +264,8 @@ class LowBitLayer:
         begin = min(self.begin, length)
         self._length, self.begin = length, begin
         self._most = max(packed_pages(capacity - 1), begin // PAGE_TOKENS)
-        own = self.own_pages
-        if len(own) != self._most - start // PAGE_TOKENS:
+        own = self.own_pages if isinstance(self._pages, (MemoryPages, LinePages)) else None
+        if own is not None and len(own) != self._most - start // PAGE_TOKENS:
             memory = own.new_empty(self._most - start // PAGE_TOKENS, self.layout.page_bytes)
             there = (begin - start) // PAGE_TOKENS
             memory[:there] = own[:there]

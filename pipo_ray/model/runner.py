@@ -97,21 +97,18 @@ class ModelRunner:
         """A sweep has failed because KV pages are lost: see `take_lost`. None: it is not lost, but the sweep cannot be
         undone in it.
         """
-        torn = dict[str, DriveError | None]()
-        for name, cache in self._caches.items():
-            if isinstance(cache, LowBitCache) and not cache.undo():
-                torn[name] = None
-        return torn | self.take_lost(torn)
+        caches = {name: cache for name, cache in self._caches.items() if isinstance(cache, LowBitCache)}
+        torn = {name: cache for name, cache in caches.items() if not cache.undo() or _lost(cache) is not None}
+        while more := {name: cache for name, cache in caches.items()
+                       if name not in torn and cache.depends_on(torn.values())}:  # fmt: skip
+            torn |= more
+        return dict.fromkeys(torn) | self.take_lost(torn)
 
     def take_lost(self, others: Iterable[str] = ()) -> dict[str, DriveError | None]:
         """The caches whose KV pages are lost, or that stand on such, and why. They are dropped, and `others`."""
-        lost = dict[str, DriveError | None]()
-        for name, cache in self._caches.items():
-            pages = at_16_bits(cache)
-            if isinstance(pages, DiskCache) and pages.lost is not None:
-                lost[name] = pages.lost
+        lost = {name: error for name, cache in self._caches.items() if (error := _lost(cache)) is not None}
         self.drop((*lost, *others))
-        return lost
+        return dict(lost)
 
     def drop(self, sequences: Sequence[str]) -> None:
         """Forget these sequences' caches."""
@@ -192,7 +189,7 @@ class ModelRunner:
         assert isinstance(store, LowBitStore), "others begin anywhere"
         *shared, window = point.prefix
         prefix = [(self._kept(part.sequence), part.num_tokens) for part in shared]
-        cache = store.open(window.num_tokens, prefix)
+        cache = store.open(window.num_tokens, prefix, pages=False)
         self._begin_window(cache, [window])
         self._caches[point.name] = cache
 
@@ -265,6 +262,11 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits if self._keeps_logits else logits[rows]
+
+
+def _lost(cache: SequenceKV) -> DriveError | None:
+    pages = at_16_bits(cache)
+    return pages.lost if isinstance(pages, DiskCache) else None
 
 
 def _wanted_rows(entry: SweepEntry) -> list[int]:

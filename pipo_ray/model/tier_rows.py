@@ -33,16 +33,15 @@ class TierRows:
         per_unit = PAGE_TOKENS // units
         return TierRows(placement.unit_bytes // per_unit, per_unit, units, packed=False)
 
-    def rows(self, num_tokens: int, capacity: int) -> int:
-        """Rows that a sequence of `num_tokens` tokens has, of `capacity` that it can have."""
+    def rows(self, num_tokens: int, capacity: int, start: int, least: int) -> int:
+        """Rows that a sequence of `num_tokens` tokens of its own has, of `capacity` that it can have, behind `start` of
+        others; `least` of these tokens are packed however many there are.
+        """
         if not self.packed:
             return num_tokens
         # The last token that there can be sees so many pages.
-        return min(packed_pages(num_tokens), packed_pages(capacity - 1)) * self.page_units
-
-    def units(self, num_tokens: int, capacity: int) -> int:
-        """Units that these rows are in."""
-        return -(-self.rows(num_tokens, capacity) // self.per_unit)
+        pages = packed_pages(start + min(num_tokens, capacity - 1)) - start // PAGE_TOKENS
+        return max(pages, min(least, num_tokens) // PAGE_TOKENS) * self.page_units
 
 
 class TieredPages:
@@ -59,23 +58,26 @@ class TieredPages:
 
     def places(self, first: int, stop: int) -> Iterator[Tensor]:
         """See `PackedPages`."""
-        for count, units in self._runs(first, stop):
+        places = self._units()
+        for count, units in self._runs(places, first, stop):
             if units is not None:
                 yield self._in_place(units, count)
+                first += count
                 continue
             page = self._memory.new_empty(self._page_units, self._memory.shape[1])
             yield page.view(1, -1)[:, : self._page_bytes]
-            for part, unit in zip(page, self._of_page(first), strict=True):
+            for part, unit in zip(page, self._of_page(places, first), strict=True):
                 self._memory[unit].copy_(part)
             first += count
 
     def parts(self, first: int, stop: int) -> Iterator[Sequence[Tensor]]:
         """See `PackedPages`."""
-        for count, units in self._runs(first, stop):
+        places = self._units()
+        for count, units in self._runs(places, first, stop):
             if units is not None:
                 yield (self._in_place(units, count),)
             else:
-                page = torch.cat([self._memory[unit] for unit in self._of_page(first)])
+                page = torch.cat([self._memory[unit] for unit in self._of_page(places, first)])
                 yield (page[None, : self._page_bytes],)
             first += count
 
@@ -87,25 +89,25 @@ class TieredPages:
         """See `PackedPages`: they move."""
         return None
 
-    def _runs(self, first: int, stop: int) -> Iterator[tuple[int, int | None]]:
+    def _runs(self, places: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int | None]]:
         """Pages `first` to before `stop`: so many from this unit on, or a single one in several places."""
         size = self._page_units
         while first < stop:
-            units = self._of_page(first)
+            units = self._of_page(places, first)
             if list(units) != list(range(units[0], units[0] + size)):
                 yield 1, None
                 first += 1
                 continue
             count = 1
-            while first + count < stop and list(self._of_page(first + count)) == [
+            while first + count < stop and list(self._of_page(places, first + count)) == [
                 unit + count * size for unit in units
             ]:
                 count += 1
             yield count, units[0]
             first += count
 
-    def _of_page(self, page: int) -> Sequence[int]:
-        return self._units()[page * self._page_units : (page + 1) * self._page_units]
+    def _of_page(self, places: Sequence[int], page: int) -> Sequence[int]:
+        return places[page * self._page_units : (page + 1) * self._page_units]
 
     def _in_place(self, unit: int, count: int) -> Tensor:
         rows = self._memory[unit : unit + count * self._page_units]

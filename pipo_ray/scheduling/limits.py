@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipo_ray.model.facts import ModelFacts
@@ -11,7 +12,7 @@ from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS
 from pipo_ray.scheduling.prefixes import Sharing
 from pipo_ray.scheduling.sequences import Sequence
-from pipo_ray.scheduling.window import NO_WINDOW, Window
+from pipo_ray.scheduling.window import NO_WINDOW, Room, Window
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Limits:
         state = math.ceil(self.window.share * sequence.capacity) if short else self.state_tokens
         return -(-own // self.page_tokens) * self.page_tokens + state + sequence.to_keep
 
+    def free(self, sequences: Iterable[Sequence]) -> Room:
+        """What is left of the KV budget beside what these have reserved: a window each, and those of their points."""
+        sequences = list(sequences)
+        tokens = self.kv_tokens - sum(self.reserved(sequence) for sequence in sequences)
+        if self.window.places is None:
+            return Room(tokens)
+        return Room(tokens, self.window.places - sum(1 + sequence.points for sequence in sequences))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the KV cache holds alone."""
@@ -62,9 +71,7 @@ class Limits:
 
 def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits:
     """The limits of a run; with `prefix_cache` sequences share what they can."""
-    low = plan.low_bit_kv
-    # Where windows are not tokens of the KV cache, but have room of their own, a short sequence has no more of it.
-    window = Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share) if low is not None and plan.state_tokens else NO_WINDOW
+    sharing = _sharing(plan, facts) if prefix_cache else "none"
     return Limits(
         kv_tokens=plan.kv_tokens,
         max_batch_tokens=plan.max_batch_tokens,
@@ -74,18 +81,32 @@ def limits_of(plan: RunPlan, facts: ModelFacts, *, prefix_cache: bool) -> Limits
         max_scored_tokens=plan.max_scored_tokens,
         state_tokens=plan.state_tokens,
         page_tokens=plan.kv_page_tokens,
-        sharing=_sharing(plan, facts) if prefix_cache else "none",
-        window=window,
+        sharing=sharing,
+        window=_window(plan, sharing),
         copies=plan.kv is None and plan.kv_disk is None,  # where pages move, only some are there at a time
     )
 
 
+def _window(plan: RunPlan, sharing: Sharing) -> Window:
+    """Where windows are not tokens of the KV cache, they have places of their own."""
+    low = plan.low_bit_kv
+    if low is None:
+        return NO_WINDOW
+    if plan.state_tokens:
+        return Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share)
+    places = plan.kv.max_sequences if plan.kv is not None else None
+    if plan.kv_disk is not None:
+        places = plan.kv_disk.num_windows
+    return Window(WINDOW_TOKENS, PAGE_TOKENS, places=places) if sharing == "shared" else NO_WINDOW
+
+
 def _sharing(plan: RunPlan, facts: ModelFacts) -> Sharing:
-    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Packed pages that move
-    belong to one sequence each.
+    """A sequence can begin in the middle where a prompt may be split, and its cache is ours. Where pages move, and
+    layers of few bits and of 16 are mixed, they belong to one sequence each.
     """
     if not (facts.ragged and facts.chunked) or facts.rebuild_length is not None:
         return "none"
-    if plan.low_bit_kv is not None and (plan.kv is not None or plan.kv_disk is not None):
+    low = plan.low_bit_kv
+    if low is not None and 16 in low.bits and (plan.kv_disk is not None or plan.kv is not None):
         return "none"
     return "shared"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import replace
 
 from pipo_ray.messages import SequenceStep
@@ -27,7 +26,7 @@ def admit(
 
 def _fits(sequence: Sequence, running: list[Sequence], limits: Limits, prefixes: PrefixCache) -> bool:
     def has_room() -> bool:
-        return prefixes.make_room(prefixes.held - free_tokens([*running, sequence], limits))
+        return prefixes.make_room(prefixes.held - limits.free([*running, sequence]))
 
     prefixes.place(sequence)
     prefixes.wish(sequence)
@@ -40,8 +39,8 @@ def _fits(sequence: Sequence, running: list[Sequence], limits: Limits, prefixes:
     for others_alone in (False, True):
         prefixes.end(sequence)
         if others_alone:
-            alone = [replace(other, shared=0, to_keep=0) for other in [*running, sequence]]
-            if limits.window.tokens and free_tokens(alone, limits) < 0:
+            alone = [replace(other, shared=0, to_keep=0, points=0) for other in [*running, sequence]]
+            if limits.window.tokens and limits.free(alone).lacks:
                 break  # it would be of no use, and what they share by pages counts on it
             prefixes.forgo_copies()
         prefixes.place(sequence, alone=True)
@@ -49,11 +48,6 @@ def _fits(sequence: Sequence, running: list[Sequence], limits: Limits, prefixes:
             return True
         prefixes.end(sequence)
     return False
-
-
-def free_tokens(sequences: Iterable[Sequence], limits: Limits) -> int:
-    """Tokens of KV budget beyond what these have reserved."""
-    return limits.kv_tokens - sum(limits.reserved(sequence) for sequence in sequences)
 
 
 def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | None = None) -> list[SequenceStep]:
@@ -65,8 +59,8 @@ def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | 
     """
     prefixes = prefixes or PrefixCache()
 
-    def free() -> int:
-        return free_tokens(prefixes.sequences, limits) - prefixes.held
+    def has_room() -> bool:
+        return not (limits.free(prefixes.sequences) - prefixes.held).lacks
 
     for sequence in running:
         if limits.rebuild_length is not None and sequence.cached <= limits.rebuild_length < sequence.length:
@@ -92,7 +86,7 @@ def form_batch(running: list[Sequence], limits: Limits, prefixes: PrefixCache | 
             wanted = max(1, min(wanted, room))
         elif wanted > room and steps:
             break
-        prefix = () if sequence.cached else prefixes.begin(sequence, free)
+        prefix = () if sequence.cached else prefixes.begin(sequence, has_room)
         steps.append(_step(sequence, wanted, prefix))
         prefixes.computes(steps[-1])
         if kept := prefixes.keep(sequence, steps[-1].start, steps[-1].start + wanted):

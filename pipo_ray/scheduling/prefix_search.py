@@ -44,10 +44,29 @@ def longest(
         matched += common
         if common and _is_better(node, matched, *alike):
             alike = node, matched
-        if common and _is_better(node, matched, *best) and _is_way_in(node, matched, window, passing):
-            best = node, matched
+        behind = _behind(node, matched, window)
+        if common and _is_better(node, behind, *best) and _is_way_in(node, behind, window, passing):
+            best = node, behind
         candidates += [(n, n.first) for n in node.children if n.attached == n.first and n.first <= matched]
     return Found(*best, *alike)
+
+
+def packed_at(node: Node, matched: int, window: Window) -> int:
+    """Of the first `matched` tokens of its line, those that whoever begins behind them finds in pages."""
+    if not window.tokens:
+        return matched
+    if node.sequence is None:
+        return node.packed
+    return window.packed_of(matched, node.sequence.most_cached)
+
+
+def _behind(node: Node, matched: int, window: Window) -> int:
+    """So many tokens, or one less: who begins with a page that is to leave its window would have to pack it where no
+    page can be written, if pages are elsewhere.
+    """
+    if window.places is None or packed_at(node, matched, window) == window.packed(matched):
+        return matched
+    return matched - 1
 
 
 def _is_way_in(node: Node, matched: int, window: Window, passing: bool) -> bool:

@@ -23,9 +23,9 @@ from typing import Literal
 from pipo_ray.messages import SequenceStep
 from pipo_ray.model.batch import KeptPoint, PrefixPart
 from pipo_ray.scheduling.prefix_node import Node
-from pipo_ray.scheduling.prefix_search import Found, common_tokens, longest
+from pipo_ray.scheduling.prefix_search import Found, common_tokens, longest, packed_at
 from pipo_ray.scheduling.sequences import Sequence
-from pipo_ray.scheduling.window import NO_WINDOW, Window
+from pipo_ray.scheduling.window import NO_WINDOW, Room, Window
 
 Sharing = Literal["none", "shared"]
 """Whether sequences stand on each other's KV."""
@@ -41,7 +41,7 @@ LEAST_KEPT = 64
 
 
 class PrefixCache:
-    """The books of one compute worker's caches. Ended sequences hold `held` tokens of the KV budget, in whole pages of
+    """The books of one compute worker's caches. Ended sequences have `held` of the KV budget, in whole pages of
     `page_tokens`; what those that run have reserved is not in it. Without `copies` a prefix in too many parts is none.
     """
 
@@ -59,9 +59,9 @@ class PrefixCache:
         self._clock = self._points = 0
 
     @property
-    def held(self) -> int:
-        """Tokens of KV budget that ended sequences, and points, take."""
-        return sum(self._cost(node, node.computed) for node in self._ended)
+    def held(self) -> Room:
+        """What ended sequences, and points, take of the KV budget."""
+        return sum((self._cost(node, node.computed) for node in self._ended), Room())
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -90,7 +90,7 @@ class PrefixCache:
         if source is None or matched < LEAST_SHARED or matched <= sequence.begins:
             return
         self._touch(source.line(matched))
-        if source.takeable and self._whole_pages(source) - matched < LEAST_SHARED:
+        if source.takeable and self._shareable(source) - matched < LEAST_SHARED:
             self._take(sequence, source, matched)
         else:
             self._stand(node, source, matched, copied)
@@ -100,9 +100,9 @@ class PrefixCache:
         found = self._in_passing(sequence)
         return sequence.begins if found is None else found.matched
 
-    def begin(self, sequence: Sequence, room: Callable[[], int] = lambda: 0) -> tuple[PrefixPart, ...]:
-        """`sequence` takes its first step in the request that is being formed: what it begins on. So many tokens of KV
-        budget there is `room` for to keep a point.
+    def begin(self, sequence: Sequence, has_room: Callable[[], bool] = lambda: True) -> tuple[PrefixPart, ...]:
+        """`sequence` takes its first step in the request that is being formed: what it begins on. `has_room` says
+        whether all that is reserved by then fits, with further points.
         """
         node = self._node(sequence)
         node.begun = True
@@ -118,7 +118,7 @@ class PrefixCache:
             return tuple(parts)
         if (found := self._in_passing(sequence)) is not None and found.source is not None:
             self._stand(node, found.source, found.matched, copied=False)
-        self._wish(node, room)
+        self._wish(node, has_room)
         if node.parent is None:
             return ()
         source, matched = node.parent, node.attached
@@ -217,7 +217,7 @@ class PrefixCache:
             return
         node.token_ids, node.sequence = sequence.tokens(node.first, node.computed), None
         node.keep = []
-        sequence.begins = sequence.shared = sequence.to_keep = 0
+        sequence.forget_prefix()
         if not node.begun:
             self._detach(node)
             return
@@ -227,21 +227,25 @@ class PrefixCache:
         if self._window.tokens and self._window.packed(node.computed) < node.packed:
             self._cut_to(node, node.needed)  # it may have computed more than is wanted of it: its last tokens are gone
         elif node.children or (self._sharing != "none" and not sequence.score and self._is_new(node, sequence)):
-            self._cut_to(node, node.computed if self._window.tokens else self._whole_pages(node))
+            self._cut_to(node, self._shareable(node))
         else:
             self._cut_to(node, node.first)
 
-    def make_room(self, lacking: int) -> bool:
-        """Let ended sequences give up so many tokens of KV budget, those first that were used least recently; if they
+    def make_room(self, lacking: Room) -> bool:
+        """Let ended sequences give up so much of the KV budget, those first that were used least recently; if they
         cannot, they give up nothing.
         """
-        if lacking > sum(self._cost(n, n.computed) - self._cost(n, n.needed_by_running) for n in self._ended):
+        if (sum((self._beyond(node, node.needed_by_running) for node in self._ended), Room()) - lacking).lacks:
             return False
-        while lacking > 0:
-            node = min((n for n in self._ended if n.needed < n.computed), key=lambda n: n.last_used)
-            before = self._cost(node, node.computed)
+        while lacking.tokens > 0 or lacking.windows > 0:
+            gains = [(node, self._beyond(node, node.needed)) for node in self._ended]
+            node, gain = min(
+                ((node, gain) for node, gain in gains
+                 if (lacking.tokens > 0 < gain.tokens) or (lacking.windows > 0 < gain.windows)),
+                key=lambda one: one[0].last_used,
+            )  # fmt: skip
             self._cut_to(node, node.needed)
-            lacking -= before - self._cost(node, node.computed)
+            lacking -= gain
         return True
 
     def lose(self, names: Iterable[str]) -> set[str]:
@@ -259,7 +263,7 @@ class PrefixCache:
             else:
                 anew.add(node.sequence.name)
                 del self._running[node.sequence.name]
-                node.sequence.begins = node.sequence.shared = node.sequence.to_keep = 0
+                node.sequence.forget_prefix()
             self._cut.pop(node.name, None)
             self._drop.append(node.name)
         return anew
@@ -268,7 +272,7 @@ class PrefixCache:
         """Forget everything, as the compute worker has."""
         for node in self._running.values():
             assert node.sequence is not None
-            node.sequence.begins = node.sequence.shared = node.sequence.to_keep = 0
+            node.sequence.forget_prefix()
         self._made.clear()
         self._drop.clear()
         self._cut.clear()
@@ -293,7 +297,7 @@ class PrefixCache:
     ) -> Found:
         return longest(
             sequence.tokens(0, sequence.length - 1), [node for node in self._nodes() if node is not other_than],
-            self._window, self._page_tokens, LEAST_SHARED, stored=stored, passing=passing,
+            self._window, 1 if self._window.tokens else self._page_tokens, LEAST_SHARED, stored=stored, passing=passing,
         )  # fmt: skip
 
     def _in_passing(self, sequence: Sequence) -> Found | None:
@@ -307,27 +311,22 @@ class PrefixCache:
         return found if self._parts(found.source, found.matched) <= MOST_PARTS else None
 
     def _packed_at(self, source: Node, matched: int) -> int:
-        """Of the first `matched` tokens of its line, those that whoever begins behind them finds in pages."""
-        if not self._window.tokens:
-            return matched
-        if source.sequence is None:
-            return source.packed
-        return self._window.packed_of(matched, source.sequence.most_cached)
+        return packed_at(source, matched, self._window)
 
     def _parts(self, source: Node, matched: int) -> int:
         return len(source.line(self._packed_at(source, matched)))
 
-    def _wish(self, node: Node, room: Callable[[], int] | None) -> None:
+    def _wish(self, node: Node, has_room: Callable[[], bool] | None) -> None:
         """Want points of `node`, which has not begun: at its prompt's end, if that takes at most half as much as the
-        prompt, and where it parts from another one; none where there is one, or somebody wants one. Without `room` the
-        KV budget has to make some.
+        prompt, and where it parts from another one; none where there is one, or somebody wants one. Without `has_room`
+        the KV budget has to make some.
         """
         sequence = node.sequence
         assert sequence is not None
         if self._sharing == "none" or not self._window.tokens or sequence.score:
             return
         begins, end = sequence.begins, sequence.length - 1
-        wanted = [*node.keep, end] if room is None and 2 * self._point_cost(end) <= end else [*node.keep]
+        wanted = [*node.keep, end] if has_room is None and 2 * self._point_cost(end) <= end else [*node.keep]
         parting = self._longest(sequence, passing=True, other_than=node).agreed
         is_on_its_way = node.parent is not None and node.parent.sequence is not None
         if parting > begins or (parting == begins and is_on_its_way):
@@ -338,7 +337,7 @@ class PrefixCache:
                                                    if other is not node)]  # fmt: skip
         had = node.keep
         self._want(node, wanted)
-        if room is not None and not {*wanted} <= {*had} and room() < 0:
+        if has_room is not None and not {*wanted} <= {*had} and not has_room():
             self._want(node, [one for one in wanted if one in had])
 
     def _ask(self, node: Node) -> None:
@@ -373,20 +372,20 @@ class PrefixCache:
     def _want(self, node: Node, points: list[int]) -> None:
         assert node.sequence is not None
         node.keep = sorted(points)
-        node.sequence.to_keep = sum(map(self._point_cost, points))
+        node.sequence.to_keep, node.sequence.points = sum(map(self._point_cost, points)), len(points)
 
     def _point_cost(self, num_tokens: int) -> int:
-        return self._window.budget(0, num_tokens - self._window.packed(num_tokens))
+        return self._budget(0, num_tokens - self._window.packed(num_tokens))
 
     def _is_new(self, node: Node, sequence: Sequence) -> bool:
         """Whether the ended `node` has tokens worth keeping, and no other has the same."""
-        if self._whole_pages(node) - node.first < LEAST_SHARED:
+        if self._shareable(node) - node.first < LEAST_SHARED:
             return False
         return self._longest(sequence, other_than=node).matched + LEAST_SHARED <= node.computed
 
-    def _whole_pages(self, node: Node) -> int:
-        """Of its tokens and those before, what others can share."""
-        return node.computed // self._page_tokens * self._page_tokens
+    def _shareable(self, node: Node) -> int:
+        """Of its tokens and those before, those behind which others can begin."""
+        return node.computed if self._window.tokens else node.computed // self._page_tokens * self._page_tokens
 
     def _stand(self, node: Node, source: Node, matched: int, copied: bool) -> None:
         """Let `node`, which has not begun, begin behind `matched` tokens of the line of `source`."""
@@ -436,8 +435,18 @@ class PrefixCache:
         yield from self._running.values()
         yield from self._ended
 
-    def _cost(self, node: Node, stop: int) -> int:
-        """Tokens of KV budget of what the node has before `stop`."""
+    def _cost(self, node: Node, stop: int) -> Room:
+        """Of the KV budget, what the node has before `stop`."""
         packed = min(stop, node.packed) if self._window.tokens else stop
-        pages = -(-(packed - node.first) // self._page_tokens) * self._page_tokens
-        return self._window.budget(pages, stop - packed)
+        has_place = self._window.places is not None and stop > packed
+        return Room(self._budget(packed - node.first, stop - packed), int(has_place))
+
+    def _budget(self, packed: int, wide: int) -> int:
+        """Tokens of KV budget of so many in pages, and so many at 16 bits; as if in pages, if these have a place."""
+        if self._window.places is not None:
+            packed, wide = packed + wide, 0
+        return self._window.budget(-(-packed // self._page_tokens) * self._page_tokens, wide)
+
+    def _beyond(self, node: Node, stop: int) -> Room:
+        """What it has behind `stop`."""
+        return self._cost(node, node.computed) - self._cost(node, stop)

@@ -15,8 +15,8 @@ class Sequence:
     `cached` is the number of tokens whose keys and values the compute worker holds; `capacity` the most tokens that it
     can have. Its first step is at position `begins`: the KV of the tokens before is there already, that of `shared`
     of them in other sequences' caches. `to_keep`: tokens of KV budget for what it is to leave at 16 bits, on its way,
-    for others to begin on. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep that
-    runs. `scored`: positions whose logits the client has. `losses`: how often a drive has lost KV of it.
+    for others to begin on, `points` of them. `chosen_ahead`: 1 where the newest token is still being chosen, by a sweep
+    that runs. `scored`: positions whose logits the client has. `losses`: how often a drive has lost KV of it.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Sequence:
     begins: int = 0
     shared: int = 0
     to_keep: int = 0
+    points: int = 0
     chosen_ahead: int = 0
     scored: int = 0
     losses: int = 0
@@ -56,6 +57,10 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether all but the newest token are cached: the next step is one token."""
         return self.cached > 0 and self.length - self.cached == 1
+
+    def forget_prefix(self) -> None:
+        """It begins at its first token, and leaves nothing on its way."""
+        self.begins = self.shared = self.to_keep = self.points = 0
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at positions start:stop."""

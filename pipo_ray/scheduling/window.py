@@ -10,12 +10,13 @@ from dataclasses import dataclass
 class Window:
     """A sequence's last `tokens`, and up to a page of `page_tokens` more, are at 16 bits, those before them in packed
     pages. With no `tokens` all are alike, and nothing is packed later. `share`: what a token at 16 bits takes more than
-    a packed one, as a share of that.
+    a packed one, as a share of that; or there are `places` for so many windows, which take nothing of other tokens'.
     """
 
     tokens: int = 0
     page_tokens: int = 1
     share: float = 0.0
+    places: int | None = None
 
     def packed(self, num_tokens: int) -> int:
         """Of so many tokens, those that whoever comes behind them sees packed; all, where all are alike."""
@@ -34,3 +35,22 @@ class Window:
 
 NO_WINDOW = Window()
 """All tokens alike."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Of the KV budget: tokens, and places for windows where these have some of their own."""
+
+    tokens: int = 0
+    windows: int = 0
+
+    def __add__(self, other: Room) -> Room:
+        return Room(self.tokens + other.tokens, self.windows + other.windows)
+
+    def __sub__(self, other: Room) -> Room:
+        return Room(self.tokens - other.tokens, self.windows - other.windows)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether there is less than nothing of either."""
+        return self.tokens < 0 or self.windows < 0

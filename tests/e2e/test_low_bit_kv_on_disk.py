@@ -1,5 +1,6 @@
 """A KV cache in few bits whose pages are on the drive, through the real actors: the text is that of one process with
-all of it in memory; a loader that is killed loses no page, and a compute worker's successor computes them again.
+all of it in memory; a loader that is killed loses no page, and a compute worker's successor computes them again; and
+who asks again begins on them.
 """
 
 from __future__ import annotations
@@ -76,3 +77,9 @@ def test_text_is_that_of_one_process_whoever_is_killed(actor: str, tmp_path: Pat
         assert [output.outputs[0].token_ids for output in outputs] == expected
         again = details(llm, "Scheduler")["tokens_computed"] - computed - len(LONG) - len(SHORT) - 2 * (NEW - 1)
         assert again == 0 or actor == "ComputeWorker"
+        before = details(llm, "Scheduler")
+        (output,) = llm.generate([{"prompt_token_ids": LONG}], params)
+        assert output.outputs[0].token_ids == expected[0]
+        after = details(llm, "Scheduler")
+        assert after["tokens_reused"] - before["tokens_reused"] == len(LONG) - 1
+        assert after["tokens_computed"] - before["tokens_computed"] == NEW

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import BY_SLUG
 from disk_twins import LAYERS, STAGING, Twins, twins, watch_late_pages
 from fake_device import FakeDevice
-from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
+from harness import PackedModel, Pipeline, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline.pages_on_disk import pages_on_disk
@@ -171,20 +170,13 @@ def test_a_lost_page_costs_all_who_stand_on_it_and_nobody_else(verb: str, monkey
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    folder: Path = tmp_path_factory.mktemp("llama")
-    BY_SLUG["llama"].save(folder / "checkpoint")
-    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
-
-
 @contextmanager
-def on_disk(packed: PackedModel, folder: Path, ram_pages: int) -> Iterator[Pipeline]:
+def on_disk(packed_llama: PackedModel, folder: Path, ram_pages: int) -> Iterator[Pipeline]:
     with (
-        pages_on_disk(packed.facts, folder, ram_pages) as disk,
-        Pipeline(packed, slot_bytes=1 << 20, resident_pieces=None) as pipeline,
+        pages_on_disk(packed_llama.facts, folder, ram_pages) as disk,
+        Pipeline(packed_llama, slot_bytes=1 << 20, resident_pieces=None) as pipeline,
     ):
-        pipeline.runner._kv_store = disk(packed.dtype, None)
+        pipeline.runner._kv_store = disk(packed_llama.dtype, None)
         yield pipeline
 
 
@@ -195,12 +187,12 @@ def saved_pages(pipeline: Pipeline) -> int:
 
 
 @pytest.mark.parametrize(("most", "seed"), [(5, 3), (16, 4)])
-def test_greedy_tokens_never_change(packed: PackedModel, tmp_path: Path, most: int, seed: int) -> None:
+def test_greedy_tokens_never_change(packed_llama: PackedModel, tmp_path: Path, most: int, seed: int) -> None:
     """Conversations through the scheduler; in little room what has ended is given up for those that wait."""
-    layers = packed.facts.num_layers
-    turns = conversations(packed.facts.vocab_size, seed, system_tokens=530)
+    layers = packed_llama.facts.num_layers
+    turns = conversations(packed_llama.facts.vocab_size, seed, system_tokens=530)
     limits = Limits(most * PAGE_TOKENS, 512, max_sequences=3, page_tokens=PAGE_TOKENS, copies=False)
-    with on_disk(packed, tmp_path, STAGING + 3 * layers + 2) as pipeline:
+    with on_disk(packed_llama, tmp_path, STAGING + 3 * layers + 2) as pipeline:
         alone, together = alone_and_together(pipeline, limits, turns)
         assert saved_pages(pipeline)
         pipeline.runner.drop_all()
@@ -209,12 +201,12 @@ def test_greedy_tokens_never_change(packed: PackedModel, tmp_path: Path, most: i
     assert together.uses <= {"share", "take"}
 
 
-def test_a_chat_goes_on_with_its_cache(packed: PackedModel, tmp_path: Path) -> None:
-    (tokens,) = random_prompts(packed.facts.vocab_size, (1200,))
+def test_a_chat_goes_on_with_its_cache(packed_llama: PackedModel, tmp_path: Path) -> None:
+    (tokens,) = random_prompts(packed_llama.facts.vocab_size, (1200,))
     params = SamplingParams(max_tokens=6)
     turns = [[RequestSpec(str(stop), tuple(tokens[:stop]), params, 0, 6)] for stop in (300, 500, 540, 1200)]
     limits = Limits(6 * PAGE_TOKENS, 512, page_tokens=PAGE_TOKENS, copies=False)
-    with on_disk(packed, tmp_path, STAGING + packed.facts.num_layers + 1) as pipeline:
+    with on_disk(packed_llama, tmp_path, STAGING + packed_llama.facts.num_layers + 1) as pipeline:
         _, together = alone_and_together(pipeline, limits, turns)
     assert together.uses == {"take"}
     assert together.computed == sum(stop - common // PAGE_TOKENS * PAGE_TOKENS + 5 for stop, common in
@@ -222,11 +214,11 @@ def test_a_chat_goes_on_with_its_cache(packed: PackedModel, tmp_path: Path) -> N
 
 
 def test_a_sweep_in_which_a_cache_was_taken_is_done_again_for_those_that_are_left(
-    packed: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed_llama: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In it one goes on with another's cache, and one loses a page on which a third stands."""
-    tokens, more = random_prompts(packed.facts.vocab_size, (1800, 60))
-    with on_disk(packed, tmp_path, STAGING + 3 * packed.facts.num_layers) as pipeline:
+    tokens, more = random_prompts(packed_llama.facts.vocab_size, (1800, 60))
+    with on_disk(packed_llama, tmp_path, STAGING + 3 * packed_llama.facts.num_layers) as pipeline:
         runner = pipeline.runner
         for name, prompt, stop in (("long", tokens, 1792), ("chat", more[:30], 30)):
             runner.run([step(name, prompt, 0, len(prompt))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import BY_SLUG
+from disk_twins import STAGING, stores
 from fake_device import FakeDevice
 from harness import Pipeline, pack_checkpoint, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_pages import joined
-from pipeline.page_loader import Pages
 from pipeline.pages_on_disk import pages_on_disk
 
 from pipo_ray.compiled.attend import CompiledAttention
@@ -29,16 +28,12 @@ from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_page import PageState
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.pipeline.page_file import PageFile
-from pipo_ray.pipeline.page_table import _NO_FRAME
 from pipo_ray.plan.disk_pages import PAGE_TOKENS as DISK_TOKENS
-from pipo_ray.plan.kv_disk import PASSING_PAGES, KVDiskPlacement
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import PageLayout, packed_pages
 from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
-from pipo_ray.session.kv_file import KVFile
 
 HEADS, KV_HEADS = 2, 1
-STAGING = 6
 
 
 @dataclass
@@ -130,30 +125,11 @@ def stage(
     whole = DISK_TOKENS * KV_HEADS * 2 * dim * dtype.itemsize if 16 in bits else 4 * max(packed.values())
     nbytes = -(-whole // 4096) * 4096
     tokens = tuple(DISK_TOKENS if few == 16 else nbytes // packed[few] * PAGE_TOKENS for few in bits)
-    with tempfile.TemporaryDirectory() as folder:
-        file = KVFile(folder, disk_pages * nbytes)
-        pages = Pages.create(Path(folder), file, ram_pages, disk_pages, nbytes)
-        stop, table, frames = pages.open()
-        server = pages.serve(table, frames)
-        gpu_pages = 0 if device is None else PASSING_PAGES + 4 * len(bits)
-        options = {"gpu_pages": gpu_pages, "tokens": tokens}
-        placement = KVDiskPlacement(len(bits), nbytes, ram_pages, STAGING, disk_pages, folder, **options)
-        plenty = KVDiskPlacement(len(bits), nbytes, 300, STAGING, 1, folder, **options)
-        (Path(folder) / "other").mkdir()
-        others = Pages.create(Path(folder) / "other", file, 300, 1, nbytes).open()
-        others[1]._words64[2] = 1  # nobody serves this one, and nobody needs to
-        try:
-            disk = KVDisk(placement, frames, table, dtype, device, shared=False)
-            ram = KVDisk(
-                plenty, others[2], others[1], dtype, None if device is None else FakeDevice(eager=1.0), shared=False
-            )
-            stores = [LowBitStore(bits, compiled, paged) for paged in (disk, ram, None)]
-            yield Stage(disk, ram, stores, dim, dtype, device)
-        finally:
-            stop[0] = 1
-            table._post([_NO_FRAME])  # whoever sleeps looks up
-            server.stop()
-            file.close()
+    with stores(
+        ram_pages, disk_pages, dtype, device, shared=False, page_bytes=nbytes, tokens=tokens
+    ) as (disk, ram):  # fmt: skip
+        caches = [LowBitStore(bits, compiled, paged) for paged in (disk, ram, None)]
+        yield Stage(disk, ram, caches, dim, dtype, device)
 
 
 CHUNKS = st.lists(st.sampled_from([1, 2, 63, 64, 65, 200, 700]), min_size=3, max_size=9)

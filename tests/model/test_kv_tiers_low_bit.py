@@ -22,6 +22,7 @@ from pipo_ray.model.kv_cache import RaggedCache, Segment
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
+from pipo_ray.model.tier_rows import TieredPages
 from pipo_ray.plan.kv_budget import tier_units
 from pipo_ray.plan.kv_pages import KVPlacement, pages_of, ram_units_for
 from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout, packed_pages
@@ -156,6 +157,14 @@ def test_sequences_that_come_and_go(
         twins.drop(0)
     assert twins.tiers._gpu_pool.num_free == twins.placement.gpu_units
     assert twins.tiers._ram_pool.num_free == twins.placement.ram_units
+
+
+def test_a_page_that_lies_apart_behind_one_in_place_is_written_where_it_is() -> None:
+    memory = torch.zeros(6, 4, dtype=torch.uint8)
+    pages = TieredPages(memory, lambda: [0, 1, 5, 3], 2, 8)
+    for number, place in enumerate(pages.places(0, 2), 1):
+        place.fill_(number)
+    assert memory[:, 0].tolist() == [1, 1, 0, 2, 0, 2]
 
 
 def test_only_new_pages_are_saved_and_what_passes_through_comes_ahead() -> None:

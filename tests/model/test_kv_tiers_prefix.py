@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import BY_SLUG
 from fake_device import FakeDevice
-from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
+from harness import PackedModel, Pipeline, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_sweeps import segments_of
@@ -155,29 +153,22 @@ def test_a_cache_that_is_taken_takes_the_pages_in_ram_that_it_lacks() -> None:
     assert twins.pages() == (8, 4 * LAYERS)
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    folder: Path = tmp_path_factory.mktemp("llama")
-    BY_SLUG["llama"].save(folder / "checkpoint")
-    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
-
-
 @contextmanager
-def in_two_tiers(packed: PackedModel, most: int) -> Iterator[Pipeline]:
+def in_two_tiers(packed_llama: PackedModel, most: int) -> Iterator[Pipeline]:
     """Room for `most` pages of a layer, which do not all stay on the GPU if there are so many."""
-    units = (1,) * packed.facts.num_layers
+    units = (1,) * packed_llama.facts.num_layers
     gpu = 2 * most
     ram = ram_units_for(units, most, gpu)
-    with Pipeline(packed, ops=FakeDevice(), kv_pages=(gpu, ram)) as pipeline:
+    with Pipeline(packed_llama, ops=FakeDevice(), kv_pages=(gpu, ram)) as pipeline:
         yield pipeline
 
 
 @pytest.mark.parametrize(("most", "seed"), [(14, 3), (40, 4)])
-def test_greedy_tokens_never_change(packed: PackedModel, most: int, seed: int) -> None:
+def test_greedy_tokens_never_change(packed_llama: PackedModel, most: int, seed: int) -> None:
     """Conversations through the scheduler; in little room what has ended is given up for those that wait."""
-    turns = conversations(packed.facts.vocab_size, seed, system_tokens=150)
+    turns = conversations(packed_llama.facts.vocab_size, seed, system_tokens=150)
     limits = Limits(most * PAGE_TOKENS, 64, page_tokens=PAGE_TOKENS, copies=False)
-    with in_two_tiers(packed, most) as pipeline:
+    with in_two_tiers(packed_llama, most) as pipeline:
         alone, together = alone_and_together(pipeline, limits, turns)
         assert pipeline.kv_tiers is not None
         assert (pipeline.kv_tiers.loaded_bytes > 0) == (most < 20)
@@ -187,13 +178,13 @@ def test_greedy_tokens_never_change(packed: PackedModel, most: int, seed: int) -
     assert "share" in together.uses <= {"share", "take"}
 
 
-def test_a_chat_goes_on_with_its_cache(packed: PackedModel) -> None:
+def test_a_chat_goes_on_with_its_cache(packed_llama: PackedModel) -> None:
     """Turn by turn, whatever of a page it has too much: others could share whole pages alone."""
-    (tokens,) = random_prompts(packed.facts.vocab_size, (400,))
+    (tokens,) = random_prompts(packed_llama.facts.vocab_size, (400,))
     params = SamplingParams(max_tokens=6)
     turns = [[RequestSpec(str(stop), tuple(tokens[:stop]), params, 0, 6)] for stop in (100, 150, 180, 300, 400)]
     limits = Limits(8 * PAGE_TOKENS, 64, page_tokens=PAGE_TOKENS, copies=False)
-    with in_two_tiers(packed, 8) as pipeline:
+    with in_two_tiers(packed_llama, 8) as pipeline:
         _, together = alone_and_together(pipeline, limits, turns)
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 0
@@ -203,11 +194,13 @@ def test_a_chat_goes_on_with_its_cache(packed: PackedModel) -> None:
                                     ((100, 0), (150, 100), (180, 150), (300, 180), (400, 300)))  # fmt: skip
 
 
-def test_a_sweep_that_failed_leaves_what_others_stand_on(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_that_failed_leaves_what_others_stand_on(
+    packed_llama: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a layer in the middle: what is computed behind it then is as if it had not been."""
-    tokens, more = random_prompts(packed.facts.vocab_size, (200, 60))
+    tokens, more = random_prompts(packed_llama.facts.vocab_size, (200, 60))
     b = step("b", tokens[:128] + more, 128, 188, (("a", 128, "share"),))
-    with in_two_tiers(packed, 20) as pipeline:
+    with in_two_tiers(packed_llama, 20) as pipeline:
         runner, tiers = pipeline.runner, pipeline.kv_tiers
         assert tiers is not None
         runner.run([step("a", tokens, 0, 150)])

@@ -23,7 +23,7 @@ from pipo_ray.scheduling.sequences import Sequence
 from pipo_ray.scheduling.window import Window
 
 
-@dataclass
+@dataclass(eq=False)
 class Cache:
     """As the compute worker has it, with tokens in place of their keys and values. Of all tokens of its line, those
     before `packed` are in pages. `source`: the cache that will give it the tokens it has, in the sweep that runs.
@@ -51,7 +51,7 @@ class Cache:
         self.packed = max(self.packed, self.start, window.packed_of(self.length, self.start + self.capacity))
 
     def budget(self, window: Window, page_tokens: int) -> int:
-        if not window.tokens:
+        if not window.tokens or window.places is not None:
             return -(-self.capacity // page_tokens) * page_tokens
         if len(self.own) == self.capacity:
             return window.budget(self.packed - self.start, self.length - self.packed)
@@ -124,8 +124,11 @@ class Worker:
             left_out = {step.sequence for step in request.steps if step.follows and self._has_ended(step)}
             left_out |= {s.sequence for s in request.steps if s.spec is None and s.sequence not in self.caches}
             for step in request.steps:
-                if any(part.sequence in gone for part in step.prefix):
-                    gone[step.sequence] = self.lost[step.sequence] = None
+                points: dict[str, DriveError | None] = {point.name: None for point in step.keep}
+                if step.sequence in left_out:
+                    self.lost |= points
+                elif any(part.sequence in gone or part.sequence in self.lost for part in step.prefix):
+                    self.lost |= {step.sequence: None, **points}
                     left_out.add(step.sequence)
                 elif step.spec is not None:
                     gone.pop(step.sequence, None)
@@ -163,15 +166,17 @@ class Worker:
             )  # fmt: skip
 
     def _lose(self, which: int) -> None:
-        """A cache, and all that stand on it."""
-        if not self.caches:
-            return
-        name = sorted(self.caches)[which % len(self.caches)]
-        lost = self.caches[name]
-        for one, cache in list(self.caches.items()):
-            if cache is lost or any(other is lost for other, _ in cache.prefix):
-                self.lost[one] = DriveError("a page is gone")
-                del self.caches[one]
+        """A cache, and all that stand on it, or await tokens of it."""
+        more = sorted(self.caches)[which % len(self.caches) :][:1] if self.caches else []
+        gone = list[Cache]()
+        while more:
+            self.lost |= dict.fromkeys(more, DriveError("a page is gone"))
+            gone += [self.caches.pop(name) for name in more]
+            self.waiting = [pair for pair in self.waiting if pair[0] not in gone and pair[1] not in gone]
+            more = [
+                name for name, cache in self.caches.items()
+                if any(one is cache.source or any(one is other for other, _ in cache.prefix) for one in gone)
+            ]  # fmt: skip
 
     def _has_ended(self, step: SequenceStep) -> bool:
         cache = self.caches.get(step.sequence)
@@ -201,7 +206,7 @@ class Worker:
             return
         assert source.packed <= cache.length, "what is to be copied at 16 bits is packed"
         cache.own += source.tokens()[cache.length : stop]
-        cache.settle(self.limits.window)
+        self._begins(cache)
 
     def _open(self, step: SequenceStep) -> None:
         assert step.spec is not None
@@ -221,7 +226,7 @@ class Worker:
                 cache = self.caches.pop(part.sequence)
                 self._cut(cache, part.num_tokens)
                 cache.capacity = capacity
-                cache.settle(self.limits.window)
+                self._begins(cache)
             else:
                 assert not self.limits.window.tokens or source.start + part.num_tokens <= source.packed
                 cache.own += source.own[: part.num_tokens]
@@ -237,6 +242,16 @@ class Worker:
         """A pool has no room for a moment that it has not got for good."""
         taken = [cache.budget(self.limits.window, self.limits.page_tokens) for cache in self.caches.values()]
         assert sum(taken) <= self.limits.kv_tokens, "more KV than the budget"
+        if (places := self.limits.window.places) is not None:
+            caches = self.caches.values()
+            windows = sum(len(cache.own) < cache.capacity or cache.length > cache.packed for cache in caches)
+            assert windows <= places, "more windows than places"
+
+    def _begins(self, cache: Cache) -> None:
+        """A cache goes on, or begins with another's tokens: no page is written before the sweep, if it is elsewhere."""
+        packed = cache.packed
+        cache.settle(self.limits.window)
+        assert self.limits.window.places is None or cache.packed == packed, "a page would have to be written"
 
     def _compute(self, step: SequenceStep) -> StepResult:
         assert step.num_tokens > 0
@@ -258,7 +273,7 @@ class Worker:
             other.own, other.source = cache.tokens()[first : other.length], None
             assert -1 not in other.own, "tokens that are not there yet"
             assert first + len(other.own) <= cache.length
-            other.settle(self.limits.window)
+            self._begins(other)
             self.waiting.remove((other, source))
         cache.settle(self.limits.window)
         if step.logits == "all":
@@ -371,7 +386,7 @@ def admit_all_that_fit(
     """As `admit`; and nobody must wait who would not have to if nothing were shared or kept."""
     admit(waiting, running, limits, prefixes)
     if waiting and len(running) < limits.max_sequences:
-        alone = [replace(sequence, shared=0, to_keep=0) for sequence in [*running, waiting[0]]]
+        alone = [replace(sequence, shared=0, to_keep=0, points=0) for sequence in [*running, waiting[0]]]
         assert sum(map(limits.reserved, alone)) > limits.kv_tokens
 
 

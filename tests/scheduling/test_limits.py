@@ -11,7 +11,7 @@ from plan.budget_models import GIB, model, plan
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.low_bit_pages import LowBitKV
 from pipo_ray.scheduling.limits import limits_of
-from pipo_ray.scheduling.window import Window
+from pipo_ray.scheduling.window import NO_WINDOW, Window
 
 ONE = model(2, 64, 100)
 GPU = {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}
@@ -40,12 +40,26 @@ def test_few_bits_are_shared_too(budgets: dict[str, Any]) -> None:
     assert limits.window == Window(128, 64, low.short_share)
 
 
-@pytest.mark.parametrize("budgets", [GPU | {"kv_in_ram": True}, ON_DISK])
-def test_packed_pages_that_move_are_not_shared(budgets: dict[str, Any]) -> None:
+@pytest.mark.parametrize("budgets", [GPU | {"kv_in_ram": True}, ON_DISK, GPU | ON_DISK])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 16)])
+def test_packed_pages_that_move_are_shared_unless_layers_at_16_bits_are_among_them(
+    bits: tuple[int, ...], budgets: dict[str, Any]
+) -> None:
+    """Windows have places of their own then, as many as the plan has room for."""
     facts = replace(ONE[1], kv_shapes=((2, 64, 64),))
-    found = plan((ONE[0], facts), low_bit_kv=LowBitKV.of((4, 4), facts), **budgets)
-    assert (found.kv is None) == (found.kv_disk is not None)
-    assert limits_of(found, facts, prefix_cache=True).sharing == "none"
+    found = plan((ONE[0], facts), low_bit_kv=LowBitKV.of(bits, facts), **budgets)
+    limits = limits_of(found, facts, prefix_cache=True)
+    if 16 in bits:
+        assert limits.sharing == "none"
+        assert limits.window == NO_WINDOW
+        return
+    places = found.kv.max_sequences if found.kv is not None else found.kv_disk and found.kv_disk.num_windows
+    assert places
+    assert limits.sharing == "shared"
+    assert limits.window == Window(128, 64, places=places)
+    assert limits.max_sequences <= places
+    assert not limits.copies
+    assert limits_of(found, facts, prefix_cache=False).window == NO_WINDOW
 
 
 @pytest.mark.parametrize("change", [{"ragged": False}, {"chunked": False}, {"rebuild_length": 100}])

@@ -27,6 +27,7 @@ from pipo_ray.scheduling.policy import form_batch
 from pipo_ray.scheduling.prefix_search import common_tokens
 from pipo_ray.scheduling.prefixes import LEAST_SHARED, PrefixCache, Sharing
 from pipo_ray.scheduling.sequences import Sequence
+from pipo_ray.scheduling.window import Room
 
 
 @given(st.lists(st.integers(0, 1), max_size=30), st.lists(st.integers(0, 1), max_size=30), st.integers(0, 30))
@@ -139,13 +140,13 @@ def test_what_was_used_least_recently_is_given_up_first() -> None:
     on_a = sequence("d", *a.prompt[:60], 1)
     assert run(books, on_a) == [[("a", 60, "share")]]
     books.changes()
-    assert books.held == 300
-    assert books.make_room(1)
+    assert books.held == Room(300)
+    assert books.make_room(Room(1))
     assert books.changes() == (("b",), ())
-    assert not books.make_room(141)
-    assert books.make_room(140)
+    assert not books.make_room(Room(141))
+    assert books.make_room(Room(140))
     assert books.changes() == (("c",), (("a", 60),))
-    assert books.held == 60
+    assert books.held == Room(60)
 
 
 # -- random clients
