@@ -110,7 +110,7 @@ def test_the_same_text_from_two_drives(llm: LLM, expected: list[list[int]]) -> N
     assert max(read) < 1.6 * min(read)
 
 
-@pytest.mark.parametrize("victims", [["NvmeLoader"], ["NvmeLoader-2"], LOADERS])
+@pytest.mark.parametrize("victims", [pytest.param(["NvmeLoader"], marks=pytest.mark.slow), ["NvmeLoader-2"], LOADERS])
 def test_a_killed_loader_comes_back(victims: list[str], llm: LLM, expected: list[list[int]]) -> None:
     llm._stage.roll._rows[:, 2:] -= 61  # the deaths of the test before lie a minute back
     before = llm.pids()
