@@ -10,8 +10,8 @@ and of int8 (`packed` is torch's low-bit kernel; `compiled` and `blocks` are the
 what they need; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product), what the measured
 profile chooses, bf16 as a run would multiply it, and a plain read of 128 MiB with as many threads. Medians over the
 rounds; GB/s counts the bytes of weights with scales and zeros, and the share of the memory's bandwidth is that over the
-plain read in the same rounds. Then torch's int4 kernel at one row with panels of up to 1 to 16 MiB: what a smaller
-panel costs in starting threads.
+plain read in the same rounds. Then torch's int4 kernel and the project's own at one row with panels of up to 1 to 16
+MiB: what a smaller panel costs in starting threads.
 
 --clock processor counts seconds of processor time over the number of threads instead of seconds on the wall: for a
 machine on which something else is running. It leaves out what threads wait for each other, so the last table needs
@@ -98,16 +98,24 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
     return result
 
 
-def measure_panels(shape: tuple[int, int], rounds: int, clock: str) -> list[dict[str, Any]]:
-    """int4 at one row: bytes per second for panels of several sizes."""
-    products = LowBitProducts(always_low_bit("packed"), machine_layout())
+def measure_panels(shape: tuple[int, int], rounds: int, clock: str) -> dict[str, dict[int, float]]:
+    """Of torch's int4 kernel and of the project's own, at one row: bytes per second by MiB of a panel."""
+    compiled = compiled_low_bit()
+    kernels = ["packed", *(["compiled"] if compiled is not None else [])]
     inputs = torch.randn(1, shape[1]).bfloat16()
-    calls = {mib: low_bit_product(products, inputs, shape, "int4", mib << 20) for mib in PANEL_MIB}
-    taken: dict[int, list[float]] = {mib: [] for mib in calls}
+    calls = {
+        (kernel, mib): low_bit_product(
+            LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=compiled),
+            inputs, shape, "int4", mib << 20,
+        )
+        for kernel in kernels for mib in PANEL_MIB
+    }  # fmt: skip
+    taken: dict[tuple[str, int], list[float]] = {call: [] for call in calls}
     for _ in range(4 * rounds):
-        for mib, (call, _) in calls.items():
-            taken[mib].append(seconds(call, clock))
-    return [{"panel_mib": mib, "bytes_per_s": calls[mib][1] / statistics.median(taken[mib])} for mib in calls]
+        for name, (call, _) in calls.items():
+            taken[name].append(seconds(call, clock))
+    rates = {name: nbytes / statistics.median(taken[name]) for name, (_, nbytes) in calls.items()}
+    return {kernel: {mib: rates[kernel, mib] for mib in PANEL_MIB} for kernel in kernels}
 
 
 def main() -> None:
@@ -138,8 +146,9 @@ def main() -> None:
             if title != "GFLOP/s" or kind != READ:
                 values = [value(entry) for entry in products if entry["product"] == kind]
                 print(f"{kind:16}" + "".join(f"{one:8.1f}" for one in values))
-    print("\nint4, one row, panels of MiB: " + ", ".join(
-        f"{entry['panel_mib']}: {entry['bytes_per_s'] / 1e9:.1f} GB/s" for entry in panels))  # fmt: skip
+    for kernel, rates in panels.items():
+        print(f"\nint4 {kernel}, one row, panels of MiB: "
+              + ", ".join(f"{mib}: {rate / 1e9:.1f} GB/s" for mib, rate in rates.items()))  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps({"products": products, "panels": panels}, indent=1))
 

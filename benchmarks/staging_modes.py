@@ -3,9 +3,13 @@
 How to run (--size of free disk, twice that while it is made; two sessions' memory; --minutes and a minute or two):
 
     python benchmarks/staging_modes.py [--size 3GiB] [--resident 1GiB] [--minutes 10] [--sessions 2] [--sweeps 3]
-        [--settings 2x8/4,...] [--streamed 3GiB] [--real 8x8/4,...] [--modes] [--folder DIR] [--quick] [--json FILE]
+        [--settings 2x8/4,...] [--rate 1GB] [--beside 2] [--prompt 512] [--streamed 3GiB] [--real 8x8/4,...] [--modes]
+        [--folder DIR] [--quick] [--json FILE]
 
-A setting "4x8/6" is 8 reads of 4 MiB in flight into 6 slots of 16 MiB. All settings keep the same weights resident and
+A setting "4x8/6" is 8 reads of 4 MiB in flight into 6 slots of 16 MiB, "4x8/6@8" of 8 MiB; what differs in the slots'
+size differs in its pieces, and has a session of its own. --rate holds the drive to so much (root, blkio of cgroup v1):
+a virtual drive by itself differs from minute to minute by more than what is to be told apart, and then nothing is known
+to better than 2 %; held to 1 GB/s to 0.4 %. All settings keep the same weights resident and
 take turns, a few sweeps each, in one session and over the same memory, in an order that chance makes: two sessions
 differ by 2 to 4 %, because a virtual drive's rate depends on the memory that is read into. The session has as many
 slots as the largest setting; its loader is told before each turn how many of them it may use (`limited_loader.py`).
@@ -41,7 +45,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from limited_loader import limit, limited_loaders
-from streaming import options, random_store, sweep_seconds
+from streaming import options, prompt_seconds, random_store, sweep_seconds
+from throttle import disk_of, obstacle, throttled
 
 from pipo_ray import LLM
 from pipo_ray.plan.drive_probe import drive_profile
@@ -52,31 +57,34 @@ from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.manifest import Manifest
 
 MIB = 1 << 20
-SLOT_BYTES = 16 * MIB + 2 * PAGE
-SETTINGS = "2x8/3,2x8/5,4x8/4,4x8/5,4x8/6,8x8/4,8x8/6,8x8/8,8x8/16"
+SLOT_MIB = 16
+SETTINGS = "2x8/2,2x8/4,2x8/5,4x8/4,4x8/5,4x8/6,8x8/6,8x8/8"
 PERFORMANCE, SAVER = "performance", "memory-saver"
 REAL, REAL_SAME_MEMORY = ", real", ", real, same memory"
 MOST_BALLAST_MIB = 1024
 
 
 def parsed(setting: str) -> Transfer:
-    """Of "4x8/5": 8 reads of 4 MiB, 5 slots."""
-    reads, slots = setting.split("/")
+    """Of "4x8/5": 8 reads of 4 MiB, 5 slots; "4x8/5@8": of 8 MiB."""
+    reads, _, slots = setting.partition("/")
     transfer, threads = reads.split("x")
-    return Transfer(int(float(transfer) * MIB), int(threads), SLOT_BYTES, int(slots))
+    number, _, slot_mib = slots.partition("@")
+    return Transfer(
+        int(float(transfer) * MIB), int(threads), int(float(slot_mib or SLOT_MIB) * MIB) + 2 * PAGE, int(number)
+    )
 
 
 def serve(
-    connection: Connection, store: Path, resident: int, transfer: Transfer, limited: bool, ballast_mib: int
+    connection: Connection, store: Path, resident: int, transfer: Transfer, limited: bool, prompt: int, ballast_mib: int
 ) -> None:
     """A session in a process of its own, because Ray allows one per process: for each transfer that comes, the seconds
-    per sweep.
+    per sweep: of decoding, or with a prompt of so many tokens in it.
     """
     ballast = np.ones(ballast_mib * MIB, np.uint8)
     with limited_loaders() if limited else contextlib.nullcontext():
         llm = LLM(
             store, weight_memory=resident + transfer.staging_bytes, device="cpu", ray_address="local",
-            max_kv_tokens=512, transfer=transfer,
+            max_kv_tokens=512 + prompt, transfer=transfer,
         )  # fmt: skip
     with llm:
         del ballast
@@ -90,7 +98,7 @@ def serve(
             if limited:
                 limit(llm, mine)
             # The first token's sweep uses up what was read ahead in the turn before, and is not counted.
-            connection.send(sweep_seconds(llm, sweeps))
+            connection.send(prompt_seconds(llm, sweeps, prompt) if prompt else sweep_seconds(llm, sweeps))
 
 
 class SessionProcess:
@@ -121,6 +129,30 @@ class SessionProcess:
         self._process.join()
 
 
+@contextlib.contextmanager
+def busy_programs(number: int) -> Iterator[None]:
+    """So many other programs, each of which computes half of the time, 10 to 50 ms at once."""
+    spawn = multiprocessing.get_context("spawn")
+    programs = [spawn.Process(target=_compute_at_times, args=(seed,), daemon=True) for seed in range(number)]
+    for program in programs:
+        program.start()
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.join()
+
+
+def _compute_at_times(seed: int) -> None:
+    chance = random.Random(seed)
+    while True:
+        end = time.monotonic() + chance.uniform(0.01, 0.05)
+        while time.monotonic() < end:
+            pass
+        time.sleep(chance.uniform(0.01, 0.05))
+
+
 def settings(arguments: argparse.Namespace, store: Path, streamed: int) -> dict[str, Transfer]:
     """By name: the two modes, as a run chooses them of whose model so much streams, and --settings."""
     profile = drive_profile(store, cache_folder())
@@ -142,7 +174,7 @@ def sessions(
 
         def start(transfer: Transfer, limited: bool, kept: int = resident) -> SessionProcess:
             ballast = chance.randrange(MOST_BALLAST_MIB)
-            return stack.enter_context(SessionProcess(store, kept, transfer, limited, ballast))
+            return stack.enter_context(SessionProcess(store, kept, transfer, limited, arguments.prompt, ballast))
 
         by_slot = {
             slot: start(Transfer(2 * MIB, 16, slot, most // slot), True)
@@ -228,12 +260,21 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=2, help="one after the other; default: %(default)s")
     parser.add_argument("--settings", default=SETTINGS, help="MiB x reads / slots; default: %(default)s")
     parser.add_argument("--streamed", help="in a sweep, of the PC that is asked about; default: as much as here")
+    parser.add_argument("--rate", help="bytes per second that the drive is held to (root, blkio of cgroup v1)")
+    parser.add_argument("--beside", type=int, default=0, help="so many programs that compute half of the time")
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of a prompt in each sweep; default: decoding")
     parser.add_argument("--real", default="", help="settings that have a true session, too")
     parser.add_argument("--modes", action="store_true", help="nothing but the two modes")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.minutes, arguments.sessions, arguments.settings = 1.0, 1, "2x8/3,8x8/4"
-    with random_store(parse_size(arguments.size), arguments.folder) as store:
+        arguments.minutes, arguments.sessions, arguments.settings = 1.0, 1, "2x8/2,8x8/6"
+    if arguments.rate and (reason := obstacle()):
+        print(f"--rate {arguments.rate}: {reason}", file=sys.stderr)
+        return 2
+    with random_store(parse_size(arguments.size), arguments.folder) as store, contextlib.ExitStack() as stack:
+        if arguments.rate:
+            stack.enter_context(throttled([disk_of(store)], parse_size(arguments.rate)))
+        stack.enter_context(busy_programs(arguments.beside))
         rows = measure(arguments, store)
     print(f"{'setting':24} {'staging':>10} {'slots':>6} {'reads':>12} {'s/sweep':>8} {'speed':>16} {'same memory':>12}")
     for name, row in sorted(rows.items(), key=lambda row: row[1]["staging_bytes"]):

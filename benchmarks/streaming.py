@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -73,6 +74,18 @@ def sweep_seconds(llm: LLM, sweeps: int, batch: int = 1) -> float:
         if len(output.outputs[0].token_ids) == 1:
             first = last
     return (last - first) / sweeps
+
+
+def prompt_seconds(llm: LLM, sweeps: int, tokens: int) -> float:
+    """Seconds per sweep with a whole prompt of so many tokens in it, no two of which begin alike. One sweep more, the
+    first, uses up what was read ahead before, and is not counted.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    ends = []
+    for _ in range(sweeps + 1):
+        llm.generate([[random.randrange(3, 1000) for _ in range(tokens)]], params)
+        ends.append(time.perf_counter())
+    return (ends[-1] - ends[0]) / sweeps
 
 
 if __name__ == "__main__":

@@ -25,20 +25,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from random_llama import make_checkpoint
 from streaming import WIDE, options, sweep_seconds
+from throttle import obstacle, throttled
 
 from pipo_ray import LLM
 from pipo_ray.prepare import pack_store
 from pipo_ray.session.memory import format_size, parse_size
 
-CONTROLLER = Path("/sys/fs/cgroup/blkio")
 MIB = 1 << 20
 
 
@@ -68,30 +66,6 @@ def loop_drive(image: Path, num_bytes: int) -> Iterator[tuple[Path, str]]:
     finally:
         command("losetup", "--detach", device)
         image.unlink()
-
-
-@contextlib.contextmanager
-def throttled(devices: list[str], bytes_per_s: int) -> Iterator[None]:
-    """This process, and what it starts, reads from each of `devices` at most so fast."""
-    before = next(
-        CONTROLLER / line.split(":", 2)[2].lstrip("/")
-        for line in Path("/proc/self/cgroup").read_text().splitlines()
-        if "blkio" in line.split(":", 2)[1].split(",")
-    )
-    group = CONTROLLER / f"pipo-{uuid.uuid4().hex[:8]}"
-    group.mkdir()
-    try:
-        for device in devices:
-            (group / "blkio.throttle.read_bps_device").write_text(f"{device} {bytes_per_s}")
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-        yield
-    finally:
-        (before / "cgroup.procs").write_text(str(os.getpid()))
-        for _ in range(100):  # until the last of our processes is gone
-            with contextlib.suppress(OSError):
-                group.rmdir()
-                break
-            time.sleep(0.1)
 
 
 def private_bytes(pid: int) -> int:
@@ -153,8 +127,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.sweeps = 1, 2
-    if os.geteuid() != 0 or not (CONTROLLER / "blkio.throttle.read_bps_device").exists():
-        print(f"needs root and the blkio controller of cgroup v1 in {CONTROLLER}", file=sys.stderr)
+    if reason := obstacle():
+        print(reason, file=sys.stderr)
         return 2
     base = Path(tempfile.mkdtemp(prefix="pipo-bench-", dir=arguments.folder))
     try:

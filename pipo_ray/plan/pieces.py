@@ -242,10 +242,10 @@ def _row_parts(tensor: StoredTensor, slot_bytes: int) -> list[tuple[int, int]]:
     rows = tensor.shape[0]
     most = (slot_bytes - 2 * PAGE) // _row_bytes(tensor)
     parts = -(-rows // most)
-    # Equal parts, in multiples of 64 rows where that is possible: what matrix kernels like.
+    # Equal parts, in multiples of 64 rows where that is possible, or of 32 or 16: what matrix kernels like.
     step = -(-rows // parts)
-    if step > 64 and -(-step // 64) * 64 <= most:
-        step = -(-step // 64) * 64
+    wholes = (-(-step // unit) * unit for unit in (64, 32, 16) if step > unit)
+    step = next((whole for whole in wholes if whole <= most), step)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

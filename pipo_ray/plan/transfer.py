@@ -72,17 +72,13 @@ _WITHIN = 0.01
 # no script varies these two; `benchmarks/staging_modes.py` varies the reads and the number of slots.)
 _LEAST_READS = 8
 _LEAST_IN_FLIGHT_BYTES = 16 * MIB
-# Room for what is there and waits for products, or is asked for meanwhile. A drive that answers all that it was asked
-# for together (a virtual one does) has to be asked for as much again before products have used up a slot of that: 8
-# reads of 8 MiB into 64 MiB lose a tenth, because all of it is one answer. And while a product is late, by 12 ms at 2.7
-# GB/s, the drive has somewhere to read to. A larger batch, or more patience, gains less than residents lose.
-_WAITING_BYTES = 32 * MIB
 # One that is computed with, and one that is filled in part: reads in flight are on one slot more than they fill.
 _HELD_SLOTS = 2
-# Smaller ones cost more for the pieces' sake than they save (tried by hand: a prompt of 512 tokens, 8 MiB, 6 % longer).
+# Smaller ones cost more for the pieces' sake than they save: a prompt of 256 tokens takes 8 % longer with 8 MiB, while
+# decoding does not notice (`benchmarks/staging_modes.py --prompt 256`).
 _SLOT_BYTES = 16 * MIB
 _SAVED = 4
-_SAVER_SLOTS = 12
+_LEAST_SLOT_BYTES = 256 * 1024
 
 
 def check_mode(mode: str) -> Mode:
@@ -138,18 +134,19 @@ def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
 
 def _staged(point: ReadRate, num_drives: int) -> Transfer:
     """The slots behind a point."""
-    in_flight = point.in_flight_bytes
-    staging = num_drives * (in_flight + _WAITING_BYTES)
     slot = max(point.transfer_bytes, _SLOT_BYTES)
-    return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, -(-staging // slot) + _HELD_SLOTS)
+    num_slots = -(-num_drives * point.in_flight_bytes // slot) + _HELD_SLOTS
+    return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, num_slots)
 
 
 def _saving(full: Transfer, num_drives: int) -> Transfer:
-    """A quarter of the staging of `full`: small slots, each filled by one read, and half of them asked for at a time.
+    """As many slots as `full` has, a quarter as large, and half of them asked for at a time.
 
-    Many small slots, because one is in use by a product, and is credit again when that ends. Half of them, because a
-    drive may answer several reads at once when the last of them is done (a virtual one did): if all free slots were
-    asked for together, it would have nothing to do until a product has freed the first of them.
+    Half of them, because a drive may answer several reads at once when the last of them is done (a virtual one did): if
+    all free slots were asked for together, it would have nothing to do until a product has freed the first of them. Not
+    more and smaller ones: a piece is a product, and one with few rows of a weight is slow for a prompt.
     """
-    slot = max(256 * 1024, min(full.staging_bytes // _SAVED // _SAVER_SLOTS, _SLOT_BYTES) // PAGE * PAGE)
-    return Transfer(slot, max(1, _SAVER_SLOTS // 2 // num_drives), slot, _SAVER_SLOTS)
+    slot = max(_LEAST_SLOT_BYTES, full.slot_bytes // _SAVED // PAGE * PAGE)
+    transfer = min(full.transfer_bytes, slot)
+    in_flight = -(-full.num_slots // 2) * slot
+    return Transfer(transfer, max(1, in_flight // transfer // num_drives), slot, full.num_slots)

@@ -219,18 +219,22 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("kernel", [None, *KINDS])
 @pytest.mark.parametrize("rows", [1, 31, 32, 50])
+@pytest.mark.parametrize("columns", [24, 512])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_product_goes_to_its_columns_and_no_others(kernel: Kernel | None, rows: int, with_bias: bool) -> None:
+def test_a_product_goes_to_its_columns_and_no_others(
+    kernel: Kernel | None, rows: int, columns: int, with_bias: bool
+) -> None:
     dtype = torch.float32 if kernel is None else torch.bfloat16
-    weight, inputs = torch.randn(24, 16).to(dtype), torch.randn(rows, 16).to(dtype)
-    bias = torch.randn(24).to(dtype) if with_bias else None
+    weight, inputs = torch.randn(columns, 16).to(dtype), torch.randn(rows, 16).to(dtype)
+    bias = torch.randn(columns).to(dtype) if with_bias else None
     exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
     part = weight if kernel is None else CpuProducts(always(kernel), compiled()).bind(weight)
-    output = torch.full((rows, 60), 7.0, dtype=dtype)
-    linear_into(inputs, part, bias, output[:, 20:44])
-    torch.testing.assert_close(output[:, 20:44].double(), exact, rtol=0.008, atol=1e-2 if kernel else 1e-5)
+    output = torch.full((rows, columns + 36), 7.0, dtype=dtype)
+    mine = output[:, 20 : 20 + columns]
+    linear_into(inputs, part, bias, mine)
+    torch.testing.assert_close(mine.double(), exact, rtol=0.008, atol=1e-2 if kernel else 1e-5)
     assert (output[:, :20] == 7).all()
-    assert (output[:, 44:] == 7).all()
+    assert (output[:, 20 + columns :] == 7).all()
 
 
 def test_the_scratch_is_all_that_is_taken_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,14 +115,13 @@ def test_embeddings_are_not_streamed() -> None:
     assert {piece.block for piece in cut_pieces(blocks, 1 << 20)} == {"head"}
 
 
-def test_rows_are_cut_in_multiples_of_64_where_possible() -> None:
+@pytest.mark.parametrize("most, step", [(448, 384), (240, 224), (208, 208), (202, 200)])
+def test_rows_are_cut_in_multiples_of_what_kernels_like(most: int, step: int) -> None:
+    """1000 rows, of which `most` fit into a slot: multiples of 64 where possible, or of 32 or 16."""
     head = BlockSpec("head", "head", None, (TensorSpec("h", (1000, 64), "F32", None, "rows"),))
-    pieces = cut_pieces(plan_files([head])[0].blocks, 120 * 1024)
-    assert [(piece.tensors[0].row_start, piece.tensors[0].row_stop) for piece in pieces] == [
-        (0, 384),
-        (384, 768),
-        (768, 1000),
-    ]
+    pieces = cut_pieces(plan_files([head])[0].blocks, most * 256 + 2 * PAGE)
+    cuts = [(piece.tensors[0].row_start, piece.tensors[0].row_stop) for piece in pieces]
+    assert cuts == [(start, min(start + step, 1000)) for start in range(0, 1000, step)]
 
 
 # --- the order of a sweep ---------------------------------------------------------------------------------------------

@@ -82,9 +82,10 @@ def test_saving_takes_a_quarter_of_the_staging(profile: list[ReadRate]) -> None:
 @given(profiles() | st.just([]))
 def test_saving_asks_for_half_of_the_slots_at_a_time(profile: list[ReadRate]) -> None:
     """A drive that answers all reads together has the next ones while the products use what it has answered."""
-    saving = choose_transfer(profile, "memory-saver")
-    assert saving.transfer_bytes == saving.slot_bytes
-    assert 2 * saving.read_threads == saving.num_slots
+    full, saving = choose_transfer(profile), choose_transfer(profile, "memory-saver")
+    assert saving.num_slots == full.num_slots
+    in_flight = saving.transfer_bytes * saving.read_threads
+    assert in_flight <= -(-saving.num_slots // 2) * saving.slot_bytes < in_flight + saving.transfer_bytes
 
 
 def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
@@ -98,8 +99,8 @@ def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
 
 
 def test_reads_have_slots_beside_what_the_drive_has_answered() -> None:
-    """32 MiB that wait for products, or are asked for while others do; a slot is computed with, one filled in part."""
-    for threads, transfer, slots in ((8, 2, 5), (8, 4, 6), (8, 8, 8), (8, 16, 12), (16, 16, 20)):
+    """A slot is computed with, one filled in part."""
+    for threads, transfer, slots in ((8, 2, 3), (8, 4, 4), (8, 8, 6), (8, 16, 10), (16, 16, 18)):
         assert choose_transfer([ReadRate(transfer * MIB, threads, 2e9)]).num_slots == slots
 
 
@@ -124,7 +125,8 @@ def test_several_drives_share_the_slots(profile: list[ReadRate], num_drives: int
             assert (several.transfer_bytes, several.read_threads) == (one.transfer_bytes, one.read_threads)
             assert several.num_slots - 3 >= num_drives * (one.num_slots - 3) - num_drives
     else:
-        assert several.num_slots >= 6
+        assert several.num_slots >= (one.num_slots if profile else 3)
+        assert several.read_threads >= 1
 
 
 def test_a_sweep_ends_when_the_slowest_drive_does() -> None:
