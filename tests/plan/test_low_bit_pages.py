@@ -23,6 +23,7 @@ from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout, low_bit_kv
 from pipo_ray.quant.kv_policy import KVPrecision
 from pipo_ray.scheduling.limits import Limits, limits_of
 from pipo_ray.scheduling.sequences import Sequence
+from pipo_ray.scheduling.window import NO_WINDOW, Window
 
 
 def facts_of(heads: int, key_dim: int, value_dim: int, layers: int, itemsize: int = 2) -> ModelFacts:
@@ -185,7 +186,9 @@ def test_two_tiers_of_few_bits_take_what_the_plan_says(bits: tuple[int, ...], op
         assert f"of pages at {few.label}" in found.explanation[0]
     # As many sequences as the limits let run: whatever their lengths are, they are held.
     limits = of_plan(found, facts)
-    assert limits.state_tokens == limits.short_tokens == 0
+    assert limits.state_tokens == 0
+    # Windows are no tokens here: they have places of their own. Where layers are mixed nothing is shared.
+    assert limits.window == (NO_WINDOW if 16 in bits else Window(128, 64, places=kv.max_sequences))
     reserved = [limits.reserved(SEQUENCE(prompt=(0,) * (count - 1))) for count in (1, 64, 65, 1000)]
     assert reserved == [64, 64, 128, 1024]
     most = found.kv_tokens // 64
