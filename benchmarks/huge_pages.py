@@ -67,7 +67,7 @@ def main() -> int:
 
 def measure(file: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """Rates in bytes per second of every point and kind of memory."""
-    memories = {"small pages": _touched(), "huge pages": _touched()}
+    memories = {"small pages": touched(), "huge pages": touched()}
     huge = use_huge_pages([memories["huge pages"]])
     print(f"{huge // MIB} of {MEMORY_BYTES // MIB} MiB in huge pages")
     cases = [(name, *point) for point in POINTS for name in memories]
@@ -80,7 +80,7 @@ def measure(file: Path, rounds: int, seconds: float) -> dict[str, Any]:
             for case in random.sample(cases, len(cases)):
                 name, transfer, in_flight = case
                 before = _drive_reads(device)
-                rates[case].append(_read(descriptor, memories[name], transfer, in_flight, seconds))
+                rates[case].append(read(descriptor, memories[name], transfer, in_flight, seconds))
                 count, nbytes = (after - earlier for after, earlier in zip(_drive_reads(device), before, strict=True))
                 requests[case].append(nbytes / max(count, 1) / 1024)
     finally:
@@ -99,7 +99,8 @@ def measure(file: Path, rounds: int, seconds: float) -> dict[str, Any]:
     return {"huge_bytes": huge, "rows": rows}
 
 
-def _touched() -> npt.NDArray[np.uint8]:
+def touched() -> npt.NDArray[np.uint8]:
+    """Memory to read into, that is there."""
     memory = np.frombuffer(mmap.mmap(-1, MEMORY_BYTES), np.uint8)
     memory[:: mmap.PAGESIZE] = 1
     return memory
@@ -114,7 +115,8 @@ def _drive_reads(device: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _read(descriptor: int, memory: npt.NDArray[np.uint8], transfer: int, in_flight: int, seconds: float) -> float:
+def read(descriptor: int, memory: npt.NDArray[np.uint8], transfer: int, in_flight: int, seconds: float) -> float:
+    """Bytes per second of so many reads in flight into `memory`, round and round."""
     size = os.fstat(descriptor).st_size // transfer * transfer
     lock = threading.Lock()
     position, done = random.randrange(size // transfer), 0

@@ -156,6 +156,7 @@ def test_columns_that_groups_do_not_divide(checkpoint: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
 
+@pytest.mark.slow
 def test_another_transformers_finds_the_facts_anew(prepared: PreparedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipo_ray.prepare, "installed_transformers", lambda: "99.0")
     found = prepare_store(prepared.folder)

@@ -473,6 +473,7 @@ def processes_below(pid: int) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow  # `session/test_ray_node.py` has the refusal in a process
 def test_another_cluster(packed: Path, foreign: tuple[str, int], at_once: AtOnce) -> None:
     address, pid = foreign
     before = processes_below(pid)

@@ -108,7 +108,7 @@ def test_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     assert size < 1.2 * sum(path.stat().st_size for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("moment", ["starting", "generating", "idle"])
+@pytest.mark.parametrize("moment", ["starting", "generating", pytest.param("idle", marks=pytest.mark.slow)])
 def test_while_it_runs(moment: str, number: signal.Signals, checkpoint: Path) -> None:
     with Driver(checkpoint, "idle" if moment == "idle" else "generate") as driver:
         footprint = Footprint(find_session(driver.pid), driver.pid)

@@ -89,7 +89,7 @@ def in_two_tiers(packed_llama: PackedModel, most: int, bits: tuple[int, ...]) ->
         yield pipeline
 
 
-@pytest.mark.parametrize(("most", "places", "seed"), [(34, 3, 3), (80, 9, 4)])
+@pytest.mark.parametrize(("most", "places", "seed"), [pytest.param(34, 3, 3, marks=pytest.mark.slow), (80, 9, 4)])
 def test_greedy_tokens_never_change(packed_llama: PackedModel, most: int, places: int, seed: int) -> None:
     """Conversations through the scheduler; in little room what has ended is given up for those that wait."""
     bits = (8,) * packed_llama.facts.num_layers

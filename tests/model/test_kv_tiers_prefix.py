@@ -163,7 +163,7 @@ def in_two_tiers(packed_llama: PackedModel, most: int) -> Iterator[Pipeline]:
         yield pipeline
 
 
-@pytest.mark.parametrize(("most", "seed"), [(14, 3), (40, 4)])
+@pytest.mark.parametrize(("most", "seed"), [pytest.param(14, 3, marks=pytest.mark.slow), (40, 4)])
 def test_greedy_tokens_never_change(packed_llama: PackedModel, most: int, seed: int) -> None:
     """Conversations through the scheduler; in little room what has ended is given up for those that wait."""
     turns = conversations(packed_llama.facts.vocab_size, seed, system_tokens=150)

@@ -217,6 +217,7 @@ def test_when_ray_does_not_start_one_line_says_so_and_nothing_is_left(monkeypatc
     assert not processes.of_session(paths[0].name[-8:], str(paths[0]))
 
 
+@pytest.mark.slow
 def test_without_ray_s_internals_the_node_is_just_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean_ray, "is_supported", lambda: False)
     with start() as session:
