@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 
 from pipo_ray import LLM, SamplingParams
+from pipo_ray.session import processes
+
+_packing = False
 
 
 def on_progress(phase: str, done: int, total: int) -> None:
-    """Say that packing has begun."""
-    if phase == "pack":
+    """Say that packing has begun, and stop whoever packs: else it may be done before the test has looked."""
+    global _packing
+    if phase == "pack" and not _packing:
+        _packing = True
+        for pid in processes.descendants([os.getpid()]):
+            os.kill(pid, signal.SIGSTOP)
         print("packing", flush=True)
 
 

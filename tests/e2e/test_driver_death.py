@@ -94,11 +94,14 @@ def test_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "wide", Architecture("wide", "Llama", "llama", WIDE))
     with Driver(folder, "end", tmp_path / "cache") as driver:
         driver.wait_for("packing")
-        children = {processes.identify(pid) for pid in processes.descendants([driver.pid])} - {None}
+        found = (processes.identify(pid) for pid in processes.descendants([driver.pid]))
+        children = [child for child in found if child is not None]
         assert children
         driver.end(number)
+        for child in children:
+            processes.send_signal(child, signal.SIGCONT)
         begin = time.monotonic()
-        while left := [child for child in children if child is not None and processes.is_alive(child)]:
+        while left := [child for child in children if processes.is_alive(child)]:
             assert time.monotonic() - begin < GONE_S, f"left: {left}"
             time.sleep(0.05)
         check_status(driver, number)
