@@ -33,7 +33,7 @@ from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.low_bit_pages import low_bit_kv
 from pipo_ray.plan.transfer import Transfer, check_mode
 from pipo_ray.planner import asks_for_rates, choose_plan, open_kv_place
-from pipo_ray.prepare import cache_folder, prepare_store
+from pipo_ray.prepare import cache_folder, prepare_store, profile_folder
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.kv_policy import KVPrecision
 from pipo_ray.quant.panels import machine_layout
@@ -138,7 +138,7 @@ class LLM:
             raise InputError(f"trace file {self._trace}: the folder {self._trace.absolute().parent} does not exist")
         elsewhere = kv_on_cpu is not None or kv_in_ram or kv_on_disk is not None
         asks = asks_for_rates(tokens=max_kv_tokens, elsewhere=elsewhere)
-        chosen = choose_device(device, cache_folder() / "profiles" if asks else None)
+        chosen = choose_device(device, profile_folder() if asks else None)
         budget, budget_line = memory_budget(memory)
         weights = None if weight_memory is None else parse_size(weight_memory, "--weight-memory")
         self._gpu_memory = gpu_budget(gpu_memory, chosen)
@@ -195,7 +195,7 @@ class LLM:
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
-                    str(cache_folder() / "profiles"), str(cache_folder() / "machine-code"), self._plan.kv,
+                    str(profile_folder()), str(cache_folder() / "machine-code"), self._plan.kv,
                     self._plan.kv_tokens, None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits,
                     self._plan.kv_on_cpu, self._plan.tables_in_ram,
                 ),

@@ -230,9 +230,9 @@ def _import_torch() -> None:
     gc.disable()
     try:
         from pipo_ray.model.lean_transformers import import_transformers
-        from pipo_ray.prepare import cache_folder
+        from pipo_ray.prepare import profile_folder
 
-        import_transformers(cache_folder() / "profiles")
+        import_transformers(profile_folder())
     finally:
         gc.freeze()
         gc.enable()

@@ -177,6 +177,11 @@ def check_dtype(dtype: str) -> None:
         raise InputError(f"--dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}")
 
 
+def profile_folder() -> Path:
+    """Where it is kept what was measured, or read, once for this machine."""
+    return cache_folder() / "profiles"
+
+
 def cache_folder() -> Path:
     """Where checkpoints are packed to; see the head of this file."""
     if named := os.environ.get("PIPO_CACHE"):

@@ -17,9 +17,10 @@ from prefix_twins import TwinCaches
 
 from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.kv_cache import RaggedCache
-from pipo_ray.model.kv_disk import KVDisk
+from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
 from pipo_ray.model.kv_page import Page, PageState
 from pipo_ray.model.kv_spans import AttentionRule
+from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.pipeline.page_table import _NO_FRAME
 from pipo_ray.plan.disk_pages import PAGE_TOKENS
 from pipo_ray.plan.kv_disk import PASSING_PAGES, KVDiskPlacement, pages_of
@@ -152,3 +153,12 @@ def watch_late_pages(monkeypatch: pytest.MonkeyPatch) -> list[Page]:
 
     monkeypatch.setattr(KVDisk, "_bring", bring)
     return late
+
+
+@contextmanager
+def pages_that_are_lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The file gives nothing back, and what is computed within has to say so."""
+    with monkeypatch.context() as patch:
+        patch.setattr(PageFile, "load", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(KVPagesLostError):
+            yield

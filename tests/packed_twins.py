@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from fake_device import FakeDevice
 from hypothesis import strategies as st
-from kv_sweeps import segments_of
-from prefix_twins import TwinCaches
+from prefix_twins import RowTwins
 
-from pipo_ray.model.kv_cache import RaggedCache
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
@@ -38,20 +34,18 @@ HISTORIES = st.lists(
 )
 
 
-class PackedTwins(TwinCaches):
+class PackedTwins(RowTwins):
     """Sequences whose pages `paged` has, at most `pages` of `page_tokens` of each layer and of so many that `grow`, and
-    the same where they are computed. Each result of the one must be the other's.
+    the same where they are computed.
     """
 
     def __init__(
         self, paged: Any, bits: tuple[int, ...], device: FakeDevice | None, rule: AttentionRule, seed: int,
         *, pages: int, page_tokens: int = PAGE_TOKENS, grow: int = 100,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.device, self.bits, self.rule = device, bits, rule
-        self._pages, self._page_tokens, self._grow = pages, page_tokens, grow
         self.stores = LowBitStore(bits, None, paged), LowBitStore(bits)
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(self.stores[0], len(bits), (HEADS, KV_HEADS), DIM, device, rule, seed)
+        self._pages, self._page_tokens, self._grow = pages, page_tokens, grow
 
     def total(self, name: int) -> int:
         return self.pairs[name][0].start + self.pairs[name][0].length
@@ -82,27 +76,6 @@ class PackedTwins(TwinCaches):
         others = [mine for name, (mine, _) in self.pairs.items() if name != instead_of]
         held = sum(-(-tokens // self._page_tokens) for tokens in (capacity, *(one.capacity for one in others)))
         return held <= self._pages and sum(getattr(one.wide, "grows", True) for one in others) < self._grow
-
-    def sweep(self, batch: list[tuple[int, int]], layers: int | None = None) -> None:
-        total = sum(count for _, count in batch)
-        segments = segments_of([(self.pairs[name][0], count) for name, count in batch])
-        row = RaggedCache(segments, self.stores[0])
-        row.begin_sweep()
-        for layer in range(layers or len(self.bits)):
-            query, keys, values = (
-                torch.randn(heads, total, DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
-            )
-            row.update(keys[None], values[None], layer)
-            row.begin_layer()
-            for (name, _), segment in zip(batch, segments, strict=True):
-                own = [tensor[:, segment.start : segment.stop] for tensor in (query, keys, values)]
-                with nullcontext() if self.device is None else self.device.watching():
-                    got = segment.cache.attend(layer, *own, self.rule).clone()
-                assert torch.equal(got, self.pairs[name][1].attend(layer, *own, self.rule))
-            row.end_layer()
-        row.advance()
-        for name, count in batch:
-            self.pairs[name][1].advance(count)
 
 
 def behind(twins: PackedTwins, name: int, back: int, passes: int) -> int | None:

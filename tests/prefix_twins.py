@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
+from fake_device import FakeDevice
 from hypothesis import strategies as st
+from kv_sweeps import segments_of
+
+from pipo_ray.model.kv_cache import RaggedCache
+from pipo_ray.model.kv_spans import AttentionRule
 
 WAYS = ["new", "behind", "behind", "passing", "end", "cut", "take", "go"]
 
@@ -71,6 +78,44 @@ class TwinCaches:
         for cache in self.pairs.pop(name):
             cache.drop()
         del self.lines[name]
+
+
+class RowTwins(TwinCaches):
+    """The first of each pair goes through rows of `store`, the second by itself. Each result of the one must be the
+    other's. `heads`: of queries, and of keys and values.
+    """
+
+    def __init__(
+        self, store: Any, num_layers: int, heads: tuple[int, int], dim: int, device: FakeDevice | None,
+        rule: AttentionRule, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.device, self.rule, self.generator = device, rule, torch.Generator().manual_seed(seed)
+        self._store, self._num_layers, self._heads, self._dim = store, num_layers, heads, dim
+
+    def sweep(self, batch: list[tuple[int, int]], layers: int | None = None) -> None:
+        assert layers is None, "no sweep is given up here"
+        total = sum(count for _, count in batch)
+        segments = segments_of([(self.pairs[name][0], count) for name, count in batch])
+        row = RaggedCache(segments, self._store)
+        row.begin_sweep()
+        of_queries, of_keys = self._heads
+        for layer in range(self._num_layers):
+            query, keys, values = (
+                torch.randn(heads, total, self._dim, generator=self.generator)
+                for heads in (of_queries, of_keys, of_keys)
+            )
+            row.update(keys[None], values[None], layer)
+            row.begin_layer()
+            for (name, _), segment in zip(batch, segments, strict=True):
+                own = [tensor[:, segment.start : segment.stop] for tensor in (query, keys, values)]
+                with nullcontext() if self.device is None else self.device.watching():
+                    got = segment.cache.attend(layer, *own, self.rule).clone()
+                assert torch.equal(got, self.pairs[name][1].attend(layer, *own, self.rule))
+            row.end_layer()
+        row.advance()
+        for name, count in batch:
+            self.pairs[name][1].advance(count)
 
 
 def histories(page: int, capacity: int, given_up: list[int]) -> st.SearchStrategy[list[dict[str, Any]]]:

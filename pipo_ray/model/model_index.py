@@ -9,7 +9,6 @@ version of transformers without that function is imported as it is.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.abc
 import importlib.machinery
 import json
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipo_ray.json_file import write_json
+from pipo_ray.json_file import key_of, write_json
 
 Structure = dict[frozenset[str], dict[str, set[str]]]
 """What is exported: by the packages that it needs, and by module, dotted, below the folder of all models."""
@@ -79,10 +78,7 @@ class ModelIndex:
 
 def files_key(folder: Path) -> str:
     """16 hexadecimal digits that change with any file's name, size or time of change below `folder`."""
-    digest = hashlib.sha256(f"{_FORMAT} {folder}".encode())
-    for line in sorted(_describe(folder)):
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()[:16]
+    return key_of({"format": _FORMAT, "folder": str(folder), "files": sorted(_describe(folder))})
 
 
 def _describe(folder: Path | str) -> Iterator[str]:

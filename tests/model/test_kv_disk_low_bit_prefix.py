@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from disk_twins import STAGING, stores
+from disk_twins import STAGING, pages_that_are_lost, stores
 from fake_device import FakeDevice
 from harness import PackedModel, Pipeline, random_prompts
 from hypothesis import given, settings
@@ -24,11 +24,10 @@ from prefix_runs import alone_and_together, conversations, step
 from pipo_ray.errors import DriveError
 from pipo_ray.model.batch import KeptPoint, PrefixPart, SweepEntry
 from pipo_ray.model.disk_cache import DiskCache
-from pipo_ray.model.kv_disk import KVDisk, KVPagesLostError
+from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_page import PageState
 from pipo_ray.model.kv_spans import AttentionRule
-from pipo_ray.pipeline.page_file import PageFile
 from pipo_ray.plan.disk_pages import DiskPages
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import WINDOW_TOKENS, LowBitKV, PageLayout
@@ -138,10 +137,8 @@ def test_a_lost_page_costs_all_who_stand_on_it_or_await_tokens_of_it(
             SweepEntry("long", tuple(tokens[3600:3710]), 3600, 3900, "none", keep=(KeptPoint("point", line),)),
             SweepEntry("passing", tuple(tokens[3701:3711]), 3701, 3800, "none", line),
         ]
-        with monkeypatch.context() as patch:
-            patch.setattr(PageFile, "load", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-            with pytest.raises(KVPagesLostError):
-                runner.run(sweep)
+        with pages_that_are_lost(monkeypatch):
+            runner.run(sweep)
         lost = runner.undo()
         assert {*lost} == {"long", "passing", "point"}
         assert isinstance(lost["long"], DriveError)

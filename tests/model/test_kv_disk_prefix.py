@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from disk_twins import LAYERS, STAGING, Twins, twins, watch_late_pages
+from disk_twins import LAYERS, STAGING, Twins, pages_that_are_lost, twins, watch_late_pages
 from fake_device import FakeDevice
 from harness import PackedModel, Pipeline, random_prompts
 from hypothesis import given, settings
@@ -225,10 +225,8 @@ def test_a_sweep_in_which_a_cache_was_taken_is_done_again_for_those_that_are_lef
             runner.cut([(name, stop)])
         takes = step("next", more, 30, 60, (("chat", 30, "take"),))
         behind = step("behind", [*tokens[:1792], 5], 1792, 1793, (("long", 1792, "share"),))
-        with monkeypatch.context() as patch:
-            patch.setattr(PageFile, "load", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-            with pytest.raises(KVPagesLostError):
-                runner.run([takes, behind])
+        with pages_that_are_lost(monkeypatch):
+            runner.run([takes, behind])
         lost = runner.undo()
         assert {*lost} == {"behind", "long"}
         assert isinstance(lost["behind"], DriveError)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import BY_SLUG
-from disk_twins import STAGING, stores
+from disk_twins import STAGING, pages_that_are_lost, stores
 from fake_device import FakeDevice
 from harness import Pipeline, pack_checkpoint, random_prompts
 from hypothesis import given, settings
@@ -261,10 +261,8 @@ def test_who_shared_a_sweep_that_failed_goes_on_or_is_computed_again(
             SweepEntry("sound", (7,), 100, 2000, "last"),
             SweepEntry("lost", (7,), 1900, 2000, "last"),
         ]
-        with monkeypatch.context() as patch:
-            patch.setattr(PageFile, "load", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-            with pytest.raises(KVPagesLostError):
-                runner.run(last)
+        with pages_that_are_lost(monkeypatch):
+            runner.run(last)
         lost = runner.undo()
         assert isinstance(lost.pop("lost"), DriveError)
         assert lost == {"torn": None}

@@ -14,12 +14,11 @@ from fake_device import FakeDevice
 from harness import PackedModel, Pipeline, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_sweeps import segments_of
 from prefix_runs import alone_and_together, conversations, step
-from prefix_twins import TwinCaches, histories, play
+from prefix_twins import RowTwins, histories, play
 
 from pipo_ray.messages import RequestSpec
-from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
+from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.kv_tiers import KVTiers, TieredCache
 from pipo_ray.params import SamplingParams
@@ -30,15 +29,14 @@ LAYERS, HEADS, KV_HEADS, DIM = 5, 4, 2, 8
 PAGE_BYTES = page_bytes(LAYERS * KV_HEADS * 2 * DIM * 4, LAYERS)
 
 
-class Twins(TwinCaches):
+class Twins(RowTwins):
     """In two tiers, of which at most `most` pages of a layer are there, and in one memory."""
 
     def __init__(self, gpu_pages: int, most: int, seed: int, eager: float, window: int | None) -> None:
-        super().__init__()
-        self.device, self.most = FakeDevice(seed, eager), most
+        device, self.most = FakeDevice(seed, eager), most
         placement = KVPlacement((1,) * LAYERS, PAGE_BYTES, gpu_pages, ram_units_for((1,) * LAYERS, most, gpu_pages))
-        self.tiers = KVTiers(placement, torch.float32, self.device)
-        self.rule, self.generator = AttentionRule(0.5, window), torch.Generator().manual_seed(seed)
+        self.tiers = KVTiers(placement, torch.float32, device)
+        super().__init__(self.tiers, LAYERS, (HEADS, KV_HEADS), DIM, device, AttentionRule(0.5, window), seed)
 
     def make(self, capacity: int, line: list[tuple[int, int]]) -> tuple[TieredCache, SequenceCache]:
         return self.tiers.open(capacity, self.caches(line, 0)), SequenceCache(capacity, prefix=self.caches(line, 1))
@@ -46,27 +44,6 @@ class Twins(TwinCaches):
     def has_room(self, capacity: int, instead_of: int | None = None) -> bool:
         held = sum(mine.num_pages for name, (mine, _) in self.pairs.items() if name != instead_of)
         return held + pages_of(capacity) <= self.most
-
-    def sweep(self, batch: list[tuple[int, int]], layers: int | None = None) -> None:
-        total = sum(count for _, count in batch)
-        segments = segments_of([(self.pairs[name][0], count) for name, count in batch])
-        row = RaggedCache(segments, self.tiers)
-        row.begin_sweep()
-        for layer in range(LAYERS):
-            query, keys, values = (
-                torch.randn(heads, total, DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
-            )
-            row.update(keys[None], values[None], layer)
-            row.begin_layer()
-            for (name, _), segment in zip(batch, segments, strict=True):
-                own = [tensor[:, segment.start : segment.stop] for tensor in (query, keys, values)]
-                with self.device.watching():
-                    got = segment.cache.attend(layer, *own, self.rule).clone()
-                assert torch.equal(got, self.pairs[name][1].attend(layer, *own, self.rule))
-            row.end_layer()
-        row.advance()
-        for name, count in batch:
-            self.pairs[name][1].advance(count)
 
     def pages(self) -> tuple[int, int]:
         """That are free on the GPU, and in RAM."""
