@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the compute worker
 import torch
 import torch.nn.functional as F
 
-from pipo_ray.model.cpu_linear import CpuProducts, compiled_bf16, measure_profile
+from pipo_ray.model.cpu_linear import CpuProducts, amx_bf16, compiled_bf16, measure_profile
 
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
 TORCH_ROWS = 64
@@ -54,8 +54,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str) -> dict[str, Any]:
     """One entry per number of rows."""
     compiled = compiled_bf16()
-    profile = measure_profile(torch.bfloat16, compiled)
-    products = CpuProducts(profile, compiled)
+    amx = amx_bf16()
+    profile = measure_profile(torch.bfloat16, compiled, amx)
+    products = CpuProducts(profile, compiled, amx)
     weights = [(torch.randn(shape) * 0.02).bfloat16() for _ in range(4)]
     bound = [products.bind(weight) for weight in weights]
     wide = weights[0].float()

@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the compute worker
 import torch
 from cpu_compute import seconds
 
-from pipo_ray.model.cpu_linear import CpuProducts, compiled_bf16, measure_profile
+from pipo_ray.model.cpu_linear import CpuProducts, amx_bf16, compiled_bf16, measure_profile
 from pipo_ray.model.kernel_profile import KERNELS
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
 from pipo_ray.quant.formats import LowBitFormat
@@ -67,7 +67,8 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
     low_bit = measure_low_bit(["int4", "int8"], compiled)
     plain = torch.ones(_UNCACHED_BYTES // 8, dtype=torch.int64)
     rows_kernel = compiled_bf16()
-    sixteen = CpuProducts(measure_profile(torch.bfloat16, rows_kernel), rows_kernel)
+    amx = amx_bf16()
+    sixteen = CpuProducts(measure_profile(torch.bfloat16, rows_kernel, amx), rows_kernel, amx)
     weights = itertools.cycle([sixteen.bind(torch.zeros(shape, dtype=torch.bfloat16)) for _ in range(3)])
     result = []
     for number in rows:

@@ -1,10 +1,11 @@
 """Products with 16-bit weights on the CPU, by the kernel that was measured to be fastest on this machine.
 
 Where the processor multiplies bf16, a kernel of our own takes few rows of inputs (`pipo_ray/compiled/bf16.py`): torch's
-reads the weight at little more than half of the memory's bandwidth. A processor without 16-bit arithmetic multiplies a
-single row at the memory's bandwidth, because widening a weight costs less than fetching it; with more rows torch's own
-kernel widens each weight again for every row. Here a chunk of weights is widened once, into a buffer that stays in the
-cache, and multiplied in float32; sums are rounded once, at the end.
+reads the weight at little more than half of the memory's bandwidth. Where it has a unit for products of matrices,
+another of ours takes many rows (`pipo_ray/compiled/amx.py`): torch's puts the weight in order first, every time. A
+processor without 16-bit arithmetic multiplies a single row at the memory's bandwidth, because widening a weight costs
+less than fetching it; with more rows torch's own kernel widens each weight again for every row. Here a chunk of weights
+is widened once, into a buffer that stays in the cache, and multiplied in float32; sums are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pipo_ray.compiled.amx_products import CompiledAmx, PackedInputs, amx_obstacle
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
@@ -35,7 +37,7 @@ from pipo_ray.model.kernel_profile import (
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 128)
-_MEASURED_SHAPE = (256, 2048)
+_MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 32 << 20  # in a run, weights come from memory
 HOPELESS = 2.0  # times slower than the best with so many rows, and no better than with fewer: not measured with more
@@ -51,7 +53,8 @@ _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.
 
 
 class CpuProducts:
-    """Multiplies inputs with 16-bit weights as `profile` chooses. Without `compiled` there is no kernel of that name.
+    """Multiplies inputs with 16-bit weights as `profile` chooses. There is no kernel "compiled" without `compiled`, and
+    none "amx" without `amx`.
 
     One caller at a time.
 
@@ -59,8 +62,10 @@ class CpuProducts:
     element of the output that one chunk makes.
     """
 
-    def __init__(self, profile: KernelProfile, compiled: CompiledBf16 | None = None) -> None:
-        self._profile, self._compiled = profile, compiled
+    def __init__(
+        self, profile: KernelProfile, compiled: CompiledBf16 | None = None, amx: CompiledAmx | None = None
+    ) -> None:
+        self._profile, self._compiled, self._amx = profile, compiled, amx
         with torch.inference_mode(False):  # written to in and out of inference mode
             self._scratch = torch.empty(SCRATCH_BYTES // 4)
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
@@ -71,9 +76,10 @@ class CpuProducts:
         threads. It takes about 0.2 s. Machine code is kept in `code_folder`.
         """
         compiled = compiled_bf16(code_folder) if dtype is torch.bfloat16 else None
-        wanted = {layout: Measurable(_kernels(layout, compiled)) for layout in SIXTEEN_BIT_LAYOUTS}
-        profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, compiled))
-        return cls(profile, compiled)
+        amx = amx_bf16(code_folder) if dtype is torch.bfloat16 else None
+        wanted = {layout: Measurable(_kernels(layout, compiled, amx)) for layout in SIXTEEN_BIT_LAYOUTS}
+        profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, compiled, amx))
+        return cls(profile, compiled, amx)
 
     @property
     def compiles(self) -> bool:
@@ -106,6 +112,10 @@ class CpuProducts:
         if kernel == "native":
             return F.linear(inputs, weight, bias)
         rows = inputs.reshape(-1, weight.shape[1])
+        if kernel == "amx":
+            output = rows.new_empty(len(rows), len(weight))
+            self._amx_into(ProductInputs(rows), weight, bias, output)
+            return output.view(*inputs.shape[:-1], weight.shape[0])
         product = self._wide_linear if kernel == "wide" else self._tall_linear
         if kernel == "compiled":
             assert self._compiled is not None  # `_decide`
@@ -113,14 +123,18 @@ class CpuProducts:
         return product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
 
     def linear_into(
-        self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+        self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
     ) -> None:
-        """`linear` of `inputs` [rows, in] into `output` [rows, out], which may be some columns of a larger matrix."""
-        is_small = len(inputs) < _ROWS_IN_PLACE or len(weight) < _COLUMNS_IN_PLACE
-        if is_small or self._choose("linear", inputs, weight, bias) != "native":
-            output.copy_(self.linear(inputs, weight, bias))
+        """`linear` of inputs [rows, in] into `output` [rows, out], which may be some columns of a larger matrix."""
+        rows = inputs.rows
+        kernel = self._choose("linear", rows, weight, bias)
+        is_small = len(rows) < _ROWS_IN_PLACE or len(weight) < _COLUMNS_IN_PLACE
+        if kernel == "amx":
+            self._amx_into(inputs, weight, bias, output)
+        elif kernel == "native" and not is_small:
+            _write_linear(rows, weight, bias, output)
         else:
-            _write_linear(inputs, weight, bias, output)
+            output.copy_(self.linear(rows, weight, bias))
 
     def matmul(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`inputs @ weight + bias`: `inputs` [..., in], `weight` [in, out], `bias` [out] or None."""
@@ -159,9 +173,19 @@ class CpuProducts:
             or (bias is not None and (bias.dtype != weight.dtype or bias.shape != (height,)))
         ):
             return "native"
-        compiles = self._compiled is not None and weight.dtype is torch.bfloat16 and weight.stride(1) == 1
-        without: tuple[Kernel, ...] = () if compiles else ("compiled",)
+        is_bf16 = weight.dtype is torch.bfloat16
+        possible: dict[Kernel, bool] = {
+            "compiled": self._compiled is not None and is_bf16 and weight.stride(1) == 1,
+            "amx": self._amx is not None and is_bf16 and weight.stride(1) == 1,
+        }
+        without = [kernel for kernel, here in possible.items() if not here]
         return self._profile.choose(layout, inputs.numel() // width, weight.numel(), without)
+
+    def _amx_into(
+        self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> None:
+        assert self._amx is not None  # `_decide`
+        self._amx.linear_into(inputs.packed(self._amx), weight, bias, output)
 
     def _wide_linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         output, inputs = rows.new_empty(len(rows), len(weight)), rows.float()
@@ -212,6 +236,20 @@ class CpuProducts:
         return self._scratch[: part.numel()].view(part.shape).copy_(part)
 
 
+class ProductInputs:
+    """Inputs [rows, in] of products with one weight, or with its parts."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self._packed: PackedInputs | None = None
+
+    def packed(self, amx: CompiledAmx) -> PackedInputs:
+        """In tiles: made once, when they are first asked for."""
+        if self._packed is None:
+            self._packed = amx.pack(self.rows)
+        return self._packed
+
+
 class HalfMatrix(torch.Tensor):
     """A 16-bit weight [out, in] (or a stack of them) that hands its products to `CpuProducts`. In every other operation
     it is the plain tensor, and so are the results.
@@ -234,17 +272,17 @@ class HalfMatrix(torch.Tensor):
             return result
 
 
-def linear_into(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
-    """`F.linear` of `inputs` [rows, in] into `output` [rows, out], some columns of a larger matrix.
+def linear_into(inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+    """`F.linear` of inputs [rows, in] into `output` [rows, out], some columns of a larger matrix.
 
     An ordinary product writes there by itself: copied afterwards, a long prompt's columns cost a tenth of the product.
     """
     if type(weight) is HalfMatrix:
         weight._products.linear_into(inputs, weight.as_subclass(torch.Tensor), bias, output)
     elif type(weight) is not torch.Tensor:  # with kernels of its own
-        output.copy_(F.linear(inputs, weight, bias))
+        output.copy_(F.linear(inputs.rows, weight, bias))
     else:
-        _write_linear(inputs, weight, bias, output)
+        _write_linear(inputs.rows, weight, bias, output)
 
 
 def _write_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
@@ -266,18 +304,28 @@ def compiled_bf16(code_folder: Path | None = None) -> CompiledBf16 | None:
     return None if obstacle() else CompiledBf16(code_folder)
 
 
-def measure_profile(dtype: torch.dtype, compiled: CompiledBf16 | None = None) -> KernelProfile:
+def amx_bf16(code_folder: Path | None = None) -> CompiledAmx | None:
+    """The matrix unit's products, None where they cannot be had (see `amx_obstacle`)."""
+    return None if amx_obstacle() else CompiledAmx(code_folder)
+
+
+def measure_profile(
+    dtype: torch.dtype, compiled: CompiledBf16 | None = None, amx: CompiledAmx | None = None
+) -> KernelProfile:
     """Time every kernel on this machine with the number of threads that torch has now."""
-    costs = measure_costs(SIXTEEN_BIT_LAYOUTS, dtype, compiled)
+    costs = measure_costs(SIXTEEN_BIT_LAYOUTS, dtype, compiled, amx)
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
 def measure_costs(
-    layouts: Collection[Layout], dtype: torch.dtype, compiled: CompiledBf16 | None = None
+    layouts: Collection[Layout],
+    dtype: torch.dtype,
+    compiled: CompiledBf16 | None = None,
+    amx: CompiledAmx | None = None,
 ) -> dict[Layout, dict[Kernel, Cost]]:
     """`measure_profile` of some layouts."""
     with torch.inference_mode():
-        return {layout: _measure_layout(layout, dtype, compiled) for layout in layouts}
+        return {layout: _measure_layout(layout, dtype, compiled, amx) for layout in layouts}
 
 
 def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile:
@@ -289,14 +337,17 @@ def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
-def _kernels(layout: Layout, compiled: CompiledBf16 | None) -> list[Kernel]:
-    return [kernel for kernel in KERNELS[layout] if kernel != "compiled" or compiled is not None]
+def _kernels(layout: Layout, compiled: CompiledBf16 | None, amx: CompiledAmx | None) -> list[Kernel]:
+    missing = {"compiled": compiled is None, "amx": amx is None}
+    return [kernel for kernel in KERNELS[layout] if not missing.get(kernel)]
 
 
-def _measure_layout(layout: Layout, dtype: torch.dtype, compiled: CompiledBf16 | None) -> dict[Kernel, Cost]:
+def _measure_layout(
+    layout: Layout, dtype: torch.dtype, compiled: CompiledBf16 | None, amx: CompiledAmx | None
+) -> dict[Kernel, Cost]:
     multiply: dict[Kernel, Callable[..., torch.Tensor]] = {}
-    for kernel in _kernels(layout, compiled):
-        products = CpuProducts(always(kernel, dtype), compiled)
+    for kernel in _kernels(layout, compiled, amx):
+        products = CpuProducts(always(kernel, dtype), compiled, amx)
         multiply[kernel] = products.linear if layout == "linear" else products.matmul
     height, width = _MEASURED_SHAPE
     weights = itertools.cycle(torch.ones(_UNCACHED_BYTES // (2 * height * width), height, width, dtype=dtype))

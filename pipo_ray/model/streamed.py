@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.cpu_linear import linear_into
+from pipo_ray.model.cpu_linear import ProductInputs, linear_into
 from pipo_ray.model.host_values import flat
 
 LookUp = Callable[[torch.Tensor], torch.Tensor]
@@ -124,11 +124,11 @@ class SplitMatrix(_StandIn):
             return NotImplemented
         inputs, weight, bias = _linear_arguments(*args, **kwargs)
         output = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
-        rows, columns = inputs.reshape(-1, inputs.shape[-1]), output.view(-1, weight.shape[0])
+        rows, columns = ProductInputs(inputs.reshape(-1, inputs.shape[-1])), output.view(-1, weight.shape[0])
         for start, stop, part in weight._answer():
             added = None if bias is None else bias[start:stop]
             if type(part) is LowBitMatrix:
-                part.product(rows, added, columns[:, start:stop])
+                part.product(rows.rows, added, columns[:, start:stop])
             else:
                 linear_into(rows, part, added, columns[:, start:stop])
         return output

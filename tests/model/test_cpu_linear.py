@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipo_ray.model.cpu_linear as cpu_linear
+from pipo_ray.compiled.amx_products import CompiledAmx, amx_obstacle
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.cpu_linear import (
     HALF_DTYPES,
     CpuProducts,
     HalfMatrix,
+    ProductInputs,
     always,
+    amx_bf16,
     compiled_bf16,
     is_hopeless,
     linear_into,
@@ -29,7 +32,8 @@ from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
-MISSING: set[Kernel] = {"compiled"} if obstacle() else set()
+REASONS: dict[Kernel, str | None] = {"compiled": obstacle(), "amx": amx_obstacle()}
+MISSING = {kernel for kernel, reason in REASONS.items() if reason is not None}
 KINDS = sorted({kernel for layout in SIXTEEN_BIT_LAYOUTS for kernel in KERNELS[layout]} - MISSING)
 shapes = st.tuples(
     st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(1, 3), st.integers(0, 5)), st.just(())),
@@ -56,9 +60,15 @@ def compiled() -> CompiledBf16 | None:
     return compiled_bf16()
 
 
+@cache
+def amx() -> CompiledAmx | None:
+    """The same."""
+    return amx_bf16()
+
+
 def chunked(profile: KernelProfile, scratch_elements: int) -> CpuProducts:
     """With a scratch so small that these small matrices take several chunks."""
-    products = CpuProducts(profile, compiled())
+    products = CpuProducts(profile, compiled(), amx())
     products._scratch = torch.empty(scratch_elements)
     return products
 
@@ -75,8 +85,8 @@ def test_every_product_is_rounded_once(
     scratch: int, strides: str, layout: str,
 ) -> None:  # fmt: skip
     leading, width, height = shape
-    if kernel == "compiled" and (dtype is torch.float16 or layout == "matmul"):
-        kernel = "wide"  # instead: it has no such products
+    if kernel in ("compiled", "amx") and (dtype is torch.float16 or layout == "matmul"):
+        kernel = "wide"  # instead: they have no such products
     products = chunked(always(kernel, dtype), scratch)
     inputs = torch.randn(*leading, width).to(dtype)
     if strides == "transposed":
@@ -120,7 +130,7 @@ def test_the_kernels_chosen_are_those_that_run(monkeypatch: pytest.MonkeyPatch) 
     ran: list[str] = []
     for kind, name in (
         (CpuProducts, "_wide_linear"), (CpuProducts, "_tall_linear"), (CpuProducts, "_wide_matmul"),
-        (CompiledBf16, "linear"),
+        (CompiledBf16, "linear"), (CompiledAmx, "linear_into"),
     ):  # fmt: skip
         original = getattr(kind, name)
         monkeypatch.setattr(
@@ -128,18 +138,22 @@ def test_the_kernels_chosen_are_those_that_run(monkeypatch: pytest.MonkeyPatch) 
         )
     inputs, weight = torch.randn(3, 8).bfloat16(), torch.randn(8, 8).bfloat16()
     for kernel in KINDS:
-        bound = CpuProducts(always(kernel), compiled()).bind(weight)
+        bound = CpuProducts(always(kernel), compiled(), amx()).bind(weight)
         module = torch.nn.Linear(8, 8, bias=False, device="meta")
         module._parameters["weight"] = bound
         module(inputs)
         inputs.matmul(bound)
-    assert ran == [*["linear"] * ("compiled" in KINDS), "_tall_linear", "_wide_linear", "_wide_matmul"]
+    own = [*["linear_into"] * ("amx" in KINDS), *["linear"] * ("compiled" in KINDS)]
+    assert ran == [*own, "_tall_linear", "_wide_linear", "_wide_matmul"]
 
 
-@pytest.mark.skipif("compiled" in MISSING, reason=str(obstacle()))
-def test_what_the_compiled_kernel_is_not_made_for_is_another_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["compiled", "amx"])
+def test_what_our_kernels_are_not_made_for_is_another_s(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel in MISSING:
+        pytest.skip(str(REASONS[kernel]))
     monkeypatch.setattr(CompiledBf16, "linear", lambda *_: pytest.fail("called"))
-    for products, dtype in ((CpuProducts(always("compiled")), torch.bfloat16), (chunked(always("compiled"), 99), None)):
+    monkeypatch.setattr(CompiledAmx, "linear_into", lambda *_: pytest.fail("called"))
+    for products, dtype in ((CpuProducts(always(kernel)), torch.bfloat16), (chunked(always(kernel), 99), None)):
         kind = dtype or torch.float16
         weight, inputs = torch.randn(6, 4).to(kind), torch.randn(2, 4).to(kind)
         assert products.linear(inputs, weight).shape == (2, 6)
@@ -217,6 +231,22 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
     assert parts == [7, 3]
 
 
+@pytest.mark.skipif("amx" in MISSING, reason=str(REASONS["amx"]))
+def test_parts_of_a_matrix_share_their_packed_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = CpuProducts(always("amx"), None, amx())
+    weight, inputs = torch.randn(100, 40).bfloat16(), torch.randn(2, 3, 40).bfloat16()
+    packed: list[int] = []
+    original = CompiledAmx.pack
+    monkeypatch.setattr(CompiledAmx, "pack", lambda self, rows: (packed.append(len(rows)), original(self, rows))[1])
+    split = SplitMatrix.make(
+        (100, 40), torch.bfloat16, torch.device("cpu"),
+        lambda: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 64), (64, 100))),
+    )  # fmt: skip
+    exact = inputs.double() @ weight.double().T
+    torch.testing.assert_close(F.linear(inputs, split).double(), exact, rtol=0.008, atol=1e-3)
+    assert packed == [6]
+
+
 @pytest.mark.parametrize("kernel", [None, *KINDS])
 @pytest.mark.parametrize("rows", [1, 31, 32, 50])
 @pytest.mark.parametrize("columns", [24, 512])
@@ -228,10 +258,10 @@ def test_a_product_goes_to_its_columns_and_no_others(
     weight, inputs = torch.randn(columns, 16).to(dtype), torch.randn(rows, 16).to(dtype)
     bias = torch.randn(columns).to(dtype) if with_bias else None
     exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
-    part = weight if kernel is None else CpuProducts(always(kernel), compiled()).bind(weight)
+    part = weight if kernel is None else CpuProducts(always(kernel), compiled(), amx()).bind(weight)
     output = torch.full((rows, columns + 36), 7.0, dtype=dtype)
     mine = output[:, 20 : 20 + columns]
-    linear_into(inputs, part, bias, mine)
+    linear_into(ProductInputs(inputs), part, bias, mine)
     torch.testing.assert_close(mine.double(), exact, rtol=0.008, atol=1e-2 if kernel else 1e-5)
     assert (output[:, :20] == 7).all()
     assert (output[:, 20 + columns :] == 7).all()
@@ -265,7 +295,7 @@ def test_a_profile_is_measured_once_and_kept(
     assert again._profile == first._profile
     compiles = dtype is torch.bfloat16 and not MISSING
     assert set(tmp_path.iterdir()) == {file} | ({code} if compiles else set())
-    monkeypatch.setattr(cpu_linear, "measure_costs", lambda layouts, dtype, _: always("tall", dtype).costs)
+    monkeypatch.setattr(cpu_linear, "measure_costs", lambda layouts, dtype, *_: always("tall", dtype).costs)
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     assert CpuProducts.for_run(other, ProfilePlaces(file))._profile.dtype == str(other).removeprefix("torch.")
 
@@ -300,7 +330,7 @@ def test_what_is_slow_with_few_rows_is_still_measured_with_many(monkeypatch: pyt
 
 
 def test_measured_costs_are_positive_for_every_kernel() -> None:
-    profile = measure_profile(torch.bfloat16, compiled())
+    profile = measure_profile(torch.bfloat16, compiled(), amx())
     assert tuple(profile.costs) == SIXTEEN_BIT_LAYOUTS
     for layout in SIXTEEN_BIT_LAYOUTS:
         assert set(profile.costs[layout]) == set(KERNELS[layout]) - MISSING

@@ -200,15 +200,16 @@ def test_products_of_the_next_session_are_made_by_the_same_kernels(
 ) -> None:
     clock = iter((1.0, 0.0))  # the first time "wide" is fast, the second time "native"
 
-    def measured(layouts: Collection[Layout], dtype: torch.dtype, compiled: object) -> dict[Layout, Costs]:
+    def measured(layouts: Collection[Layout], dtype: torch.dtype, *_: object) -> dict[Layout, Costs]:
         seconds = {"native": next(clock), "wide": 0.5, "tall": 0.7}
         return {
-            layout: {kernel: Cost(seconds[kernel], (1,), (0.0,)) for kernel in cpu_linear._kernels(layout, None)}
+            layout: {kernel: Cost(seconds[kernel], (1,), (0.0,)) for kernel in cpu_linear._kernels(layout, None, None)}
             for layout in layouts
         }
 
     monkeypatch.setattr(cpu_linear, "measure_costs", measured)
-    monkeypatch.setattr(cpu_linear, "obstacle", lambda: "no compiler")
+    for name in ("obstacle", "amx_obstacle"):
+        monkeypatch.setattr(cpu_linear, name, lambda: "no compiler")
     weight, inputs = torch.randn(300, 700).bfloat16(), torch.randn(5, 700).bfloat16()
     folder = tmp_path / "profiles"
     results = []
