@@ -4,6 +4,7 @@ How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes
 
     python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk,kv] [--gpu-memory 6GiB]
                                     [--folder FOLDER] [--json FILE] [--trace FOLDER] [--[no-]kv-on-cpu] [--quick]
+                                    [--mode memory-saver]
     python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b,llama-3-70b --rows 1,4,32    (100 GB of RAM)
     python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b --rows 32 --no-kv-on-cpu
 
@@ -11,7 +12,8 @@ Checkpoints of these shapes with random bf16 weights are made and packed in --fo
 the bits of the checkpoint are made up as they are read (`invented_weights.py`). Decoding: 1, 4, or 32 requests with
 prompts of 32 tokens; rounds of --sweeps sweeps, between them the pure copies of the pieces that a sweep moves, from
 pinned memory, in another process. `prompt`: 8 prompts of 2048 tokens (or as many as the model has positions for) in one
-sweep, others in every round; KV beyond the GPU's room goes to RAM as it is made. `disk`: one request, and 8 GiB of RAM
+sweep, others in every round; KV beyond the GPU's room goes to RAM as it is made, and the GPU attends whatever the
+number of tokens, because nothing is decoded behind them. `disk`: one request, and 8 GiB of RAM
 for everything. `kv`: 8 requests decode behind such long prompts, and what the GPU has no room for of their KV crosses
 the link from RAM in every sweep, beside the weights.
 
@@ -26,6 +28,9 @@ the link from RAM in every sweep, beside the weights.
     retries      how often in the rounds torch's allocator gave memory back for want of a place, while the GPU is idle
     link         share of the time between tokens in which weights were being copied, by CUDA's events, and how fast
     GPU          most bytes that torch reserved, and the CUDA context
+    start        seconds until requests are taken; pinned: from then on, until the last page of RAM that holds weights
+                 is registered with CUDA, in the background
+    slots        MiB of staging: in RAM, and on the GPU
 
 `--quick`: a model of 3 GB and a budget of 2 GiB, to see whether everything works.
 """
@@ -40,6 +45,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +87,7 @@ def settings(row: str, sweeps: int, gpu_memory: int, shape: LlamaShape | OptShap
         return {
             "max_batch_tokens": tokens, "memory": "64GiB",
             "max_kv_tokens": tokens + 16 * LONG_PROMPTS, "max_kv_sequences": LONG_PROMPTS, "kv_in_ram": large,
+            "kv_on_cpu": False,
         }  # fmt: skip
     batch = 1 if row == "disk" else int(row)
     length = PROMPT + sweeps + 3
@@ -142,13 +149,15 @@ def run_row(
     precision: str | None = None,
     trace: Path | None = None,
     kv_on_cpu: bool | None = None,
+    mode: str = "performance",
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
-    options = {**settings(row, sweeps, gpu_memory, shape), "kv_on_cpu": kv_on_cpu}
+    options = {"kv_on_cpu": kv_on_cpu, "mode": mode, **settings(row, sweeps, gpu_memory, shape)}
     prompts = prompts_for(row, shape, 0)
     with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **options) as llm:
         started = time.perf_counter() - begin
+        pinned = Pinned(llm)
         print(*llm.describe(), sep="\n", flush=True)
         plan = llm._plan
         kept = set(plan.placement.gpu_residents)
@@ -160,7 +169,7 @@ def run_row(
         else:
             decode(llm, prompts, 2)
         warm_up = time.perf_counter() - warm_up
-        wait_until_pinned(llm, sum(plan.placement.arena_bytes))
+        pinned_s = pinned.seconds()
         worker = worker_times(llm)
         seconds, limits, fed, links, copying, in_worker, kv_bytes = [], [], [], [], [], [], [0.0]
         with PinnedLink() as link:
@@ -220,7 +229,9 @@ def run_row(
         "tokens": sum(map(len, prompts)) if row == "prompt" else len(prompts),
         "gpu_reserved_gb": worker["gpu_reserved_bytes"] / 1e9, "gpu_context_gb": worker["gpu_context_bytes"] / 1e9,
         "gpu_budget_gb": gpu_memory / 1e9, "pinned_gb": worker["pinned_bytes"] / 1e9,
-        "unpinned_gb": worker["unpinned_bytes"] / 1e9, "start_s": started, "warm_up_s": warm_up,
+        "unpinned_gb": worker["unpinned_bytes"] / 1e9, "start_s": started, "warm_up_s": warm_up, "pinned_s": pinned_s,
+        "mode": mode, "slots_mib": plan.placement.num_slots * plan.placement.slot_bytes / 2**20,
+        "gpu_slots_mib": plan.placement.num_gpu_slots * plan.placement.slot_bytes / 2**20,
         "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9, "kv_gb_per_sweep": kv_bytes[-1] / 1e9,
     }  # fmt: skip
 
@@ -231,14 +242,28 @@ def drive_rate(store: Path) -> float:
     return max(point.bytes_per_s for point in measure_drive(file, 3.0, 6.0))
 
 
-def wait_until_pinned(llm: LLM, arena_bytes: int, patience_s: float = 60.0) -> None:
-    """Registering the resident pieces goes on in the background."""
-    deadline = time.perf_counter() + patience_s
-    while time.perf_counter() < deadline:
-        worker = worker_times(llm)
-        if worker["pinned_bytes"] + worker["unpinned_bytes"] >= arena_bytes:
-            return
-        time.sleep(0.25)
+class Pinned:
+    """Watches how the resident pieces are registered in the background, from now on."""
+
+    def __init__(self, llm: LLM, patience_s: float = 60.0) -> None:
+        self._llm, self._begin, self._patience_s = llm, time.perf_counter(), patience_s
+        self._end = 0.0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def seconds(self) -> float:
+        """Wait until all are registered: how long after the beginning that was."""
+        self._thread.join()
+        return self._end - self._begin
+
+    def _watch(self) -> None:
+        arena_bytes = sum(self._llm._plan.placement.arena_bytes)
+        while time.perf_counter() < self._begin + self._patience_s:
+            worker = worker_times(self._llm)
+            self._end = time.perf_counter()
+            if worker["pinned_bytes"] + worker["unpinned_bytes"] >= arena_bytes:
+                return
+            time.sleep(0.25)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -249,7 +274,8 @@ def show(row: dict[str, Any]) -> None:
         f"{row['limit_s']:9.3f} s{100 * row['share']:7.1f} %{100 * row['fed']:7.1f} %{100 * row['busy']:7.1f} %"
         f"{100 * row['copying_s'] / row['seconds']:6.1f} %{row['copied_gb'] / row['copying_s']:6.1f}"
         f"{row['link_gb_s']:8.1f}{row['copied_gb']:8.2f}{row['gpu_reserved_gb'] + row['gpu_context_gb']:8.2f}"
-        f"{row['alloc_retries']:8}{row['start_s']:7.1f}{row['warm_up_s']:7.1f}",
+        f"{row['alloc_retries']:8}{row['start_s']:7.1f}{row['warm_up_s']:7.1f}{row['pinned_s']:7.1f}"
+        f"{row['slots_mib']:6.0f} +{row['gpu_slots_mib']:4.0f}",
         flush=True,
     )
 
@@ -270,6 +296,7 @@ def main() -> int:
         action=argparse.BooleanOptionalAction,
         help="KV in RAM, the processor attends; default: pipo's choice",
     )
+    parser.add_argument("--mode", choices=("performance", "memory-saver"), default="performance")
     parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--trace", type=Path, help="a folder for a trace of each row, which costs speed")
@@ -288,7 +315,7 @@ def main() -> int:
                 rows.append(
                     run_row(
                         store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name], options.precision,
-                        trace, options.kv_on_cpu,
+                        trace, options.kv_on_cpu, options.mode,
                     )
                 )  # fmt: skip
                 show(rows[-1])
@@ -303,6 +330,7 @@ def main() -> int:
     print(
         f"{'shape':>11}{'batch':>7}{'a sweep':>11}{'':>16}{'limit':>11}{'of it':>9}{'fed':>9}{'busy':>9}{'link':>8}"
         f"{'GB/s':>6}{'limit':>8}{'GB':>8}{'GPU GB':>8}{'retries':>8}{'start':>7}{'first':>7}"
+        f"{'pinned':>7}{'slots':>12}"
     )
     for one in rows:
         show(one)
