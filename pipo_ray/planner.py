@@ -80,7 +80,8 @@ def choose_plan(
     """The plan of a run whose store is in `folders`, and lines for the user about what it is chosen by. Drives are
     measured if weights stream from them and no `transfer` is given. Raises BudgetError.
     """
-    unmeasured = transfer or choose_transfer((), mode, num_drives=len(folders))
+    on_gpu = device.kind == "cuda"
+    unmeasured = transfer or choose_transfer((), mode, num_drives=len(folders), on_gpu=on_gpu)
     try:
         found = plan(transfer=unmeasured, kv_on_cpu=kv_on_cpu)
     except BudgetError as error:
@@ -97,7 +98,7 @@ def choose_plan(
     chosen, lines = unmeasured, []
     if profile := slowest(profiles):
         sizes = {"model_bytes": found.model_bytes, "weight_bytes": found.weight_bytes}
-        chosen = choose_transfer(profile, mode, num_drives=len(folders), **sizes)
+        chosen = choose_transfer(profile, mode, num_drives=len(folders), on_gpu=on_gpu, **sizes)
         found = plan(transfer=chosen, kv_on_cpu=kv_on_cpu)
         lines.append(describe_drive(profiles[0], chosen, *profiles[1:]))
     if kv_place is not None:

@@ -72,7 +72,6 @@ hand).
 LOADER_BYTES = 60 * MIB
 """Each loader beyond the first, one for every further drive of a striped store."""
 
-_WANTED_GPU_SLOTS = 4
 _LARGER_SLOTS_BESIDE_CPU = 2
 """Where the processor attends, the link goes on in each layer only as long as there is room in slots; and the host is
 what everything waits for, if it is not quick: it has a product, a copy and five events to give orders for with each
@@ -341,7 +340,7 @@ def _plan_gpu_run(
         transfer = transfer.in_fewer_slots(_LARGER_SLOTS_BESIDE_CPU)
     # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
     some = None if kv_in_ram or kv_on_disk is not None else max_kv_tokens
-    kv_bytes = max(least_kv, min(kv_room(spare, some, _WANTED_GPU_SLOTS * transfer.slot_bytes), wanted_kv))
+    kv_bytes = max(least_kv, min(kv_room(spare, some, transfer.num_gpu_slots * transfer.slot_bytes), wanted_kv))
     # Requests that take two sweeps for want of pages load all weights twice: more than what these pages take from them.
     kv_bytes = max(kv_bytes, min(spare // 2, sweep_kv))
     gpu_weights = gpu_memory_bytes - fixed - kv_bytes
@@ -387,12 +386,12 @@ def _plan_gpu_run(
     host = memory_bytes - processes - kv_ram_bytes
     if weight_memory_bytes is not None:
         host = min(host, weight_memory_bytes)
-    slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // _WANTED_GPU_SLOTS,
+    slot_bytes = max(least_slot, min(transfer.slot_bytes, int(gpu_weights * STAGING_SHARE) // transfer.num_gpu_slots,
                                      int(host * STAGING_SHARE) // transfer.num_slots) // 4096 * 4096)  # fmt: skip
     sweep = sweep_plan(manifest, facts, slot_bytes)
     model_bytes = sum(piece.read_bytes for piece in sweep.pieces)
     whole = model_bytes <= gpu_weights
-    gpu_slots = 0 if whole else max(sweep.max_held + 1, min(_WANTED_GPU_SLOTS, gpu_weights // slot_bytes))
+    gpu_slots = 0 if whole else max(sweep.max_held + 1, min(transfer.num_gpu_slots, gpu_weights // slot_bytes))
     on_gpu = choose_residents(sweep.pieces, gpu_weights - gpu_slots * slot_bytes)
     off_gpu = [piece for piece in sweep.pieces if piece.index not in set(on_gpu)]
     num_slots = max(2, min(transfer.num_slots, int(host * STAGING_SHARE) // slot_bytes))

@@ -22,13 +22,15 @@ Mode = Literal["performance", "memory-saver"]
 @dataclass(frozen=True)
 class Transfer:
     """`transfer_bytes` are read at once, by each of `read_threads` threads, so many are in flight on each drive; a slot
-    holds `slot_bytes` at most, and there are `num_slots`, for all drives together, where the budget allows.
+    holds `slot_bytes` at most, and there are `num_slots`, for all drives together, where the budget allows; and
+    `num_gpu_slots` on a GPU.
     """
 
     transfer_bytes: int = 8 * MIB
     read_threads: int = 4
     slot_bytes: int = 32 * MIB + 2 * PAGE
     num_slots: int = 6
+    num_gpu_slots: int = 4
 
     @property
     def staging_bytes(self) -> int:
@@ -95,9 +97,10 @@ def choose_transfer(
     model_bytes: int = 0,
     weight_bytes: int = 0,
     num_drives: int = 1,
+    on_gpu: bool = False,
 ) -> Transfer:
     """The transfer for `num_drives` drives, each with this profile (empty: not measured), and for a model of
-    `model_bytes`, of which `weight_bytes` may be in memory, slots included.
+    `model_bytes`, of which `weight_bytes` may be in memory, slots included; `on_gpu` if a GPU computes.
 
     Staging takes memory from what could be resident: of the points with which a sweep's reading is within 1 % of the
     shortest, the one with the least staging. Rates are those of the drive's curve (`drive_curve.py`): two measurements
@@ -106,7 +109,7 @@ def choose_transfer(
     """
     if not profile:
         chosen = WITHOUT_PROFILE if num_drives == 1 else _staged(WITHOUT_PROFILE_IN_PARTS, num_drives)
-        return chosen if mode == "performance" else _saving(chosen, num_drives)
+        return _in_mode(chosen, mode, num_drives, on_gpu)
     curve = fit_curve((point.in_flight_bytes, point.bytes_per_s) for point in profile)
     candidates = [(point, _staged(point, num_drives)) for point in profile if point.keeps_busy]
     candidates = candidates or [(point, _staged(point, num_drives)) for point in profile]
@@ -118,7 +121,7 @@ def choose_transfer(
     best = min(seconds(*one) for one in candidates)
     good = [staged for point, staged in candidates if seconds(point, staged) <= (1 + _WITHIN) * best]
     chosen = min(good, key=lambda staged: (staged.staging_bytes, staged.read_threads))
-    return chosen if mode == "performance" else _saving(chosen, num_drives)
+    return _in_mode(chosen, mode, num_drives, on_gpu)
 
 
 def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
@@ -139,14 +142,30 @@ def _staged(point: ReadRate, num_drives: int) -> Transfer:
     return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, num_slots)
 
 
-def _saving(full: Transfer, num_drives: int) -> Transfer:
-    """As many slots as `full` has, a quarter as large, and half of them asked for at a time.
+def _in_mode(full: Transfer, mode: Mode, num_drives: int, on_gpu: bool) -> Transfer:
+    """`full` itself, or a quarter of its staging: as many slots, a quarter as large, or with a GPU half as many in both
+    places, so much larger.
+
+    On a GPU the host gives orders for each piece, however large: with slots a quarter as large a sweep took twice as
+    long, with half as many it lost 4 % (`benchmarks/gpu_stream.py --mode memory-saver`).
+    """
+    if mode == "performance":
+        return full
+    if not on_gpu:
+        return _saving(full, full.slot_bytes // _SAVED, full.num_slots, num_drives)
+    num_slots, num_gpu_slots = max(2, -(-full.num_slots // 2)), max(2, full.num_gpu_slots // 2)
+    slot = (full.num_slots + full.num_gpu_slots) * full.slot_bytes // (_SAVED * (num_slots + num_gpu_slots))
+    return replace(_saving(full, slot, num_slots, num_drives), num_gpu_slots=num_gpu_slots)
+
+
+def _saving(full: Transfer, slot_bytes: int, num_slots: int, num_drives: int) -> Transfer:
+    """`full` with other slots, half of which are asked for at a time.
 
     Half of them, because a drive may answer several reads at once when the last of them is done (a virtual one did): if
     all free slots were asked for together, it would have nothing to do until a product has freed the first of them. Not
     more and smaller ones: a piece is a product, and one with few rows of a weight is slow for a prompt.
     """
-    slot = max(_LEAST_SLOT_BYTES, full.slot_bytes // _SAVED // PAGE * PAGE)
+    slot = max(_LEAST_SLOT_BYTES, slot_bytes // PAGE * PAGE)
     transfer = min(full.transfer_bytes, slot)
-    in_flight = -(-full.num_slots // 2) * slot
-    return Transfer(transfer, max(1, in_flight // transfer // num_drives), slot, full.num_slots)
+    in_flight = -(-num_slots // 2) * slot
+    return Transfer(transfer, max(1, in_flight // transfer // num_drives), slot, num_slots)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipo_ray.errors import InputError
 from pipo_ray.plan.drive_curve import DriveCurve, fit_curve
 from pipo_ray.plan.drive_probe import GRID
+from pipo_ray.plan.pieces import PAGE
 from pipo_ray.plan.transfer import (
     WITHOUT_PROFILE,
     Mode,
@@ -77,6 +78,21 @@ def test_more_in_flight_where_that_reads_more_than_it_takes_from_the_residents()
 def test_saving_takes_a_quarter_of_the_staging(profile: list[ReadRate]) -> None:
     full, saving = choose_transfer(profile), choose_transfer(profile, "memory-saver")
     assert saving.staging_bytes <= max(full.staging_bytes // 4, 5 * 256 * 1024)
+
+
+@given(profiles() | st.just([]))
+def test_saving_on_a_gpu_takes_a_quarter_in_both_places_and_few_pieces(profile: list[ReadRate]) -> None:
+    """The host gives orders for each piece, so they are larger than a quarter."""
+    full, saving = choose_transfer(profile, on_gpu=True), choose_transfer(profile, "memory-saver", on_gpu=True)
+    assert full == choose_transfer(profile)
+
+    def staging(transfer: Transfer) -> int:
+        return transfer.staging_bytes + transfer.num_gpu_slots * transfer.slot_bytes
+
+    assert staging(full) // 4 - 5 * PAGE * 4 <= staging(saving) <= staging(full) // 4
+    assert saving.num_gpu_slots == 2 and saving.num_slots >= 2
+    assert saving.slot_bytes > full.slot_bytes // 3
+    assert saving.transfer_bytes * saving.read_threads <= saving.slot_bytes * -(-saving.num_slots // 2)
 
 
 @given(profiles() | st.just([]))
