@@ -67,7 +67,7 @@ def place(
         always = sum(p.read_bytes for p in sweep.pieces if p.kind == "rest")
         wanted = transfer.num_slots
         if slot_bytes > transfer.slot_bytes:  # matrices that cannot be cut so small: fewer slots, not more staging
-            wanted = max(sweep.max_held + 2, transfer.staging_bytes // slot_bytes)
+            wanted = transfer.staging_bytes // slot_bytes
         num_slots = max(sweep.max_held + 1, min(wanted, max(staging // slot_bytes, 2)))
         if num_slots * slot_bytes + always <= weight_bytes:
             break

@@ -74,8 +74,9 @@ _WITHIN = 0.01
 # no script varies these two; `benchmarks/staging_modes.py` varies the reads and the number of slots.)
 _LEAST_READS = 8
 _LEAST_IN_FLIGHT_BYTES = 16 * MIB
-# One that is computed with, and one that is filled in part: reads in flight are on one slot more than they fill.
-_HELD_SLOTS = 2
+# The one that is computed with. One more, or more in flight, made no prompt and no token faster; with slots of 8 MiB,
+# two or three, prompts of 256 tokens lost 3 to 5 % (`benchmarks/staging_modes.py`).
+_HELD_SLOTS = 1
 # Smaller ones cost more for the pieces' sake than they save: a prompt of 256 tokens takes 8 % longer with 8 MiB, while
 # decoding does not notice (`benchmarks/staging_modes.py --prompt 256`).
 _SLOT_BYTES = 16 * MIB

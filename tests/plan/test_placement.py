@@ -43,7 +43,7 @@ def test_every_drive_keeps_its_share(num_drives: int, pages: list[int], share: f
 @pytest.mark.parametrize("panel_bytes", [SMALL_PANEL_BYTES, PANEL_BYTES])
 def test_staging_of_panels(name: str, panel_bytes: int) -> None:
     """A panel is in one slot. Of small ones memory-saver stages a quarter of what performance does, all in all; large
-    ones it has to give three slots, for the reads want somewhere to go while one is multiplied.
+    ones it has to give two slots, for the reads want somewhere to go while one is multiplied.
     """
     manifest, facts = low_bit_model(64, 14336, 4096, name, panel_bytes)
     profile = [ReadRate(2 * MIB, 8, 2e9)]
@@ -54,8 +54,8 @@ def test_staging_of_panels(name: str, panel_bytes: int) -> None:
 
     _, full = staging("performance")
     num_slots, saving = staging("memory-saver")
-    assert num_slots >= 3
+    assert num_slots == 2
     if panel_bytes == SMALL_PANEL_BYTES:
         assert saving <= full / 4
     else:
-        assert num_slots == 3
+        assert saving <= full

@@ -43,7 +43,7 @@ def test_a_slot_holds_a_transfer_and_staging_what_is_in_flight(profile: list[Rea
         assert 4096 <= transfer.transfer_bytes <= transfer.slot_bytes
         assert transfer.transfer_bytes % 4096 == transfer.slot_bytes % 4096 == 0
         assert transfer.transfer_bytes * transfer.read_threads <= transfer.staging_bytes
-        assert transfer.num_slots >= 3
+        assert transfer.num_slots >= 2
     curve = curve_of(profile)
     best = max(curve.bytes_per_s(size * threads) for size, threads in GRID)
     assert curve.bytes_per_s(chosen.transfer_bytes * chosen.read_threads) >= best / 1.0101
@@ -90,7 +90,8 @@ def test_saving_on_a_gpu_takes_a_quarter_in_both_places_and_few_pieces(profile: 
         return transfer.staging_bytes + transfer.num_gpu_slots * transfer.slot_bytes
 
     assert staging(full) // 4 - 5 * PAGE * 4 <= staging(saving) <= staging(full) // 4
-    assert saving.num_gpu_slots == 2 and saving.num_slots >= 2
+    assert saving.num_gpu_slots == 2
+    assert saving.num_slots >= 2
     assert saving.slot_bytes > full.slot_bytes // 3
     assert saving.transfer_bytes * saving.read_threads <= saving.slot_bytes * -(-saving.num_slots // 2)
 
@@ -115,8 +116,8 @@ def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
 
 
 def test_reads_have_slots_beside_what_the_drive_has_answered() -> None:
-    """A slot is computed with, one filled in part."""
-    for threads, transfer, slots in ((8, 2, 3), (8, 4, 4), (8, 8, 6), (8, 16, 10), (16, 16, 18)):
+    """A slot is computed with."""
+    for threads, transfer, slots in ((8, 2, 2), (8, 4, 3), (8, 8, 5), (8, 16, 9), (16, 16, 17)):
         assert choose_transfer([ReadRate(transfer * MIB, threads, 2e9)]).num_slots == slots
 
 
@@ -139,9 +140,9 @@ def test_several_drives_share_the_slots(profile: list[ReadRate], num_drives: int
         assert several.transfer_bytes * several.read_threads * num_drives <= several.staging_bytes
         if profile:
             assert (several.transfer_bytes, several.read_threads) == (one.transfer_bytes, one.read_threads)
-            assert several.num_slots - 3 >= num_drives * (one.num_slots - 3) - num_drives
+            assert several.num_slots - 1 >= num_drives * (one.num_slots - 1) - num_drives
     else:
-        assert several.num_slots >= (one.num_slots if profile else 3)
+        assert several.num_slots >= (one.num_slots if profile else 2)
         assert several.read_threads >= 1
 
 
