@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+from functools import partial
 
 import pytest
 import torch
+from bf16_matrices import at_the_end, check_no_numbers, matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,18 +15,10 @@ from pipo_ray.quant.panels import processor_flags
 
 pytestmark = pytest.mark.skipif(amx_obstacle() is not None, reason=str(amx_obstacle()))
 
-_PROT_NONE, _PROT_BOTH = 0, mmap.PROT_READ | mmap.PROT_WRITE
-
 
 @pytest.fixture(scope="module")
 def products() -> CompiledAmx:
     return CompiledAmx()
-
-
-def matrix(rows: int, columns: int, gap: int = 0, offset: int = 0) -> torch.Tensor:
-    """bf16, `gap` numbers between two rows, `offset` in front."""
-    memory = torch.randn(rows * (columns + gap) + offset).bfloat16()
-    return memory[offset:].view(rows, columns + gap)[:, :columns]
 
 
 def linear(
@@ -90,20 +82,9 @@ def test_columns_of_inputs_that_do_not_lie_by_rows(products: CompiledAmx) -> Non
 
 @pytest.mark.parametrize("columns", [37, 64])
 def test_nothing_is_read_behind_the_last_row(products: CompiledAmx, columns: int) -> None:
-    """The page behind both matrices cannot be read."""
-    page, rows = mmap.PAGESIZE, 5
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    ends = []
-    for _ in range(2):
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * page), dtype=torch.bfloat16)
-        assert protect(memory.data_ptr() + page, page, _PROT_NONE) == 0
-        ends.append((memory, memory[page // 2 - rows * columns : page // 2].view(rows, columns)))
-    x, weight = (end.copy_(torch.randn(rows, columns)) for _, end in ends)
-    exact = x.double() @ weight.double().T
-    torch.testing.assert_close(linear(products, x, weight).double(), exact, rtol=0.008, atol=1e-4)
-    for memory, _ in ends:
-        assert protect(memory.data_ptr() + page, page, _PROT_BOTH) == 0
+    with at_the_end(2, 5, columns) as (x, weight):
+        exact = x.double() @ weight.double().T
+        torch.testing.assert_close(linear(products, x, weight).double(), exact, rtol=0.008, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [64, 70, 581])
@@ -111,15 +92,8 @@ def test_nothing_is_read_behind_the_last_row(products: CompiledAmx, columns: int
 def test_values_that_are_no_numbers_stay_so_in_their_row_and_nowhere_else(
     products: CompiledAmx, columns: int, value: float
 ) -> None:
-    x, weight = torch.ones(18, columns).bfloat16(), torch.ones(40, columns).bfloat16()
-    sums = torch.full((18, 40), columns).bfloat16()
-    for at in (0, columns - 1):
-        x[17, at] = weight[39, at] = value  # the last ones, which are taken again past the end
-        expected = sums.clone()
-        expected[17] = expected[:, 39] = value
-        expected[17, 39] = value * value
-        assert torch.equal(linear(products, x, weight).nan_to_num(nan=5.0), expected.nan_to_num(nan=5.0))
-        x[17, at] = weight[39, at] = 1.0
+    """Of rows that do not fill a tile the last one is taken again."""
+    check_no_numbers(partial(linear, products), 18, 40, columns, value)
 
 
 def test_an_unusable_processor_is_named() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from typing import Any
 
 import pytest
 import torch
+from bf16_matrices import at_the_end, check_no_numbers, matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,18 +18,10 @@ from pipo_ray.compiled.support import obstacle
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
-_PROT_NONE, _PROT_BOTH = 0, mmap.PROT_READ | mmap.PROT_WRITE
-
 
 @pytest.fixture(scope="module")
 def products() -> CompiledBf16:
     return CompiledBf16()
-
-
-def matrix(rows: int, columns: int, gap: int, offset: int) -> torch.Tensor:
-    """bf16, `gap` numbers between two rows, `offset` in front."""
-    memory = torch.randn(rows * (columns + gap) + offset).bfloat16()
-    return memory[offset:].view(rows, columns + gap)[:, :columns]
 
 
 @settings(deadline=None, max_examples=150)
@@ -83,20 +74,9 @@ def test_nothing_is_written_beside_the_output(products: CompiledBf16, monkeypatc
 
 
 def test_nothing_is_read_behind_the_last_row(products: CompiledBf16) -> None:
-    """The page behind both matrices cannot be read."""
-    page, rows, columns = mmap.PAGESIZE, 5, 37
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    ends = []
-    for _ in range(2):
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * page), dtype=torch.bfloat16)
-        assert protect(memory.data_ptr() + page, page, _PROT_NONE) == 0
-        ends.append((memory, memory[page // 2 - rows * columns : page // 2].view(rows, columns)))
-    x, weight = (end.copy_(torch.randn(rows, columns)) for _, end in ends)
-    exact = x.double() @ weight.double().T
-    torch.testing.assert_close(products.linear(x, weight, None).double(), exact, rtol=0.008, atol=1e-4)
-    for memory, _ in ends:
-        assert protect(memory.data_ptr() + page, page, _PROT_BOTH) == 0
+    with at_the_end(2, 5, 37) as (x, weight):
+        exact = x.double() @ weight.double().T
+        torch.testing.assert_close(products.linear(x, weight, None).double(), exact, rtol=0.008, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [64, 70, 2081])
@@ -104,15 +84,7 @@ def test_nothing_is_read_behind_the_last_row(products: CompiledBf16) -> None:
 def test_values_that_are_no_numbers_stay_so_in_their_row_and_nowhere_else(
     products: CompiledBf16, columns: int, value: float
 ) -> None:
-    x, weight = torch.ones(6, columns).bfloat16(), torch.ones(9, columns).bfloat16()
-    sums = torch.full((6, 9), columns).bfloat16()
-    for at in (0, columns - 1):
-        x[4, at] = weight[7, at] = value
-        expected = sums.clone()
-        expected[4] = expected[:, 7] = value
-        expected[4, 7] = value * value
-        assert torch.equal(products.linear(x, weight, None).nan_to_num(nan=5.0), expected.nan_to_num(nan=5.0))
-        x[4, at] = weight[7, at] = 1.0
+    check_no_numbers(lambda x, weight: products.linear(x, weight, None), 6, 9, columns, value)
 
 
 def test_threads_stay_awake_where_few_inputs_are_multiplied_with_weights_that_stay(
