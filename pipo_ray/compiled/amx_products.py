@@ -20,6 +20,7 @@ _NEEDED = {"amx_tile", "amx_bf16"}
 # arch/x86/include/uapi/asm/prctl.h and Documentation/arch/x86/xstate.rst: a process asks for the tiles' registers.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILE_DATA = 158, 0x1023, 18
 _ALIGNED = 64
+_FEW_INPUTS = 64
 
 
 def amx_obstacle(flags: Set[str] | None = None) -> str | None:
@@ -85,7 +86,8 @@ class CompiledAmx:
         for memory, num_inputs in inputs.parts:
             words = (
                 memory.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output[first:].data_ptr(), num_inputs,
-                columns, num_rows, 0, 2 * weight.stride(0), bias_stride, 2 * output.stride(0), _rows_at_once(num_rows),
+                columns, num_rows, 0, 2 * weight.stride(0), bias_stride, 2 * output.stride(0),
+                _rows_at_once(num_rows, num_inputs),
             )  # fmt: skip
             self._run(self._product, words)
             first += num_inputs
@@ -102,8 +104,12 @@ def _padded(bias: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def _rows_at_once(num_rows: int) -> int:
-    """As many tasks for every thread, of about the same size."""
+def _rows_at_once(num_rows: int, num_inputs: int) -> int:
+    """As many tasks for every thread, of about the same size. With few inputs it is memory that takes the time, and a
+    block's next columns are better asked for right before they are read.
+    """
+    if num_inputs <= _FEW_INPUTS:
+        return amx.ROWS
     threads = torch.get_num_threads()
     tasks = threads * -(-num_rows // (amx.MOST_ROWS * threads))
     return -(-num_rows // (tasks * amx.ROWS)) * amx.ROWS
