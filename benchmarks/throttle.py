@@ -45,8 +45,10 @@ def throttled(devices: list[str], bytes_per_s: int) -> Iterator[None]:
         (group / "cgroup.procs").write_text(str(os.getpid()))
         yield
     finally:
-        (before / "cgroup.procs").write_text(str(os.getpid()))
-        for _ in range(100):  # until the last of our processes is gone
+        for _ in range(100):  # until the last process is out, or gone: multiprocessing's own outlives the sessions
+            for process in (group / "cgroup.procs").read_text().split():
+                with contextlib.suppress(OSError):
+                    (before / "cgroup.procs").write_text(process)
             with contextlib.suppress(OSError):
                 group.rmdir()
                 break
