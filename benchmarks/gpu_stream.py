@@ -153,7 +153,9 @@ def run_row(
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
-    options = {"kv_on_cpu": kv_on_cpu, "mode": mode, **settings(row, sweeps, gpu_memory, shape)}
+    options = {**settings(row, sweeps, gpu_memory, shape), "mode": mode}
+    if kv_on_cpu is not None:
+        options["kv_on_cpu"] = kv_on_cpu
     prompts = prompts_for(row, shape, 0)
     with LLM(store, device="cuda", gpu_memory=gpu_memory, trace=trace, **options) as llm:
         started = time.perf_counter() - begin

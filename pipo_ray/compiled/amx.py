@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, WORDS, Function, vector
+from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, MASK, WORDS, Function, vector
 from pipo_ray.compiled.transpose import transposed
 
 PACK_FIELDS = ("inputs", "packed", "num_inputs", "columns", "stride", "next")
@@ -49,7 +49,6 @@ _SIDE = 16
 _TILE = 1024  # bytes: 16 rows of 64
 _LINE = 64
 _DEPTH = 8  # tiles of a row of weights in a block
-_MASK = "<32 x i1>"
 _A, _B = (4, 5), (6, 7)  # tiles of weights and of inputs; the first four hold sums
 
 _DECLARATIONS = f"""
@@ -59,7 +58,7 @@ declare void @llvm.x86.tilezero(i8)
 declare void @llvm.x86.tileloadd64(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
-declare void @llvm.masked.store.v32i16.p0({WORDS}, ptr, i32, {_MASK})
+declare void @llvm.masked.store.v32i16.p0({WORDS}, ptr, i32, {MASK})
 """
 
 
@@ -193,8 +192,7 @@ def _load_tile(f: Function, number: int, place: str) -> None:
 def _store(f: Function, sums: str, first: str, tiles: str) -> None:
     """All sums with the rows from the `first` on, plus the bias, into their columns of the output."""
     columns = f.least(f.without(f.field("rows"), first), ROWS)
-    bits = f.value(f"trunc i64 {f.add(f.value(f'shl i64 1, {columns}'), -1)} to i32")
-    mask = f.cast("i32", bits, _MASK)
+    mask = f.first_lanes(columns)
     place = f.at(f.field("bias", "ptr"), f.multiply(first, f.field("bias_stride")))
     biases = [f.load(FLOATS, f.at(place, half * _LINE), align=4) for half in (0, 1)]
     output = f.at(f.field("output", "ptr"), f.multiply(first, 2))
@@ -212,10 +210,10 @@ def _store(f: Function, sums: str, first: str, tiles: str) -> None:
             line = f.value(f"shufflevector <16 x bfloat> {low}, <16 x bfloat> {high}, <32 x i32> {both}")
             index = f.add(row, number)
             wanted = f.value(f"icmp ult i64 {index}, {f.field('num_inputs')}")
-            lanes = f.value(f"select i1 {wanted}, {_MASK} {mask}, {_MASK} zeroinitializer")
+            lanes = f.value(f"select i1 {wanted}, {MASK} {mask}, {MASK} zeroinitializer")
             target = f.at(output, f.multiply(index, f.field("output_stride")))
             words = f.cast(HALVES, line, WORDS)
-            f.do(f"call void @llvm.masked.store.v32i16.p0({WORDS} {words}, ptr {target}, i32 2, {_MASK} {lanes})")
+            f.do(f"call void @llvm.masked.store.v32i16.p0({WORDS} {words}, ptr {target}, i32 2, {MASK} {lanes})")
 
 
 def _tiles(f: Function, num_inputs: str) -> str:

@@ -13,6 +13,7 @@ FLOATS = "<16 x float>"
 HALVES = "<32 x bfloat>"
 WORDS = "<32 x i16>"
 INTS = "<16 x i32>"
+MASK = "<32 x i1>"
 
 DECLARATIONS = f"""
 declare i64 @llvm.umin.i64(i64, i64)
@@ -167,10 +168,14 @@ class Function:
         words = self.value(f"zext <16 x i16> {halves} to {INTS}")
         return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
 
+    def first_lanes(self, count: str) -> str:
+        """A mask of the first `count` (i64, at most 32) of 32 lanes."""
+        bits = self.value(f"trunc i64 {self.add(self.value(f'shl i64 1, {count}'), -1)} to i32")
+        return self.cast("i32", bits, MASK)
+
     def load_first(self, place: str, count: str) -> str:
         """The first `count` (i64, below 32) numbers in bf16 at `place`, and zeros; no more is read."""
-        bits = self.value(f"trunc i64 {self.add(self.value(f'shl i64 1, {count}'), -1)} to i32")
-        arguments = f"ptr {place}, i32 2, <32 x i1> {self.cast('i32', bits, '<32 x i1>')}, {WORDS} zeroinitializer"
+        arguments = f"ptr {place}, i32 2, {MASK} {self.first_lanes(count)}, {WORDS} zeroinitializer"
         return self.cast(WORDS, self.value(f"call {WORDS} @llvm.masked.load.v32i16.p0({arguments})"), HALVES)
 
     def halves_of(self, low: str, high: str, times: int) -> str:
