@@ -2,7 +2,7 @@
 
 How to run (deepspeed, hjson and pydantic; a wheel made with `DS_BUILD_OPS=0 pip wheel --no-deps deepspeed` will do, as
 nothing is compiled from RAM; from disk the operator async_io is compiled at first use, for which CFLAGS and LDFLAGS
-must lead to libaio):
+must lead to libaio, and TORCH_CUDA_ARCH_LIST be a number, as 9.0):
 
     PYTHONPATH=SITE python deepspeed_zero.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk]
 
@@ -12,7 +12,8 @@ the budget transformers' own integration, which makes every module on the GPU an
 the largest matrices at a time, and as far ahead as `stage3_max_live_parameters` lets it, which is what is planned for
 them; those that fit stay on the GPU, up to `stage3_model_persistence_threshold`, in the order of use, and take twice
 their size there. What a placement that ran out of memory took is never given back, so that all further ones fail, too:
-begin with less then, by `--resident`. From disk: `--nvme-folder` must have room for the weights.
+begin with less then, by `--resident`. From disk: `--nvme-folder` must have room for the weights, and RAM for 64 pinned
+buffers of the largest matrix; with 16 it ends in "Not enough buffers".
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class DeepSpeedZero:
             largest = max(matrix, self._shape.largest_matrix_bytes // 2)
             offload = {
                 "device": "nvme", "nvme_path": str(self._nvme_folder), "pin_memory": True, "buffer_size": largest,
-                "buffer_count": 16, "max_in_cpu": 0,
+                "buffer_count": 64, "max_in_cpu": 0,
             }  # fmt: skip
         return {
             "bf16": {"enabled": True},
