@@ -12,12 +12,12 @@ The PC is a memory control group of --memory (4 GiB) and two cores; page cache a
 has 16 layers of Llama-3-8B's dimensions, a vocabulary of 32,000 and random weights in bf16: 3.75 billion parameters,
 7.5 GB. It is made in --peers-folder, as are the block store, the GGUF and AirLLM's shards (deleted at the end), all
 outside of what is measured. Every contestant gets a fresh process in a fresh group and a cold page cache, its own
-libraries included, and then does the same: --rounds times a prompt of 32 tokens and --tokens more, greedy, batch 1; a
-prompt of 512; pipo also 16 prompts of 32 together. With --in-turns all are there at the same time, each in its group,
-and each round is asked of one after the other: for models that fit, where the speed of the machine's memory, which
-changes within minutes, decides; `/ pipo` is the median of the rounds' ratios then.
+libraries included, and then does the same: --rounds times a prompt of 32 tokens and --tokens more, greedy, batch 1;
+three prompts of 512; pipo also 16 prompts of 32 together. With --in-turns all are there at the same time, each in its
+group, and each round is asked of one after the other: for models that fit, where the speed of the machine's memory,
+which changes within minutes, decides; `/ pipo` is the median of the rounds' ratios then.
 
-    first token     seconds from the request to the first token: for 32 tokens the median of the rounds, 512 once
+    first token     seconds from the request to the first token: the median of the rounds, of 512 of three
     s/token         median over the tokens behind each first one
     disk limit      (weights without the input embedding - (memory - 1.5 GiB)) / fio: no sweep can be faster
     x limit         median over the rounds of s/token by the limit of the moment, fio having run just before the round
@@ -61,6 +61,7 @@ CONTESTANTS = ("pipo", "accelerate", "llama.cpp", "airllm")
 RUNNERS = Path(__file__).parent / "peers"
 CORES = 2
 SHORT, LONG, BATCH = 32, 512, 16
+LONG_PROMPTS = 3
 NOT_FOR_WEIGHTS = 3 << 29
 """Bytes of the memory that the disk limit leaves for everything that is not weights."""
 ACCELERATE_OTHER = 768 << 20
@@ -250,8 +251,10 @@ def _ask(setting: Setting, process: PeerProcess, result: dict[str, Any], number:
 
 def _ask_more(setting: Setting, process: PeerProcess, result: dict[str, Any]) -> None:
     contestant, vocabulary = result["contestant"], setting.shape.vocabulary
-    result["long"] = process.ask([prompt(100, setting.long, vocabulary)], 1)
-    print(f"{contestant}: prompt {setting.long} {result['long']['seconds'][0][0]:.2f} s", flush=True)
+    result["long"] = []
+    for number in range(LONG_PROMPTS):
+        result["long"].append(process.ask([prompt(100 + number, setting.long, vocabulary)], 1))
+        print(f"{contestant}: prompt {setting.long} {result['long'][-1]['seconds'][0][0]:.2f} s", flush=True)
     if contestant == "pipo":
         prompts = [prompt(200 + number, SHORT, vocabulary) for number in range(BATCH)]
         result["batch"] = process.ask(prompts, 1 + max(5, setting.tokens))
@@ -295,8 +298,9 @@ def _figures(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
         if min(limits) > 0:  # else nothing has to stream
             ratios = [seconds / limit for seconds, limit in zip(decoded, limits, strict=True)]
             figures["times_limit"], figures["times_limit_spread"] = statistics.median(ratios), _spread(ratios)
-    if "long" in result:
-        figures["long_first_token_s"] = result["long"]["seconds"][0][0]
+    if result.get("long"):
+        took = [answer["seconds"][0][0] for answer in result["long"]]
+        figures["long_first_token_s"], figures["long_spread_s"] = statistics.median(took), _spread(took)
     if "batch" in result:
         sweep = statistics.median(_gaps(_together(result["batch"])))
         figures |= {"batch_sweep_s": sweep, "batch_tokens_per_s": BATCH / sweep}
