@@ -13,6 +13,7 @@ import torch
 from pipo_ray.compiled import amx
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.part_run import Step
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.quant.panels import processor_flags
 
@@ -43,6 +44,35 @@ class PackedInputs:
     """Rows of inputs in tiles: memory of each `amx.MOST_INPUTS`, and how many rows there are."""
 
     parts: tuple[tuple[torch.Tensor, int], ...]
+
+
+@dataclass(frozen=True)
+class AmxRows:
+    """A `RowsProduct`: `inputs` with rows of a weight bf16 [out, columns], plus `bias`, float32 with room to a multiple
+    of `amx.ROWS` behind the last row, or the same `amx.ROWS` numbers for all, into `output` bf16 [n, out].
+    """
+
+    function: int
+    inputs: PackedInputs
+    columns: int
+    bias: torch.Tensor
+    bias_stride: int
+    output: torch.Tensor
+
+    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+        """See `RowsProduct`: one product for each of the inputs' parts."""
+        rows, output_bytes = stop - start, 2 * self.output.stride(0)
+        bias = self.bias.data_ptr() + start * self.bias_stride
+        output = self.output.data_ptr() + 2 * start
+        made: list[Step] = []
+        for memory, num_inputs in self.inputs.parts:
+            words = (
+                memory.data_ptr(), address, bias, output, num_inputs, self.columns, rows, 0, row_bytes,
+                self.bias_stride, output_bytes, _rows_at_once(rows, num_inputs),
+            )  # fmt: skip
+            made.append((self.function, words))
+            output += num_inputs * output_bytes
+        return made
 
 
 class CompiledAmx:
@@ -80,17 +110,16 @@ class CompiledAmx:
         """`F.linear` into `output`, bf16 [n, out]: what `pack` made of bf16 [n, columns], `weight` bf16 [out, columns],
         `bias` bf16 [out] or None. The rows of `weight` and of `output` are contiguous.
         """
-        num_rows, columns = weight.shape
+        product = self.rows_product(inputs, weight.shape[1], bias, output)
+        for function, words in product.steps(0, len(weight), weight.data_ptr(), 2 * weight.stride(0)):
+            self._run(function, words)
+
+    def rows_product(
+        self, inputs: PackedInputs, columns: int, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> AmxRows:
+        """The same with rows of a weight of so many `columns`."""
         of_bias, bias_stride = (self._no_bias, 0) if bias is None else (_padded(bias), 4)
-        first = 0
-        for memory, num_inputs in inputs.parts:
-            words = (
-                memory.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output[first:].data_ptr(), num_inputs,
-                columns, num_rows, 0, 2 * weight.stride(0), bias_stride, 2 * output.stride(0),
-                _rows_at_once(num_rows, num_inputs),
-            )  # fmt: skip
-            self._run(self._product, words)
-            first += num_inputs
+        return AmxRows(self._product, inputs, columns, of_bias, bias_stride, output)
 
     def _run(self, function: int, words: tuple[int, ...]) -> None:
         context = context_of(words)
@@ -98,8 +127,8 @@ class CompiledAmx:
 
 
 def _padded(bias: torch.Tensor) -> torch.Tensor:
-    """In float32, to a multiple of `amx.ROWS`."""
-    padded = torch.zeros(-(-len(bias) // amx.ROWS) * amx.ROWS)
+    """In float32, with room for `amx.ROWS` behind any number."""
+    padded = torch.zeros(len(bias) + amx.ROWS - 1)
     padded[: len(bias)] = bias
     return padded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,10 +11,32 @@ import torch
 from pipo_ray.compiled import bf16
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.part_run import Step
 from pipo_ray.compiled.row_products import inputs_at_once, product_name
 from pipo_ray.compiled.steps import Steps
 
 _TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
+
+
+@dataclass(frozen=True)
+class Bf16Rows:
+    """A `RowsProduct`: one row of inputs, bf16 [columns], with rows of a weight bf16 [out, columns], plus `bias` bf16
+    [out], or one number for all, into `output` bf16 [out]. All are contiguous but the bias.
+    """
+
+    function: int
+    inputs: torch.Tensor
+    bias: torch.Tensor
+    bias_stride: int
+    output: torch.Tensor
+
+    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+        """See `RowsProduct`."""
+        bias = self.bias.data_ptr() + start * self.bias_stride
+        output = self.output.data_ptr() + 2 * start
+        shape = 1, stop - start, len(self.inputs)
+        words = _words(self.inputs.data_ptr(), address, bias, output, *shape, row_bytes, self.bias_stride)
+        return [(self.function, words)]
 
 
 class CompiledBf16:
@@ -39,7 +62,7 @@ class CompiledBf16:
         rows = rows.contiguous()
         num_inputs = len(rows)
         output = rows.new_empty(num_inputs, len(weight))
-        self._context[:] = self._words(rows, weight, bias, output)
+        self._context[:] = self._words_of(rows, weight, bias, output)
         function = self._functions[inputs_at_once(num_inputs, bf16.MOST_INPUTS) - 1]
         run_on_threads(function, self._address, num_inputs <= bf16.MOST_INPUTS and self._awake, self._folder)
         return output
@@ -50,9 +73,13 @@ class CompiledBf16:
         """A step, on all threads, that fills `output`, bf16 [out] and contiguous, with the product of a `row` of
         inputs, bf16 [columns] and contiguous. See `linear`.
         """
-        context = context_of(self._words(row[None], weight, bias, output))
+        context = context_of(self._words_of(row[None], weight, bias, output))
         owned = row, weight, bias, output, self
         add_on_threads(steps, self._functions[0], context, bf16.FIELDS.index("next"), self._folder, *owned)
+
+    def rows_product(self, row: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> Bf16Rows:
+        """The same with rows of a weight, while threads sleep between products."""
+        return Bf16Rows(self._functions[0], row, *self._bias(bias), output)
 
     def stay_awake(self, on: bool) -> None:
         """Whether threads wait awake for a little after a product with few inputs. For weights that stay where they
@@ -60,16 +87,28 @@ class CompiledBf16:
         """
         self._awake = on
 
-    def _words(
+    def _words_of(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
     ) -> tuple[int, ...]:
-        num_inputs, (num_rows, columns) = len(rows), weight.shape
-        block = -(-columns // 32) * 64 if num_inputs <= bf16.MOST_INPUTS else bf16.BLOCK_BYTES
-        of_bias, bias_stride = (self._no_bias, 0) if bias is None else (bias, 2 * bias.stride(0))
-        return (
-            rows.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output.data_ptr(), num_inputs, columns, num_rows, 0,
-            2 * weight.stride(0), bias_stride, _rows_at_once(columns), block,
-        )  # fmt: skip
+        of_bias, bias_stride = self._bias(bias)
+        places = rows.data_ptr(), weight.data_ptr(), of_bias.data_ptr(), output.data_ptr()
+        num_rows, columns = weight.shape
+        return _words(*places, len(rows), num_rows, columns, 2 * weight.stride(0), bias_stride)
+
+    def _bias(self, bias: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+        return (self._no_bias, 0) if bias is None else (bias, 2 * bias.stride(0))
+
+
+def _words(
+    inputs: int, weight: int, bias: int, output: int, num_inputs: int, num_rows: int, columns: int, row_bytes: int,
+    bias_stride: int,
+) -> tuple[int, ...]:  # fmt: skip
+    """The context of a product (`bf16.FIELDS`)."""
+    block = -(-columns // 32) * 64 if num_inputs <= bf16.MOST_INPUTS else bf16.BLOCK_BYTES
+    return (
+        inputs, weight, bias, output, num_inputs, columns, num_rows, 0, row_bytes, bias_stride, _rows_at_once(columns),
+        block,
+    )  # fmt: skip
 
 
 def _rows_at_once(columns: int) -> int:

@@ -66,10 +66,12 @@ class Crew:
         finally:
             self._busy.release()
 
-    def run_steps(self, function: int, context: int) -> None:
-        """Run here what calls the threads itself (`deferred`), again and again: in between they stay awake."""
+    def run_steps(self, function: int, context: int, awake: bool = True) -> None:
+        """Run here what calls the threads itself (`deferred`), again and again: in between they stay `awake`, or
+        sleep.
+        """
         with self._busy:
-            self._words[_PAUSES_AT] = PAUSES
+            self._words[_PAUSES_AT] = PAUSES if awake else 0
             function_at(function)(context)
 
     def deferred(self, function: int, context: int, num_threads: int) -> tuple[int, Any]:
@@ -106,6 +108,19 @@ def deferred_on_threads(function: int, context: int, folder: Path | None = None)
         return None
     _enlist(others, folder)
     return _crews[0].deferred(function, context, others)
+
+
+def call_on_threads(folder: Path | None) -> tuple[Crew, int, Any] | None:
+    """The crew, a function and its context: who has set word 1 of that to a function and word 2 to the function's
+    context has those run on as many threads as torch computes with, within `Crew.run_steps`. None where that is one
+    thread alone.
+    """
+    others = torch.get_num_threads() - 1
+    if not others:
+        return None
+    _enlist(others, folder)
+    crew = _crews[0]
+    return crew, *crew.deferred(0, 0, others)
 
 
 def add_on_threads(

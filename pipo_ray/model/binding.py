@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,12 +14,22 @@ from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.lanes import Lanes
-from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit import LowBitProducts
-from pipo_ray.model.streamed import FusedExperts, LinearProduct, LookedUpTable, LowBitMatrix, SplitMatrix, Unbound
+from pipo_ray.model.part_runs import PartRuns
+from pipo_ray.model.piece_views import view_of
+from pipo_ray.model.streamed import (
+    FusedExperts,
+    LinearProduct,
+    LookedUpTable,
+    LowBitMatrix,
+    RowParts,
+    SplitMatrix,
+    SplitProduct,
+    Unbound,
+)
 from pipo_ray.model.trace import Trace
-from pipo_ray.pipeline.weight_stream import WeightStream
-from pipo_ray.plan.pieces import CallPlan, PieceTensor, SweepPlan
+from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
+from pipo_ray.plan.pieces import CallPlan, PieceTensor, SweepPlan, positions_of_calls
 
 _REMEMBERED = 8192
 """Views of pieces in a memory, at most: some kilobytes each."""
@@ -100,11 +110,14 @@ class Binder:
         self._products = products
         self._bound = (lambda weight: weight) if products is None else products.bind
         self._model, self._trace, self._plan, self._stream = model, trace, plan, stream
+        self._part_runs: PartRuns | None = None
+        if products is not None and isinstance(stream, HostStream) and stream.streams and not stream.is_traced:
+            self._part_runs = PartRuns(plan, stream, products)
         self._lanes: Lanes | None = None
         self._num_lanes = 1
         self._held: dict[int, _Held] = {}
         self._walks: dict[int, _Walk] = {0: _Walk()}
-        positions = _positions(plan)
+        positions = positions_of_calls(plan)
         self._first_positions = [first for _, first in positions]
         self._whole_position = [wholes for wholes, _ in positions]
         owners: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -387,13 +400,29 @@ class Binder:
     def _table_answer(self, name: str, read_rows: TableReader) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda ids: read_rows(name, ids)
 
-    def _rows_answer(self, name: str) -> Callable[[], Iterator[tuple[int, int, torch.Tensor]]]:
+    def _run_parts(self, open_call: _OpenCall, index: int, name: str, product: SplitProduct) -> int:
+        """Have machine code multiply with the streamed pieces from `index` on that are parts of `name` alone; the index
+        behind them.
+        """
+        alone = self._lanes is None and self._num_lanes == 1
+        is_refused = None in product.rows_products.values()  # asking again for every part would cost more each time
+        if self._part_runs is None or not alone or is_refused or index < open_call.next_streamed:
+            return index
+        stop = self._part_runs.stop(open_call.index, index, name)
+        if stop > index:
+            self._pass_streamed(open_call, index)
+            first = self._streamed_position(open_call, 0)
+            stop = self._part_runs.multiply(first + index, first + stop, product) - first
+            open_call.next_streamed = stop
+        return stop
+
+    def _rows_answer(self, name: str) -> RowParts:
         places = [
             (piece.index, tensor) for piece in self._plan.pieces for tensor in piece.tensors if tensor.name == name
         ]
         kept: list[tuple[int, int, torch.Tensor]] = []
 
-        def parts() -> Iterator[tuple[int, int, torch.Tensor]]:
+        def parts(product: SplitProduct | None) -> Iterator[tuple[int, int, torch.Tensor]]:
             if self._settled:
                 if not kept:
                     kept.extend(self._part(self._bindings[piece].memory, tensor) for piece, tensor in places)
@@ -401,7 +430,12 @@ class Binder:
                 return
             kept.clear()
             open_call = self._walk().inside[-1]
+            behind = 0
             for index, piece in enumerate(open_call.plan.streamed):
+                if index >= behind and product is not None:
+                    behind = self._run_parts(open_call, index, name, product)
+                if index < behind:
+                    continue
                 for tensor in self._plan.pieces[piece].tensors:
                     if tensor.name == name:
                         yield self._part(self._take_streamed(open_call, index), tensor)
@@ -449,32 +483,3 @@ def _copied_out(value: Any, storages: set[int]) -> Any:
 def _dictionary(owner: nn.Module, leaf: str) -> dict[str, Any]:
     """Where a module has the parameter or buffer of that name."""
     return owner._parameters if leaf in owner._parameters else owner._buffers
-
-
-def view_of(memory: torch.Tensor, tensor: PieceTensor) -> torch.Tensor:
-    """`tensor` as a view of the piece's bytes."""
-    part = memory[tensor.offset : tensor.offset + tensor.nbytes]
-    return part.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
-
-
-def _positions(plan: SweepPlan) -> Sequence[tuple[dict[int, int], int]]:
-    """For each call: the position at which each of its whole pieces was acquired, and the position of its first
-    streamed piece.
-    """
-    latest: dict[int, int] = {}
-    used: dict[int, int] = {}
-    position = 0
-    result: list[tuple[dict[int, int], int]] = []
-    for call in plan.calls:
-        places: dict[int, int] = {}
-        for piece in call.whole:
-            at = latest.get(piece)
-            if at is None or used[at] == plan.uses[at]:
-                at = latest[piece] = position
-                used[at] = 0
-                position += 1
-            used[at] += 1
-            places[piece] = at
-        result.append((places, position))
-        position += len(call.streamed)
-    return result

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from pipo_ray.compiled.amx_products import CompiledAmx, PackedInputs, amx_obstacle
 from pipo_ray.compiled.bf16_products import CompiledBf16
+from pipo_ray.compiled.part_run import PartRunner, RowsProduct
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import (
@@ -69,6 +70,8 @@ class CpuProducts:
         with torch.inference_mode(False):  # written to in and out of inference mode
             self._scratch = torch.empty(SCRATCH_BYTES // 4)
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
+        self._runner: PartRunner | None = None
+        self._code_folder: Path | None = None
 
     @classmethod
     def for_run(cls, dtype: torch.dtype, places: ProfilePlaces, code_folder: Path | None = None) -> CpuProducts:
@@ -79,7 +82,9 @@ class CpuProducts:
         amx = amx_bf16(code_folder) if dtype is torch.bfloat16 else None
         wanted = {layout: Measurable(_kernels(layout, compiled, amx)) for layout in SIXTEEN_BIT_LAYOUTS}
         profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, compiled, amx))
-        return cls(profile, compiled, amx)
+        products = cls(profile, compiled, amx)
+        products._code_folder = code_folder
+        return products
 
     @property
     def compiles(self) -> bool:
@@ -90,6 +95,30 @@ class CpuProducts:
         """What multiplies one row of inputs with `weight` [out, in], if that is our own kernel."""
         row = weight.new_empty(1, weight.shape[1])
         return self._compiled if self._decide("linear", row, weight, None) == "compiled" else None
+
+    @property
+    def part_runner(self) -> PartRunner:
+        """What runs a `rows_product`; compiled when it is first asked for."""
+        if self._runner is None:
+            self._runner = PartRunner(self._code_folder)
+        return self._runner
+
+    def rows_product(
+        self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> RowsProduct | None:
+        """What multiplies `inputs` with parts of a matrix that are shaped as `weight` [some rows, in], as `linear_into`
+        would, into their columns of `output` [rows, all rows], adding those numbers of `bias` [all rows]. None where
+        the kernel chosen for that is not machine code that can write there by itself.
+        """
+        rows, columns = inputs.rows, weight.shape[1]
+        if bias is not None and bias.shape != (output.shape[1],):
+            return None
+        kernel = self._choose("linear", rows, weight, None if bias is None else bias[: len(weight)])
+        if kernel == "amx" and self._amx is not None:
+            return self._amx.rows_product(inputs.packed(self._amx), columns, bias, output)
+        if kernel == "compiled" and self._compiled is not None and len(rows) == 1:
+            return self._compiled.rows_product(rows[0].contiguous(), bias, output[0])
+        return None
 
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledBf16.stay_awake`."""

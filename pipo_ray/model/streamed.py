@@ -8,17 +8,18 @@ model's own code needs no change; any other operation on its values fails, becau
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from pipo_ray.compiled.part_run import RowsProduct
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.cpu_linear import ProductInputs, linear_into
 from pipo_ray.model.host_values import flat
 
 LookUp = Callable[[torch.Tensor], torch.Tensor]
-RowParts = Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
 ExpertSlice = Callable[[int], torch.Tensor]
 
 
@@ -109,14 +110,38 @@ def _linear_arguments(
     return input, weight, bias
 
 
+@dataclass(frozen=True)
+class SplitProduct:
+    """`F.linear` with a matrix that arrives in row parts: inputs [n, in], a bias [out] or None, the output [n, out]."""
+
+    inputs: ProductInputs
+    bias: torch.Tensor | None
+    output: torch.Tensor
+    rows_products: dict[int, RowsProduct | None] = field(default_factory=dict)
+    """What machine code makes it of, for parts with so many rows; None where it does not."""
+
+    def multiply(self, start: int, stop: int, part: torch.Tensor) -> None:
+        """Fill the columns of rows `start:stop`, which are `part`."""
+        added, columns = None if self.bias is None else self.bias[start:stop], self.output[:, start:stop]
+        if type(part) is LowBitMatrix:
+            part.product(self.inputs.rows, added, columns)
+        else:
+            linear_into(self.inputs, part, added, columns)
+
+
+RowParts = Callable[[SplitProduct | None], Iterator[tuple[int, int, torch.Tensor]]]
+
+
 class SplitMatrix(_StandIn):
-    """A weight [out_features, in_features] that arrives in row parts. `answer()` yields (row_start, row_stop, part)."""
+    """A weight [out_features, in_features] that arrives in row parts. `answer(product)` yields (row_start, row_stop,
+    part) of all that it has not multiplied by itself for `product`, which is None where nothing is to be multiplied.
+    """
 
     what = "a matrix that is split by rows"
 
     def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Its answer."""
-        yield from self._answer()
+        yield from self._answer(None)
 
     @classmethod
     def _intercept(cls, func: Any, args: Any, kwargs: Any) -> Any:
@@ -124,13 +149,10 @@ class SplitMatrix(_StandIn):
             return NotImplemented
         inputs, weight, bias = _linear_arguments(*args, **kwargs)
         output = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
-        rows, columns = ProductInputs(inputs.reshape(-1, inputs.shape[-1])), output.view(-1, weight.shape[0])
-        for start, stop, part in weight._answer():
-            added = None if bias is None else bias[start:stop]
-            if type(part) is LowBitMatrix:
-                part.product(rows.rows, added, columns[:, start:stop])
-            else:
-                linear_into(rows, part, added, columns[:, start:stop])
+        rows = ProductInputs(inputs.reshape(-1, inputs.shape[-1]))
+        product = SplitProduct(rows, bias, output.view(-1, weight.shape[0]))
+        for start, stop, part in weight._answer(product):
+            product.multiply(start, stop, part)
         return output
 
 

@@ -13,11 +13,12 @@ import platform
 
 _SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _FUTEX_WAIT = 0
-_FUTEX_WAKE = 1
-_WAKE_ALL = 0x7FFFFFFF
+WAKE, WAKE_ALL = 1, 0x7FFFFFFF
+"""The operation, between processes, and for how many: what machine code that wakes passes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_number = _SYSCALL_NUMBERS.get(platform.machine())
+NUMBER = _SYSCALL_NUMBERS.get(platform.machine())
+"""Of the system call; None where it is not known."""
 
 
 class _Timespec(ctypes.Structure):
@@ -28,12 +29,12 @@ def wait(address: int, expected: int, timeout_s: float) -> None:
     """Sleep until the 32-bit word at `address` is woken, unless it is no longer `expected`; at most `timeout_s`
     seconds.
     """
-    if _number is None:
+    if NUMBER is None:
         raise OSError(errno.ENOSYS, f"no futex system call number known for {platform.machine()}")
     seconds = int(timeout_s)
     timespec = _Timespec(seconds, int((timeout_s - seconds) * 1e9))
     result = _libc.syscall(
-        ctypes.c_long(_number), ctypes.c_void_p(address), ctypes.c_int(_FUTEX_WAIT), ctypes.c_uint32(expected),
+        ctypes.c_long(NUMBER), ctypes.c_void_p(address), ctypes.c_int(_FUTEX_WAIT), ctypes.c_uint32(expected),
         ctypes.byref(timespec), ctypes.c_void_p(0), ctypes.c_int(0),
     )  # fmt: skip
     if result != 0:
@@ -44,9 +45,9 @@ def wait(address: int, expected: int, timeout_s: float) -> None:
 
 def wake(address: int) -> None:
     """Wake everybody who waits for the 32-bit word at `address`."""
-    if _number is None:
+    if NUMBER is None:
         raise OSError(errno.ENOSYS, f"no futex system call number known for {platform.machine()}")
     _libc.syscall(
-        ctypes.c_long(_number), ctypes.c_void_p(address), ctypes.c_int(_FUTEX_WAKE), ctypes.c_int(_WAKE_ALL),
+        ctypes.c_long(NUMBER), ctypes.c_void_p(address), ctypes.c_int(WAKE), ctypes.c_int(WAKE_ALL),
         ctypes.c_void_p(0), ctypes.c_void_p(0), ctypes.c_int(0),
     )  # fmt: skip

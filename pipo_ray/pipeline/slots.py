@@ -44,6 +44,8 @@ _EPOCH, _CONSUMED, _STOP, _FIRST_LOAD, _PRELOAD = 0, 1, 2, 3, 5
 _LOAD, _LOADER, _RELEASED = 1, 2, 3
 # Words of a loader's row (uint64).
 _EPOCH_SEEN, _DRIVE_ASKED, _DRIVE_BUFFERED = range(3)
+CONSUMED_BYTE, LOAD_BYTE, RELEASED_BYTE = 8 * _CONSUMED, 8 * _LOAD, 8 * _RELEASED
+"""Where machine code (`compiled/part_run.py`) finds those words, in bytes: from the header on, and from a row on."""
 
 
 class StoppedError(Exception):
@@ -254,6 +256,19 @@ class SlotTable:
         self._words64[_CONSUMED] = max(int(self._words64[_CONSUMED]), load + 1)
         self._words64[row * ROW_BYTES // 8 + _RELEASED] = max(self._word_at(row, _RELEASED), load + 1)
         self._set_state(row, SlotState.FREE)
+
+    @property
+    def header_address(self) -> int:
+        """Where the table begins, for machine code that waits and releases as the methods above do."""
+        return self._address
+
+    def slot_address(self, slot: int) -> int:
+        """Where the row of `slot` begins."""
+        return self._address + self._row(slot) * ROW_BYTES
+
+    def resident_address(self, index: int) -> int:
+        """Where the row of the resident piece in resident row `index` begins."""
+        return self._address + self._resident_row(index) * ROW_BYTES
 
     # -- epochs: starting a sweep anew
     # ------------------------------------------------------------------------------------

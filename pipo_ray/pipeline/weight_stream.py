@@ -50,8 +50,23 @@ class WeightStream(Protocol):
         """The sweep is given up in the middle: the next one begins at position 0 again."""
 
 
+@dataclass(frozen=True)
+class PiecePlace:
+    """Where the piece at some position is, or will be: `address` of its bytes and `row` of the slot table's row that
+    tells when, `load` by which number it is known there (None: it is resident); see `SlotTable.slot_address`.
+    """
+
+    memory: torch.Tensor
+    address: int
+    row: int
+    load: int | None
+
+
 class HostStream:
-    """Pieces used in place: the slot's own memory, seen as a CPU tensor."""
+    """Pieces used in place: the slot's own memory, seen as a CPU tensor.
+
+    Machine code can take and release them by itself (`place`, `wait`, `passed`) unless it `is_traced`.
+    """
 
     def __init__(
         self,
@@ -68,7 +83,11 @@ class HostStream:
         self._plan, self._loads, self._table = plan, loads, table
         self._slots, self._residents, self._stopped = slots, residents, stopped
         self._trace = trace
-        self.all_stay = not loads.loads_per_sweep and not trace.enabled
+        self.streams, self.is_traced = loads.loads_per_sweep > 0, trace.enabled
+        self.all_stay = not self.streams and not self.is_traced
+        self.header_address = table.header_address
+        self._slot_rows = [(table.slot_address(n), slot.data_ptr()) for n, slot in enumerate(slots)]
+        self._resident_rows = [(table.resident_address(n), part.data_ptr()) for n, part in enumerate(residents)]
         self._acquired_at: dict[int, float] = {}
         self._base = table.restart_sweep(loads.loads_per_sweep)
         table.wait_epoch_seen(table.epoch, stopped)
@@ -92,15 +111,13 @@ class HostStream:
         return self._plan.pieces[self._loads.order[position]].block
 
     def _wait(self, position: int) -> torch.Tensor:
-        load = self._loads.load_number(self._base, position)
-        if load is None:
-            row = self._loads.resident_row(position)
-            self.times.waited_s += self._table.wait_resident(row, self._stopped)
-            return self._residents[row]
-        slot = self._loads.slot(load)
-        self.times.waited_s += self._table.wait_ready(slot, load, self._stopped)
-        self.times.streamed_bytes += self._plan.pieces[self._loads.order[position]].read_bytes
-        return self._slots[slot]
+        memory = self.wait(position)
+        self.times.streamed_bytes += self._streamed_bytes(position)
+        return memory
+
+    def _streamed_bytes(self, position: int) -> int:
+        is_resident = self._loads.is_resident(position)
+        return 0 if is_resident else self._plan.pieces[self._loads.order[position]].read_bytes
 
     def release(self, position: int) -> None:
         """The piece at `position` is used up: its slot is free."""
@@ -122,3 +139,33 @@ class HostStream:
         begin = time.perf_counter()
         self._table.wait_epoch_seen(self._table.epoch, self._stopped)
         self.times.waited_s += time.perf_counter() - begin
+
+    # -- for machine code
+    # -----------------------------------------------------------------------------------------------
+
+    def place(self, position: int) -> PiecePlace:
+        """Where the piece at `position` will be."""
+        load = self._loads.load_number(self._base, position)
+        if load is None:
+            number = self._loads.resident_row(position)
+            row, address = self._resident_rows[number]
+            return PiecePlace(self._residents[number], address, row, None)
+        slot = self._loads.slot(load)
+        row, address = self._slot_rows[slot]
+        return PiecePlace(self._slots[slot], address, row, load)
+
+    def wait(self, position: int) -> torch.Tensor:
+        """Wait until the piece at `position` is there; its bytes."""
+        load = self._loads.load_number(self._base, position)
+        if load is None:
+            row = self._loads.resident_row(position)
+            self.times.waited_s += self._table.wait_resident(row, self._stopped)
+            return self._residents[row]
+        slot = self._loads.slot(load)
+        self.times.waited_s += self._table.wait_ready(slot, load, self._stopped)
+        return self._slots[slot]
+
+    def passed(self, start: int, stop: int) -> None:
+        """The pieces at positions `start:stop` were acquired and released by machine code."""
+        self.times.acquired += stop - start
+        self.times.streamed_bytes += sum(map(self._streamed_bytes, range(start, stop)))

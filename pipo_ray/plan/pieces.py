@@ -175,6 +175,29 @@ def plan_sweep(
     return SweepPlan(tuple(pieces), tuple(plans), tuple(order), tuple(uses), releases, max_held)
 
 
+def positions_of_calls(plan: SweepPlan) -> Sequence[tuple[dict[int, int], int]]:
+    """For each call: the position at which each of its whole pieces was acquired, and the position of its first
+    streamed piece.
+    """
+    latest: dict[int, int] = {}
+    used: dict[int, int] = {}
+    position = 0
+    result: list[tuple[dict[int, int], int]] = []
+    for call in plan.calls:
+        places: dict[int, int] = {}
+        for piece in call.whole:
+            at = latest.get(piece)
+            if at is None or used[at] == plan.uses[at]:
+                at = latest[piece] = position
+                used[at] = 0
+                position += 1
+            used[at] += 1
+            places[piece] = at
+        result.append((places, position))
+        position += len(call.streamed)
+    return result
+
+
 def _releases(
     events: Sequence[tuple[int, bool]], plans: Sequence[CallPlan], uses: Sequence[int]
 ) -> tuple[tuple[int, ...], int]:

@@ -223,7 +223,7 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
     )
     split = SplitMatrix.make(
         (10, 4), torch.bfloat16, torch.device("cpu"),
-        lambda: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 7), (7, 10))),
+        lambda _: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 7), (7, 10))),
     )  # fmt: skip
     torch.testing.assert_close(
         F.linear(inputs, split).double(), inputs.double() @ weight.double().T, rtol=0.004, atol=1e-4
@@ -240,7 +240,7 @@ def test_parts_of_a_matrix_share_their_packed_inputs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(CompiledAmx, "pack", lambda self, rows: (packed.append(len(rows)), original(self, rows))[1])
     split = SplitMatrix.make(
         (100, 40), torch.bfloat16, torch.device("cpu"),
-        lambda: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 64), (64, 100))),
+        lambda _: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 64), (64, 100))),
     )  # fmt: skip
     exact = inputs.double() @ weight.double().T
     torch.testing.assert_close(F.linear(inputs, split).double(), exact, rtol=0.008, atol=1e-3)

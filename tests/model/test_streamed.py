@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.streamed import FusedExperts, LookedUpTable, SplitMatrix, Unbound
+from pipo_ray.model.streamed import FusedExperts, LookedUpTable, SplitMatrix, SplitProduct, Unbound
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def test_a_split_matrix_is_linear(rows: int, data: st.DataObject, with_bias: boo
     cuts = sorted(data.draw(st.sets(st.integers(1, rows), max_size=4)) | {rows})
     weight, bias = torch.randn(rows, 6, dtype=dtype), torch.randn(rows, dtype=dtype) if with_bias else None
 
-    def answer() -> Iterator[tuple[int, int, torch.Tensor]]:
+    def answer(product: SplitProduct | None) -> Iterator[tuple[int, int, torch.Tensor]]:
         for start, stop in zip([0, *cuts], cuts, strict=False):
             yield start, stop, weight[start:stop].clone()
 
