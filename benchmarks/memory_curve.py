@@ -13,6 +13,7 @@ what is streamed at the rate of the point that streams fastest ("drive").
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
@@ -96,6 +97,8 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=7, help="budgets")
     parser.add_argument("--picture", type=Path, help="write the picture here (.svg or .png)")
     arguments = parser.parse_args()
+    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
     if arguments.quick:
         arguments.size, arguments.rounds, arguments.points = "1GiB", 1, 3
     with random_store(parse_size(arguments.size), arguments.folder) as store:
