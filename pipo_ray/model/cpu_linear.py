@@ -64,14 +64,18 @@ class CpuProducts:
     """
 
     def __init__(
-        self, profile: KernelProfile, compiled: CompiledBf16 | None = None, amx: CompiledAmx | None = None
+        self,
+        profile: KernelProfile,
+        compiled: CompiledBf16 | None = None,
+        amx: CompiledAmx | None = None,
+        code_folder: Path | None = None,
     ) -> None:
         self._profile, self._compiled, self._amx = profile, compiled, amx
         with torch.inference_mode(False):  # written to in and out of inference mode
             self._scratch = torch.empty(SCRATCH_BYTES // 4)
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
         self._runner: PartRunner | None = None
-        self._code_folder: Path | None = None
+        self._code_folder = code_folder
 
     @classmethod
     def for_run(cls, dtype: torch.dtype, places: ProfilePlaces, code_folder: Path | None = None) -> CpuProducts:
@@ -82,9 +86,7 @@ class CpuProducts:
         amx = amx_bf16(code_folder) if dtype is torch.bfloat16 else None
         wanted = {layout: Measurable(_kernels(layout, compiled, amx)) for layout in SIXTEEN_BIT_LAYOUTS}
         profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, compiled, amx))
-        products = cls(profile, compiled, amx)
-        products._code_folder = code_folder
-        return products
+        return cls(profile, compiled, amx, code_folder)
 
     @property
     def compiles(self) -> bool:

@@ -78,7 +78,8 @@ _LEAST_IN_FLIGHT_BYTES = 16 * MIB
 # two or three, prompts of 256 tokens lost 3 to 5 % (`benchmarks/staging_modes.py`).
 _HELD_SLOTS = 1
 # Smaller ones cost more for the pieces' sake than they save: a prompt of 256 tokens takes 3 to 5 % longer with 8 MiB,
-# while decoding does not notice (`benchmarks/staging_modes.py --prompt 256`).
+# while decoding does not notice (`benchmarks/staging_modes.py --prompt 256`). A run by itself at full speed may want
+# less (docs/architecture.md).
 _SLOT_BYTES = 16 * MIB
 _SAVED = 4
 _LEAST_SLOT_BYTES = 256 * 1024
