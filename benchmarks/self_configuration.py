@@ -33,7 +33,7 @@ FINALISTS = 3
 SETTINGS = [
     Transfer(transfer * MIB, threads, slot * MIB + 8192, slots)
     for (transfer, threads), (slot, slots) in itertools.product(
-        ((1, 16), (2, 8), (4, 4), (4, 16), (16, 4)), ((16, 2), (16, 4), (16, 8), (16, 24))
+        ((1, 8), (2, 4), (2, 8), (4, 4), (4, 16)), ((4, 2), (8, 2), (16, 2), (16, 8))
     )
 ]
 

@@ -35,10 +35,11 @@ GRID = tuple(
     )
 )  # fmt: skip
 """Up to 256 MiB in flight: no drive by itself wants that much, but one behind a virtual machine's limiter may."""
-_MEMORY_BYTES = 64 * MIB
-"""What is read into in turns: more than a processor's cache holds, as the slots are. With all reads into the same
-memory a virtual drive, whose reads are copies, gave 3.3 GB/s for 1 MiB, 8 in flight, and 2.6 into memory like this;
-what was seen so of the size of a transfer was the cache (2 cores AMD EPYC).
+_MOST_MEMORY_BYTES = 64 * MIB
+"""What is read into in turns at most. Each point has as much as its staging is in a run: a virtual drive, whose reads
+are copies, is faster where a cache still has what is written over (2 reads of 2 MiB gave 1.71 GB/s into 8 MiB and 1.46
+into 16 and more, 2 cores of an Intel Xeon; 8 of 1 MiB 3.3 into the same memory always and 2.6 into 64 MiB, 2 cores AMD
+EPYC).
 """
 _ROUNDS = 3
 _READING_S = 7.6
@@ -96,14 +97,15 @@ def measure_drive(file: Path, reading_s: float, deadline_s: float) -> tuple[Read
     rates: dict[tuple[int, int], list[float]] = {point: [] for point in GRID}
     offset, rate = 0, math.inf
     try:
-        memory = scratch_memory(_MEMORY_BYTES).data
+        memory = scratch_memory(_MOST_MEMORY_BYTES).data
         drive.read_into(memory[:PAGE], file.name, 0)
         for _ in range(_ROUNDS):
             for number, point in enumerate(GRID):
                 left_s = end - time.perf_counter()
                 if any(rates.values()) and point not in _fitting(GRID[number:], seconds, rate, left_s):
                     continue
-                offset, rate = _read_for(drive, file.name, size, offset, memory, *point, seconds)
+                own = memory[: ReadRate(*point, 0.0).staging_bytes]
+                offset, rate = _read_for(drive, file.name, size, offset, own, *point, seconds)
                 rates[point].append(rate)
     finally:
         drive.close()
@@ -185,7 +187,7 @@ def _key(file: Path) -> str:
         name += os.path.realpath(block)
         name += (block / "size").read_text()
     machine = f"{platform.node()} {platform.machine()} {platform.release()} {os.cpu_count()}"
-    return xxhash.xxh3_64(f"{machine} {name} {GRID}".encode()).hexdigest()
+    return xxhash.xxh3_64(f"{machine} {name} {GRID} into its staging".encode()).hexdigest()
 
 
 def describe_drive(profile: Sequence[ReadRate], transfer: Transfer, *others: Sequence[ReadRate]) -> str:

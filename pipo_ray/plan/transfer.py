@@ -59,7 +59,12 @@ class ReadRate:
     @property
     def keeps_busy(self) -> bool:
         """Whether so much in flight keeps a drive busy beside products, which `choose_transfer` asks for."""
-        return self.threads >= _LEAST_READS and self.in_flight_bytes >= _LEAST_IN_FLIGHT_BYTES
+        return _ONE_DRIVE.met_by(self)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of a run that has so much in flight, with one drive and without a GPU."""
+        return _staged(self, 1, _ONE_DRIVE).staging_bytes
 
 
 WITHOUT_PROFILE = Transfer()
@@ -69,18 +74,32 @@ WITHOUT_PROFILE_IN_PARTS = ReadRate(2 * MIB, 8, 1.0)
 
 # Of the best sweep: what less staging may cost.
 _WITHIN = 0.01
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What staging has in flight at least: reads, and bytes, which a slot holds."""
+
+    reads: int
+    in_flight_bytes: int
+
+    def met_by(self, point: ReadRate) -> bool:
+        return point.threads >= self.reads and point.in_flight_bytes >= self.in_flight_bytes
+
+
 # An idle machine reads as fast with less, as the probe sees it; while products keep the cores busy, a read that has
-# ended waits until its thread gets one, and the others must last as long. (Tried by hand on one machine:
-# no script varies these two; `benchmarks/staging_modes.py` varies the reads and the number of slots.)
-_LEAST_READS = 8
-_LEAST_IN_FLIGHT_BYTES = 16 * MIB
-# The one that is computed with. One more, or more in flight, made no prompt and no token faster; with slots of 8 MiB,
-# two or three, prompts of 256 tokens lost 3 to 5 % (`benchmarks/staging_modes.py`).
+# ended waits until its thread gets one, and the others must last as long. More than that is slower: what a run reads
+# into again and again stays in the processor's cache if it is little. 16 MiB of staging decode 15 % faster than 32 at
+# full speed and prompts of 256 tokens take as long; with 8 MiB those take up to 15 % longer
+# (`benchmarks/staging_runs.py`).
+_ONE_DRIVE = _Need(reads=4, in_flight_bytes=8 * MIB)
+# A GPU's host gives orders for each piece, and of several drives each has parts of 16 MiB (`store/striping.py`).
+_LARGE_PIECES = _Need(reads=8, in_flight_bytes=16 * MIB)
+# The one that is computed with. One more, or more in flight, made no prompt and no token faster
+# (`benchmarks/staging_modes.py`, `benchmarks/staging_runs.py`).
 _HELD_SLOTS = 1
-# Smaller ones cost more for the pieces' sake than they save: a prompt of 256 tokens takes 3 to 5 % longer with 8 MiB,
-# while decoding does not notice (`benchmarks/staging_modes.py --prompt 256`). A run by itself at full speed may want
-# less (docs/architecture.md).
-_SLOT_BYTES = 16 * MIB
+# Of a slot, where more is in flight.
+_MOST_SLOT_BYTES = 16 * MIB
 _SAVED = 4
 _LEAST_SLOT_BYTES = 256 * 1024
 
@@ -110,11 +129,14 @@ def choose_transfer(
     drives share the slots, of which each needs as many as it would by itself.
     """
     if not profile:
-        chosen = WITHOUT_PROFILE if num_drives == 1 else _staged(WITHOUT_PROFILE_IN_PARTS, num_drives)
+        chosen = WITHOUT_PROFILE
+        if num_drives > 1:
+            chosen = _staged(WITHOUT_PROFILE_IN_PARTS, num_drives, _LARGE_PIECES)
         return _in_mode(chosen, mode, num_drives, on_gpu)
     curve = fit_curve((point.in_flight_bytes, point.bytes_per_s) for point in profile)
-    candidates = [(point, _staged(point, num_drives)) for point in profile if point.keeps_busy]
-    candidates = candidates or [(point, _staged(point, num_drives)) for point in profile]
+    need = _LARGE_PIECES if on_gpu or num_drives > 1 else _ONE_DRIVE
+    points = [point for point in profile if need.met_by(point)] or profile
+    candidates = [(point, _staged(point, num_drives, need)) for point in points]
 
     def seconds(point: ReadRate, staged: Transfer) -> float:
         streamed = max(model_bytes + staged.staging_bytes - weight_bytes, 0) if model_bytes else 1
@@ -137,9 +159,9 @@ def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
     return tuple(ReadRate(*point, min(found)) for point, found in rates.items() if len(found) == len(profiles))
 
 
-def _staged(point: ReadRate, num_drives: int) -> Transfer:
+def _staged(point: ReadRate, num_drives: int, need: _Need) -> Transfer:
     """The slots behind a point."""
-    slot = max(point.transfer_bytes, _SLOT_BYTES)
+    slot = max(point.transfer_bytes, need.in_flight_bytes, min(point.in_flight_bytes, _MOST_SLOT_BYTES))
     num_slots = -(-num_drives * point.in_flight_bytes // slot) + _HELD_SLOTS
     return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, num_slots)
 
@@ -168,6 +190,7 @@ def _saving(full: Transfer, slot_bytes: int, num_slots: int, num_drives: int) ->
     more and smaller ones: a piece is a product, and one with few rows of a weight is slow for a prompt.
     """
     slot = max(_LEAST_SLOT_BYTES, slot_bytes // PAGE * PAGE)
-    transfer = min(full.transfer_bytes, slot)
     in_flight = -(-num_slots // 2) * slot
+    # Two reads at least: with a single one a drive has nothing to do between them.
+    transfer = min(full.transfer_bytes, slot, max(PAGE, in_flight // num_drives // 2 // PAGE * PAGE))
     return Transfer(transfer, max(1, in_flight // transfer // num_drives), slot, num_slots)

@@ -95,16 +95,24 @@ def test_a_small_store_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert drive_profile(tmp_path / "nothing", tmp_path) == ()
 
 
-def test_reads_go_to_more_memory_than_a_cache_holds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One place for all of them would measure the processor's cache."""
+@pytest.mark.parametrize("mib, threads, staging_mib", [(2, 4, 16), (2, 8, 32), (8, 8, 64)])
+def test_reads_go_to_as_much_memory_as_a_run_has_for_them(
+    mib: int, threads: int, staging_mib: int, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One place for all of them would measure the processor's cache, and much more memory would leave out what the
+    cache does for a run.
+    """
     places: set[int] = set()
-    monkeypatch.setattr(drive_probe, "_MEMORY_BYTES", 4 * MIB)
-    monkeypatch.setattr(
-        Drive, "read_into", lambda _, memory, *__: places.add(np.frombuffer(memory, np.uint8).ctypes.data)
-    )
+
+    def read_into(_: Drive, memory: memoryview, *__: Any) -> None:
+        if len(memory) == mib * MIB:
+            places.add(np.frombuffer(memory, np.uint8).ctypes.data)
+
+    monkeypatch.setattr(drive_probe, "GRID", ((mib * MIB, threads),))
+    monkeypatch.setattr(Drive, "read_into", read_into)
     measure_drive(store / "large.safetensors", 0.3, 10.0)
     first = min(places)
-    assert {place - first for place in places} == set(range(0, 4 * MIB, MIB // 2))
+    assert {place - first for place in places} == set(range(0, staging_mib * MIB, mib * MIB))
 
 
 class _SlowDrive:
@@ -138,7 +146,7 @@ def measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[_S
     with file.open("wb") as sparse:
         sparse.truncate(512 * MIB)
 
-    monkeypatch.setattr(drive_probe, "_MEMORY_BYTES", 16 * MIB)
+    monkeypatch.setattr(drive_probe, "_MOST_MEMORY_BYTES", 16 * MIB)
 
     def measure(drive: _SlowDrive) -> tuple[ReadRate, ...]:
         monkeypatch.setattr(drive_probe, "time", drive)

@@ -84,7 +84,7 @@ def test_saving_takes_a_quarter_of_the_staging(profile: list[ReadRate]) -> None:
 def test_saving_on_a_gpu_takes_a_quarter_in_both_places_and_few_pieces(profile: list[ReadRate]) -> None:
     """The host gives orders for each piece, so they are larger than a quarter."""
     full, saving = choose_transfer(profile, on_gpu=True), choose_transfer(profile, "memory-saver", on_gpu=True)
-    assert full == choose_transfer(profile)
+    assert full.slot_bytes >= 16 * MIB
 
     def staging(transfer: Transfer) -> int:
         return transfer.staging_bytes + transfer.num_gpu_slots * transfer.slot_bytes
@@ -111,18 +111,34 @@ def test_the_least_in_flight_of_what_is_as_fast_as_the_best() -> None:
         ReadRate(16 * MIB, 16, 2.0e9),
     ]  # fmt: skip
     chosen = choose_transfer(profile)
-    assert (chosen.transfer_bytes, chosen.read_threads) == (2 * MIB, 8)
+    assert (chosen.transfer_bytes, chosen.read_threads) == (1 * MIB, 8)
     assert chosen.staging_bytes < WITHOUT_PROFILE.staging_bytes
+
+
+def test_more_in_flight_in_larger_pieces_for_a_gpu_and_for_several_drives() -> None:
+    """A GPU's host gives orders for each piece; of several drives each has parts of 16 MiB."""
+    profile = [ReadRate(2 * MIB, 4, 2e9), ReadRate(2 * MIB, 8, 2e9)]
+    alone = choose_transfer(profile)
+    assert (alone.read_threads, alone.slot_bytes, alone.num_slots) == (4, 8 * MIB + 2 * PAGE, 2)
+    for chosen in (choose_transfer(profile, on_gpu=True), choose_transfer(profile, num_drives=2)):
+        assert (chosen.read_threads, chosen.slot_bytes) == (8, 16 * MIB + 2 * PAGE)
+
+
+def test_saving_has_two_reads_in_flight_at_least() -> None:
+    """With a single one a drive has nothing to do between them."""
+    saving = choose_transfer([ReadRate(2 * MIB, 4, 2e9)], "memory-saver")
+    assert (saving.num_slots, saving.slot_bytes) == (2, 2 * MIB)
+    assert (saving.transfer_bytes, saving.read_threads) == (MIB, 2)
 
 
 def test_reads_have_slots_beside_what_the_drive_has_answered() -> None:
     """A slot is computed with."""
-    for threads, transfer, slots in ((8, 2, 2), (8, 4, 3), (8, 8, 5), (8, 16, 9), (16, 16, 17)):
+    for threads, transfer, slots in ((4, 2, 2), (8, 2, 2), (8, 4, 3), (8, 8, 5), (8, 16, 9), (16, 16, 17)):
         assert choose_transfer([ReadRate(transfer * MIB, threads, 2e9)]).num_slots == slots
 
 
 def test_few_reads_in_flight_are_not_enough_for_busy_cores() -> None:
-    chosen = choose_transfer([ReadRate(2 * MIB, 1, 2.0e9), ReadRate(1 * MIB, 8, 2.0e9), ReadRate(8 * MIB, 8, 2.0e9)])
+    chosen = choose_transfer([ReadRate(8 * MIB, 1, 2.0e9), ReadRate(1 * MIB, 4, 2.0e9), ReadRate(8 * MIB, 8, 2.0e9)])
     assert chosen.transfer_bytes == 8 * MIB
 
 
@@ -132,8 +148,9 @@ def test_a_drive_that_was_not_measured() -> None:
 
 @given(profiles() | st.just([]), st.integers(2, 4), st.sampled_from(["performance", "memory-saver"]))
 def test_several_drives_share_the_slots(profile: list[ReadRate], num_drives: int, mode: Mode) -> None:
-    """Each has as many as it would have alone; a part of 16 MiB fits into one."""
-    one, several = choose_transfer(profile, mode), choose_transfer(profile, mode, num_drives=num_drives)
+    """Each has as many as it would have alone with such pieces; a part of 16 MiB fits into one."""
+    one = choose_transfer(profile, mode, on_gpu=mode == "performance")
+    several = choose_transfer(profile, mode, num_drives=num_drives)
     assert several.transfer_bytes <= several.slot_bytes
     if mode == "performance":
         assert several.slot_bytes == 16 * MIB + 8192
