@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 from limited_loader import limit, limited_loaders
 from streaming import options, prompt_seconds, random_store, sweep_seconds
-from throttle import disk_of, obstacle, throttled
+from throttle import held_to, obstacle
 
 from pipo_ray import LLM
 from pipo_ray.plan.drive_probe import drive_profile
@@ -272,8 +272,7 @@ def main() -> int:
         print(f"--rate {arguments.rate}: {reason}", file=sys.stderr)
         return 2
     with random_store(parse_size(arguments.size), arguments.folder) as store, contextlib.ExitStack() as stack:
-        if arguments.rate:
-            stack.enter_context(throttled([disk_of(store)], parse_size(arguments.rate)))
+        stack.enter_context(held_to(arguments.rate, store))
         stack.enter_context(busy_programs(arguments.beside))
         rows = measure(arguments, store)
     print(f"{'setting':24} {'staging':>10} {'slots':>6} {'reads':>12} {'s/sweep':>8} {'speed':>16} {'same memory':>12}")

@@ -17,7 +17,6 @@ its standard error. All keep the same weights resident.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 
 from staging_modes import MIB, PERFORMANCE, middle_ratio, settings
 from streaming import options, prompt_seconds, random_store, sweep_seconds
-from throttle import disk_of, obstacle, throttled
+from throttle import held_to, obstacle
 
 from pipo_ray import LLM
 from pipo_ray.plan.transfer import Transfer
@@ -97,9 +96,7 @@ def main() -> int:
     if arguments.rate and (reason := obstacle()):
         print(f"--rate {arguments.rate}: {reason}", file=sys.stderr)
         return 2
-    with random_store(parse_size(arguments.size), arguments.folder) as store, contextlib.ExitStack() as stack:
-        if arguments.rate:
-            stack.enter_context(throttled([disk_of(store)], parse_size(arguments.rate)))
+    with random_store(parse_size(arguments.size), arguments.folder) as store, held_to(arguments.rate, store):
         rows = measure(store, arguments)
     kinds = list(rows[PERFORMANCE]["seconds"])
     head = "".join(f"{f'{kind}, s':>12} {'speed':>16} " for kind in kinds)

@@ -1,6 +1,6 @@
 """A drive that reads no faster than it is told to: the blkio controller of cgroup v1. Needs root.
 
-`staging_modes.py` and `striping.py` import `throttle.py`, which does nothing by itself.
+`staging_modes.py`, `staging_runs.py` and `striping.py` import `throttle.py`, which does nothing by itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipo_ray.session.memory import parse_size
 
 CONTROLLER = Path("/sys/fs/cgroup/blkio")
 
@@ -27,6 +29,11 @@ def disk_of(folder: Path) -> str:
     number = os.stat(folder).st_dev
     place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     return ((place.parent if (place / "partition").exists() else place) / "dev").read_text().strip()
+
+
+def held_to(rate: str | None, folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The drive that `folder` is on held to `rate` ("1GB": a second) while it is open; None: as it is."""
+    return throttled([disk_of(folder)], parse_size(rate)) if rate else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def test_staging_is_worth_its_memory(profile: list[ReadRate], model_gib: int, we
 
     chosen = seconds(choose_transfer(profile, **sizes))
     for point in profile:
-        if point.threads >= 8 and point.in_flight_bytes >= 16 * MIB:
+        if point.threads >= 4 and point.in_flight_bytes >= 8 * MIB:
             only = [ReadRate(point.transfer_bytes, point.threads, point.bytes_per_s)]
             assert chosen <= 1.0101 * seconds(choose_transfer(only, **sizes))
 
@@ -85,6 +85,11 @@ def test_saving_on_a_gpu_takes_a_quarter_in_both_places_and_few_pieces(profile: 
     """The host gives orders for each piece, so they are larger than a quarter."""
     full, saving = choose_transfer(profile, on_gpu=True), choose_transfer(profile, "memory-saver", on_gpu=True)
     assert full.slot_bytes >= 16 * MIB
+    if profile:
+        assert full.read_threads >= 8
+        assert full.transfer_bytes * full.read_threads >= 16 * MIB
+    else:
+        assert full == WITHOUT_PROFILE
 
     def staging(transfer: Transfer) -> int:
         return transfer.staging_bytes + transfer.num_gpu_slots * transfer.slot_bytes
