@@ -4,7 +4,7 @@ How to run (a machine with CUDA, 60 GB of RAM and of temporary disk; ten minutes
 
     python benchmarks/gpu_stream.py [--shapes llama-3-8b,opt-13b] [--rows 1,4,32,prompt,disk,kv] [--gpu-memory 6GiB]
                                     [--folder FOLDER] [--json FILE] [--trace FOLDER] [--[no-]kv-on-cpu] [--quick]
-                                    [--mode memory-saver]
+                                    [--mode memory-saver] [--slots 64MiBx3]
     python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b,llama-3-70b --rows 1,4,32    (100 GB of RAM)
     python benchmarks/gpu_stream.py --precision int4 --shapes opt-30b --rows 32 --no-kv-on-cpu
 
@@ -32,6 +32,7 @@ the link from RAM in every sweep, beside the weights.
                  is registered with CUDA, in the background
     slots        MiB of staging: in RAM, and on the GPU
 
+`--slots`: other slots than pipo chooses, of this size, so many on the GPU and two in RAM, to compare them.
 `--quick`: a model of 3 GB and a budget of 2 GiB, to see whether everything works.
 """
 
@@ -58,6 +59,8 @@ from random_opt import OPT_13B, OptShape
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.plan.drive_probe import measure_drive
+from pipo_ray.plan.pieces import PAGE
+from pipo_ray.plan.transfer import Transfer
 from pipo_ray.session.memory import format_size, parse_size
 
 SHAPES: dict[str, LlamaShape | OptShape] = {
@@ -150,10 +153,11 @@ def run_row(
     trace: Path | None = None,
     kv_on_cpu: bool | None = None,
     mode: str = "performance",
+    transfer: Transfer | None = None,
 ) -> dict[str, Any]:
     """One line of the table."""
     begin = time.perf_counter()
-    options = {**settings(row, sweeps, gpu_memory, shape), "mode": mode}
+    options = {**settings(row, sweeps, gpu_memory, shape), "mode": mode, "transfer": transfer}
     if kv_on_cpu is not None:
         options["kv_on_cpu"] = kv_on_cpu
     prompts = prompts_for(row, shape, 0)
@@ -299,11 +303,17 @@ def main() -> int:
         help="KV in RAM, the processor attends; default: pipo's choice",
     )
     parser.add_argument("--mode", choices=("performance", "memory-saver"), default="performance")
+    parser.add_argument("--slots", help="SIZExNUMBER, of the slots on the GPU (default: what pipo chooses)")
     parser.add_argument("--quick", action="store_true", help="a small model and a small budget")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--trace", type=Path, help="a folder for a trace of each row, which costs speed")
     options = parser.parse_args()
     names, gpu_memory = options.shapes.split(","), parse_size(options.gpu_memory, "--gpu-memory")
+    transfer = None
+    if options.slots:
+        size, number = options.slots.split("x")
+        slot = parse_size(size, "--slots")
+        transfer = Transfer(min(slot, 8 << 20), 4, slot + 2 * PAGE, 2, int(number))
     if options.quick:
         names, gpu_memory = ["small"], 2 << 30
     rows: list[dict[str, Any]] = []
@@ -317,7 +327,7 @@ def main() -> int:
                 rows.append(
                     run_row(
                         store, name, row, gpu_memory, options.sweeps, options.rounds, SHAPES[name], options.precision,
-                        trace, options.kv_on_cpu, options.mode,
+                        trace, options.kv_on_cpu, options.mode, transfer,
                     )
                 )  # fmt: skip
                 show(rows[-1])

@@ -181,7 +181,8 @@ class LLM:
         try:
             session = Session(
                 object_store_bytes=store_bytes(self._plan), address=ray_address, dashboard=dashboard,
-                worker_environment=worker_environment(), preload=("pipo_ray.actors.calls",),
+                worker_environment=worker_environment(self._plan.sweep.num_matrix_shapes),
+                preload=("pipo_ray.actors.calls",),
             )  # fmt: skip
             self._stack.callback(session.close)
             self._session = session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.messages import Placement
@@ -72,11 +72,13 @@ hand).
 LOADER_BYTES = 60 * MIB
 """Each loader beyond the first, one for every further drive of a striped store."""
 
-_LARGER_SLOTS_BESIDE_CPU = 2
-"""Where the processor attends, the link goes on in each layer only as long as there is room in slots; and the host is
-what everything waits for, if it is not quick: it has a product, a copy and five events to give orders for with each
-piece, however large.
+_LARGER_GPU_SLOTS = 2
+"""Where the host has most orders to give for a piece, however large that is: kernels for few bits, or products, copies
+and events for a processor that attends. If it is not quick, everything waits for it.
 """
+
+_MORE_GPU_SLOTS_BESIDE_CPU = 1
+"""Where the processor attends, the link goes on in each layer only as long as there is room in slots."""
 
 
 @dataclass(frozen=True)
@@ -336,8 +338,9 @@ def _plan_gpu_run(
     wanted_host_kv = 0
     if kv_on_cpu:
         wanted_kv, wanted_host_kv = 0, wanted_kv
-    if kv_on_cpu:
-        transfer = transfer.in_fewer_slots(_LARGER_SLOTS_BESIDE_CPU)
+        transfer = replace(transfer, num_gpu_slots=transfer.num_gpu_slots + _MORE_GPU_SLOTS_BESIDE_CPU)
+    if kv_on_cpu or low_bit_weights:
+        transfer = transfer.in_fewer_slots(_LARGER_GPU_SLOTS)
     # On a GPU, pages whose others are in RAM or on the drive take a share however many tokens are asked for.
     some = None if kv_in_ram or kv_on_disk is not None else max_kv_tokens
     kv_bytes = max(least_kv, min(kv_room(spare, some, transfer.num_gpu_slots * transfer.slot_bytes), wanted_kv))
@@ -394,7 +397,7 @@ def _plan_gpu_run(
     gpu_slots = 0 if whole else max(sweep.max_held + 1, min(transfer.num_gpu_slots, gpu_weights // slot_bytes))
     on_gpu = choose_residents(sweep.pieces, gpu_weights - gpu_slots * slot_bytes)
     off_gpu = [piece for piece in sweep.pieces if piece.index not in set(on_gpu)]
-    num_slots = max(2, min(transfer.num_slots, int(host * STAGING_SHARE) // slot_bytes))
+    num_slots = max(min(2, transfer.num_slots), min(transfer.num_slots, int(host * STAGING_SHARE) // slot_bytes))
     left = host - num_slots * slot_bytes
     in_ram = choose_residents(off_gpu, left)
     arenas, places = pack_arenas(sweep.pieces, in_ram)

@@ -80,6 +80,12 @@ class SweepPlan:
         """How many drives the pieces are on, and so how many loaders there are."""
         return 1 + max((piece.drive for piece in self.pieces), default=0)
 
+    @property
+    def num_matrix_shapes(self) -> int:
+        """How many shapes there are among the matrices' parts, each of which is a product of its own."""
+        tensors = (tensor for piece in self.pieces for tensor in piece.tensors)
+        return len({(one.row_stop - one.row_start, *one.shape[1:]) for one in tensors if len(one.shape) > 1})
+
 
 def largest_uncut_bytes(blocks: Iterable[StoredBlock]) -> int:
     """Bytes of the largest tensor that must be in one slot, its pages included: the least slot size."""

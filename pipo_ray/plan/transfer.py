@@ -30,7 +30,7 @@ class Transfer:
     read_threads: int = 4
     slot_bytes: int = 32 * MIB + 2 * PAGE
     num_slots: int = 6
-    num_gpu_slots: int = 4
+    num_gpu_slots: int = 3
 
     @property
     def staging_bytes(self) -> int:
@@ -39,7 +39,7 @@ class Transfer:
 
     def in_fewer_slots(self, times: int) -> Transfer:
         """The same memory in slots `times` as large, or a little more for want of a whole one."""
-        num_slots = max(2, -(-self.num_slots // times))
+        num_slots = max(min(2, self.num_slots), -(-self.num_slots // times))
         return replace(self, slot_bytes=times * self.slot_bytes, num_slots=num_slots)
 
 
@@ -78,10 +78,11 @@ _WITHIN = 0.01
 
 @dataclass(frozen=True)
 class _Need:
-    """What staging has in flight at least: reads, and bytes, which a slot holds."""
+    """What staging has in flight at least: reads, and bytes, which a slot holds; and what a slot holds at least."""
 
     reads: int
     in_flight_bytes: int
+    slot_bytes: int = 0
 
     def met_by(self, point: ReadRate) -> bool:
         return point.threads >= self.reads and point.in_flight_bytes >= self.in_flight_bytes
@@ -93,8 +94,12 @@ class _Need:
 # full speed and prompts of 256 tokens take as long; with 8 MiB those take up to 15 % longer
 # (`benchmarks/staging_runs.py`).
 _ONE_DRIVE = _Need(reads=4, in_flight_bytes=8 * MIB)
-# A GPU's host gives orders for each piece, and of several drives each has parts of 16 MiB (`store/striping.py`).
-_LARGE_PIECES = _Need(reads=8, in_flight_bytes=16 * MIB)
+# Of several drives each has parts of 16 MiB (`store/striping.py`).
+_SEVERAL_DRIVES = _Need(reads=8, in_flight_bytes=16 * MIB)
+# A GPU's host gives orders for each piece, however large, and is held up at times. Three slots of 32 MiB there have
+# 97.4 % of the link's rate where four of 16 have 84.8 to 93.1, and an int4 model's 93.6 instead of 87.4; eight of 16
+# have less than four (`benchmarks/gpu_stream.py`, one H200 each; docs/architecture.md, "On a GPU").
+_GPU = _Need(reads=8, in_flight_bytes=16 * MIB, slot_bytes=32 * MIB)
 # The one that is computed with. One more, or more in flight, made no prompt and no token faster
 # (`benchmarks/staging_modes.py`, `benchmarks/staging_runs.py`).
 _HELD_SLOTS = 1
@@ -131,10 +136,10 @@ def choose_transfer(
     if not profile:
         chosen = WITHOUT_PROFILE
         if num_drives > 1:
-            chosen = _staged(WITHOUT_PROFILE_IN_PARTS, num_drives, _LARGE_PIECES)
+            chosen = _staged(WITHOUT_PROFILE_IN_PARTS, num_drives, _GPU if on_gpu else _SEVERAL_DRIVES)
         return _in_mode(chosen, mode, num_drives, on_gpu)
     curve = fit_curve((point.in_flight_bytes, point.bytes_per_s) for point in profile)
-    need = _LARGE_PIECES if on_gpu or num_drives > 1 else _ONE_DRIVE
+    need = _GPU if on_gpu else _SEVERAL_DRIVES if num_drives > 1 else _ONE_DRIVE
     points = [point for point in profile if need.met_by(point)] or profile
     candidates = [(point, _staged(point, num_drives, need)) for point in points]
 
@@ -161,23 +166,25 @@ def slowest(profiles: Sequence[Sequence[ReadRate]]) -> tuple[ReadRate, ...]:
 
 def _staged(point: ReadRate, num_drives: int, need: _Need) -> Transfer:
     """The slots behind a point."""
-    slot = max(point.transfer_bytes, need.in_flight_bytes, min(point.in_flight_bytes, _MOST_SLOT_BYTES))
+    in_flight = min(point.in_flight_bytes, _MOST_SLOT_BYTES)
+    slot = max(point.transfer_bytes, need.in_flight_bytes, need.slot_bytes, in_flight)
     num_slots = -(-num_drives * point.in_flight_bytes // slot) + _HELD_SLOTS
     return Transfer(point.transfer_bytes, point.threads, slot + 2 * PAGE, num_slots)
 
 
 def _in_mode(full: Transfer, mode: Mode, num_drives: int, on_gpu: bool) -> Transfer:
-    """`full` itself, or a quarter of its staging: as many slots, a quarter as large, or with a GPU half as many in both
-    places, so much larger.
+    """`full` itself, or a quarter of its staging: as many slots, a quarter as large, or with a GPU one in RAM and two
+    there, so larger.
 
     On a GPU the host gives orders for each piece, however large: with slots a quarter as large a sweep took twice as
-    long, with half as many it lost 4 % (`benchmarks/gpu_stream.py --mode memory-saver`).
+    long (`benchmarks/gpu_stream.py --mode memory-saver`). One slot in RAM does, because it is free again as soon as it
+    was copied, which takes a twentieth of the time that a drive reads into it.
     """
     if mode == "performance":
         return full
     if not on_gpu:
         return _saving(full, full.slot_bytes // _SAVED, full.num_slots, num_drives)
-    num_slots, num_gpu_slots = max(2, -(-full.num_slots // 2)), max(2, full.num_gpu_slots // 2)
+    num_slots, num_gpu_slots = 1, 2
     slot = (full.num_slots + full.num_gpu_slots) * full.slot_bytes // (_SAVED * (num_slots + num_gpu_slots))
     return replace(_saving(full, slot, num_slots, num_drives), num_gpu_slots=num_gpu_slots)
 

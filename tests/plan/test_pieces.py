@@ -209,6 +209,14 @@ def test_aliases_and_tensors_in_no_piece() -> None:
     assert plan.calls[0].whole == plan.calls[0].streamed == ()
 
 
+@given(stored_blocks(), st.integers(0, 3))
+def test_shapes_of_products_are_those_of_the_parts(blocks: tuple[StoredBlock, ...], more_pages: int) -> None:
+    pieces = cut_pieces(blocks, largest_uncut_bytes(blocks) + more_pages * PAGE)
+    plan = SweepPlan(tuple(pieces), (), (), (), (), 0)
+    parts = [(tensor.row_stop - tensor.row_start, tensor.shape) for piece in pieces for tensor in piece.tensors]
+    assert plan.num_matrix_shapes == len({(rows, shape[1:]) for rows, shape in parts if len(shape) >= 2})
+
+
 @given(sweeps())
 def test_every_use_is_counted(sweep: Sweep) -> None:
     plan = plan_sweep(*sweep, {})
