@@ -70,7 +70,7 @@ def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         seconds[OWN].append(took)
         for transfer in best:
             seconds[name_of(transfer)].append(run(store, weights, transfer, arguments.sweeps)[0])
-    winner = min(seconds, key=lambda name: statistics.median(seconds[name]))
+    winner = min(map(name_of, best), key=lambda name: statistics.median(seconds[name]))
     speeds = [theirs / ours for ours, theirs in zip(seconds[OWN], seconds[winner], strict=True)]
     return {
         "once": once, "seconds": seconds, "chosen": name_of(chosen), "best": winner, "speeds": speeds,

@@ -81,6 +81,13 @@ def few_bits(draw: st.DrawFn) -> tuple[ModelFacts, LowBitKV]:
     return low.applied_to(facts), low
 
 
+def said_least(error: BudgetError) -> str:
+    """The memory that an error says would do."""
+    found = re.search(r"at least (\S+ \S+) would do", str(error))
+    assert found, error
+    return found[1]
+
+
 @given(few_bits(), st.integers(0, 1 << 32), st.integers(1, 100_000), st.integers(0, 1 << 31), st.integers(1, 40))
 def test_packed_pages_that_are_admitted_have_a_place(
     model: tuple[ModelFacts, LowBitKV], ram_bytes: int, wanted: int, gpu_bytes: int, sequences: int
@@ -89,8 +96,11 @@ def test_packed_pages_that_are_admitted_have_a_place(
     gpu = gpu_bytes if gpu_bytes >= gpu_bytes_for(facts, 1, low) else 0
     try:
         placement = place_kv(facts, ram_bytes, wanted, KVOnDisk(None, "folder"), gpu, low, sequences)
-    except BudgetError:
-        assert ram_bytes < least_ram_bytes(facts, low, num_windows=0 if gpu else 1)
+    except BudgetError as error:
+        least = least_ram_bytes(facts, low, num_windows=0 if gpu else 1)
+        assert ram_bytes < least
+        assert re.match(r"KV cache of .* in RAM is too low for --kv-on-disk: at least .* would do", str(error))
+        place_kv(facts, parse_size(said_least(error), "least"), wanted, KVOnDisk(None, "folder"), gpu, low, sequences)
         return
     sizes = DiskPages.of(facts, low)
     assert placement.ram_bytes + (0 if gpu else placement.windows_bytes) <= ram_bytes

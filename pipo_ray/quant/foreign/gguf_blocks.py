@@ -88,7 +88,8 @@ class GgufWeight(ForeignWeight):
 
 def dequantized(blocks: torch.Tensor, kind: GGMLQuantizationType) -> Array:
     """float32 values of uint8 blocks [rows, bytes]."""
-    values: Array = gguf.dequantize(blocks.numpy(), kind).astype(np.float32, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale: who asks for the values looks at them
+        values: Array = gguf.dequantize(blocks.numpy(), kind).astype(np.float32, copy=False)
     return values
 
 
@@ -109,19 +110,25 @@ class _BlockRows:
     blocks: torch.Tensor
 
     def values(self) -> torch.Tensor:
-        return torch.from_numpy(dequantized(self.blocks, self.weight.kind))
+        values = torch.from_numpy(dequantized(self.blocks, self.weight.kind))
+        if self.weight.is_quantized and not bool(values.isfinite().all()):  # no code but a scale is not finite
+            raise self._damaged()
+        return values
 
     def rounded(self, low_bit: LowBitFormat) -> Rounded:
         rows = len(self.blocks)
         blocks = self.blocks.view(-1, gguf.GGML_QUANT_SIZES[self.weight.kind][1])
         codes, scales, zeros = _CODES[self.weight.kind](blocks)
         if not bool(scales.isfinite().all() and zeros.isfinite().all()):
-            raise CheckpointError(
-                f"tensor {self.weight.key!r} in {self.weight.file} holds a scale that is not finite; the file is "
-                "damaged: download it again"
-            )
+            raise self._damaged()
         parts = (scales.view(rows, -1).bfloat16(), zeros.view(rows, -1).bfloat16())
         return Rounded(codes.view(rows, -1), *parts)
+
+    def _damaged(self) -> CheckpointError:
+        return CheckpointError(
+            f"tensor {self.weight.key!r} in {self.weight.file} holds a scale that is not finite; the file is "
+            "damaged: download it again"
+        )
 
 
 def _halves(blocks: torch.Tensor) -> torch.Tensor:

@@ -103,13 +103,26 @@ def test_a_scale_that_bf16_holds_is_kept(tmp_path: Path) -> None:
     assert torch.equal(got, torch.from_numpy(gguf.dequantize(blocks, Kind.Q4_0)))
 
 
-def test_a_scale_that_is_not_finite(tmp_path: Path) -> None:
-    blocks = gguf.quants.quantize(np.ones((8, 64), np.float32), Kind.Q4_0)
-    blocks[5, :2] = np.array([np.nan], np.float16).view(np.uint8)
-    weight = weight_of(blocks, Kind.Q4_0, tmp_path)
-    assert weight.low_bit is not None
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [(Kind.Q4_0, 0), (Kind.Q4_1, 2), (Kind.Q4_K, 0), (Kind.Q5_K, 2), (Kind.Q6_K, 208), (Kind.Q8_0, 0)],
+)
+def test_a_scale_that_is_not_finite(kind: Kind, place: int, value: float, tmp_path: Path) -> None:
+    """`place` is that of a float16 in a block; also of the types that are dequantized."""
+    rng = np.random.default_rng(0)
+    random = kind in (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
+    ones = np.ones((8, 512), np.float32)
+    blocks = random_k_blocks(ones.shape, kind, rng) if random else gguf.quants.quantize(ones, kind)
+    blocks = blocks.view(np.uint8).reshape(8, -1)
+    blocks[5, place : place + 2] = np.array([value], np.float16).view(np.uint8)
+    weight = weight_of(blocks, kind, tmp_path)
     with pytest.raises(CheckpointError, match=r"'w' in .* holds a scale that is not finite"):
-        weight.rows(0, 8).rounded(weight.low_bit)
+        weight.rows(0, 8).values()
+    if weight.low_bit is not None:
+        with pytest.raises(CheckpointError, match=r"'w' in .* holds a scale that is not finite"):
+            weight.rows(0, 8).rounded(weight.low_bit)
+    assert bool(weight.rows(0, 5).values().isfinite().all())
 
 
 ROUNDED = "(codes as they are; scales and zeros rounded to bf16, by 2^-8 at most)"

@@ -324,6 +324,28 @@ def test_damaged_parts_are_named(
         opened(tmp_path, GPTQ, parts)
 
 
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "nan"), (0.0, "0")])
+def test_damaged_scales_of_awq_are_named(value: float, said: str, tmp_path: Path) -> None:
+    parts = awq_parts(quantize(weight(), 4, 32, symmetric=False))
+    parts["scales"][1, 2] = value
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    with pytest.raises(CheckpointError, match=rf"'up\.scales' .* holds the scale {said} .*download it again"):
+        opened(tmp_path, settings, parts)
+
+
+@pytest.mark.parametrize(("value", "said"), [(torch.inf, "inf"), (0.0, "0")])
+def test_damaged_scales_of_compressed_tensors_are_named(value: float, said: str, tmp_path: Path) -> None:
+    arguments = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    made, _ = compressed(arguments, "pack-quantized", torch.float16)
+    made["weight_scale"][1, 2] = value
+    settings = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **arguments}}},
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=rf"'up\.weight_scale' .* holds the scale {said} .*download it again"):
+        opened(tmp_path, settings, made)
+
+
 def test_a_group_that_does_not_divide(tmp_path: Path) -> None:
     parts = gptq_parts(quantize(weight(), 4, 32, symmetric=False), 4)
     with pytest.raises(CheckpointError, match=r"'up\.weight' has 256 columns, which groups of 48 do not divide"):
