@@ -1,6 +1,6 @@
 """How the CPU's compute threads should wait for each other: a decode step alone, and beside other work.
 
-How to run (a minute; --quick: 15 s):
+How to run (four minutes; --quick: 15 s):
 
     python benchmarks/cpu_threads.py [--quick] [--beside 0 1 2] [--rounds 3] [--json FILE]
 
