@@ -21,6 +21,8 @@
 | another Ray cluster | test_another_cluster | session/test_ray_node |
 | unknown hub id without a network | cli/test_prepare | cli/test_download |
 | --dtype, --trace, --ray-address | test_the_command_line | cli/test_run |
+| bits, groups, policies that are unknown or of another model | test_few_bits | quant/test_formats, quant/test_policy |
+| a calibration text that is too short | test_a_calibration_text_that_is_too_short | quant/test_calibration_text |
 """
 
 from __future__ import annotations
@@ -185,6 +187,50 @@ def test_the_command_line(sound: Path, tmp_path: Path, arguments: list[str], wor
     line = at_once("run", str(sound), *(places.get(one, one) for one in arguments))
     for word in words:
         assert places.get(word.rpartition(" ")[2], word) in line
+
+
+FEW_BITS = {
+    "nowhere.json": None,
+    "bad.json": "{oops",
+    "foreign.json": json.dumps(
+        {"rules": [["*", "int4"]], "model": {"architecture": "GPT2", "layers": 2, "tensors": "0" * 32}}
+    ),
+    "short.txt": "Too short.",
+}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--precision", "int5"], ["precision 'int5' has 5 bits", "supported are 4 and 8"]),
+        (["--precision", "int4-g48"], ["precision 'int4-g48' has groups of 48 columns", "supported are 32, 64, 128"]),
+        (["--precision", "int8-g64"], ["precision 'int8-g64'", "one scale per row", "write int8"]),
+        (["--precision", "nowhere.json"], ["precision policy nowhere.json cannot be read", "check the path"]),
+        (["--precision", "bad.json"], ["precision policy bad.json is not JSON"]),
+        (["--precision", "foreign.json"], ["foreign.json was made for", "--precision auto"]),
+        (["--precision", "auto"], ["--max-loss", "--max-size"]),
+        (["--precision", "int4", "--max-loss", "1%"], ["--max-loss", "--precision auto"]),
+        (["--kv-precision", "5"], ["--kv-precision", "5", "8", "4"]),
+    ],
+)
+def test_few_bits(sound: Path, tmp_path: Path, arguments: list[str], words: list[str], at_once: AtOnce) -> None:
+    for name, text in FEW_BITS.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    line = at_once("run", str(sound), *IDS, *(str(tmp_path / one) if one in FEW_BITS else one for one in arguments))
+    for word in words:
+        assert word in line.replace(f"{tmp_path}/", "")
+
+
+def test_a_calibration_text_that_is_too_short(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(FEW_BITS["short.txt"] or "")
+    bundled = Path(__file__).parents[2] / "pipo_ray" / "bundled"
+    line = refused(
+        "pack", str(bundled), str(tmp_path / "store"), "--precision", "int4", "--calibrate", str(tmp_path / "short.txt")
+    )
+    assert "short.txt" in line
+    assert "at least" in line
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
