@@ -264,6 +264,7 @@ def _results(
     try:
         while not isinstance(item := handover.take(), BaseException):
             yield item
+            del item  # taking the next one lets those behind it be made
         if not isinstance(item, StopIteration):
             raise item
     finally:
