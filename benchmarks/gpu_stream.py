@@ -32,7 +32,8 @@ the link from RAM in every sweep, beside the weights.
                  is registered with CUDA, in the background
     slots        MiB of staging: in RAM, and on the GPU
 
-`--slots`: other slots than pipo chooses, of this size, so many on the GPU and two in RAM, to compare them.
+`--slots`: other slots than pipo chooses, of this size, so many on the GPU and two in RAM, to compare them; as
+pipo's own, they are twice as large where weights have few bits or the processor attends.
 `--quick`: a model of 3 GB and a budget of 2 GiB, to see whether everything works.
 """
 

@@ -397,7 +397,7 @@ def _plan_gpu_run(
     gpu_slots = 0 if whole else max(sweep.max_held + 1, min(transfer.num_gpu_slots, gpu_weights // slot_bytes))
     on_gpu = choose_residents(sweep.pieces, gpu_weights - gpu_slots * slot_bytes)
     off_gpu = [piece for piece in sweep.pieces if piece.index not in set(on_gpu)]
-    num_slots = max(min(2, transfer.num_slots), min(transfer.num_slots, int(host * STAGING_SHARE) // slot_bytes))
+    num_slots = min(transfer.num_slots, max(2, int(host * STAGING_SHARE) // slot_bytes))
     left = host - num_slots * slot_bytes
     in_ram = choose_residents(off_gpu, left)
     arenas, places = pack_arenas(sweep.pieces, in_ram)

@@ -84,7 +84,7 @@ class SweepPlan:
     def num_matrix_shapes(self) -> int:
         """How many shapes there are among the matrices' parts, each of which is a product of its own."""
         tensors = (tensor for piece in self.pieces for tensor in piece.tensors)
-        return len({(one.row_stop - one.row_start, *one.shape[1:]) for one in tensors if len(one.shape) > 1})
+        return len({one.shape for one in tensors if len(one.shape) > 1})
 
 
 def largest_uncut_bytes(blocks: Iterable[StoredBlock]) -> int:

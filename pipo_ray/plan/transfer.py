@@ -39,7 +39,7 @@ class Transfer:
 
     def in_fewer_slots(self, times: int) -> Transfer:
         """The same memory in slots `times` as large, or a little more for want of a whole one."""
-        num_slots = max(min(2, self.num_slots), -(-self.num_slots // times))
+        num_slots = min(self.num_slots, max(2, -(-self.num_slots // times)))
         return replace(self, slot_bytes=times * self.slot_bytes, num_slots=num_slots)
 
 
@@ -133,13 +133,13 @@ def choose_transfer(
     of one point differ by more than 1 %. Slots hold several transfers, because large ones cut fewer matrices. All
     drives share the slots, of which each needs as many as it would by itself.
     """
+    need = _GPU if on_gpu else _SEVERAL_DRIVES if num_drives > 1 else _ONE_DRIVE
     if not profile:
         chosen = WITHOUT_PROFILE
         if num_drives > 1:
-            chosen = _staged(WITHOUT_PROFILE_IN_PARTS, num_drives, _GPU if on_gpu else _SEVERAL_DRIVES)
+            chosen = _staged(WITHOUT_PROFILE_IN_PARTS, num_drives, need)
         return _in_mode(chosen, mode, num_drives, on_gpu)
     curve = fit_curve((point.in_flight_bytes, point.bytes_per_s) for point in profile)
-    need = _GPU if on_gpu else _SEVERAL_DRIVES if num_drives > 1 else _ONE_DRIVE
     points = [point for point in profile if need.met_by(point)] or profile
     candidates = [(point, _staged(point, num_drives, need)) for point in points]
 

@@ -16,8 +16,8 @@ LEAST_KEPT_PRODUCTS = 32
 def worker_environment(num_matrix_shapes: int) -> dict[str, str]:
     """Variables by name, for a sweep with so many shapes of matrices.
 
-    For each shape of inputs and matrix torch's bf16 products keep compiled code, half a megabyte on a processor with a
-    matrix unit, in two caches of 1,024 if nothing else is said; and prompts have ever other numbers of rows, so it was
+    For each shape of inputs and matrix torch's bf16 products keep compiled code, 0.7 MB on a processor with a matrix
+    unit, in two caches of 1,024 if nothing else is said; and prompts have ever other numbers of rows, so it was
     80 MiB after 1,000 sweeps of the bundled model (`benchmarks/soak.py --join`). Two sweeps' are kept: with less than
     one's each would be compiled anew in every sweep.
     """

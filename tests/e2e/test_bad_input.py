@@ -189,16 +189,6 @@ def test_the_command_line(sound: Path, tmp_path: Path, arguments: list[str], wor
         assert places.get(word.rpartition(" ")[2], word) in line
 
 
-FEW_BITS = {
-    "nowhere.json": None,
-    "bad.json": "{oops",
-    "foreign.json": json.dumps(
-        {"rules": [["*", "int4"]], "model": {"architecture": "GPT2", "layers": 2, "tensors": "0" * 32}}
-    ),
-    "short.txt": "Too short.",
-}
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -214,23 +204,23 @@ FEW_BITS = {
     ],
 )
 def test_few_bits(sound: Path, tmp_path: Path, arguments: list[str], words: list[str], at_once: AtOnce) -> None:
-    for name, text in FEW_BITS.items():
-        if text is not None:
-            (tmp_path / name).write_text(text)
-    line = at_once("run", str(sound), *IDS, *(str(tmp_path / one) if one in FEW_BITS else one for one in arguments))
+    model = {"architecture": "GPT2", "layers": 2, "tensors": "0" * 32}
+    (tmp_path / "bad.json").write_text("{oops")
+    (tmp_path / "foreign.json").write_text(json.dumps({"rules": [["*", "int4"]], "model": model}))
+    given = (str(tmp_path / one) if one.endswith(".json") else one for one in arguments)
+    line = at_once("run", str(sound), *IDS, *given)
     for word in words:
         assert word in line.replace(f"{tmp_path}/", "")
 
 
 def test_a_calibration_text_that_is_too_short(tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text(FEW_BITS["short.txt"] or "")
+    text, store = tmp_path / "short.txt", tmp_path / "store"
+    text.write_text("Too short.")
     bundled = Path(__file__).parents[2] / "pipo_ray" / "bundled"
-    line = refused(
-        "pack", str(bundled), str(tmp_path / "store"), "--precision", "int4", "--calibrate", str(tmp_path / "short.txt")
-    )
+    line = refused("pack", str(bundled), str(store), "--precision", "int4", "--calibrate", str(text))
     assert "short.txt" in line
     assert "at least" in line
-    assert not (tmp_path / "store").exists()
+    assert not store.exists()
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")

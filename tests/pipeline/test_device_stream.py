@@ -111,20 +111,20 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32, num_stripes=num_stripes)
 
 
-@pytest.mark.parametrize("gpu_resident_pieces", [0, 4])
+@pytest.mark.parametrize(("gpu_resident_pieces", "one_slot"), [(0, False), (4, False), (4, True)])
 @pytest.mark.parametrize("delay_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.001])
-def test_text_is_that_of_the_host_stream(packed: object, gpu_resident_pieces: int, delay_s: float) -> None:
+def test_text_is_that_of_the_host_stream(
+    packed: object, gpu_resident_pieces: int, one_slot: bool, delay_s: float
+) -> None:
+    """`one_slot`: in RAM, as memory-saver has; otherwise as many as must be held at once."""
     prompts = random_prompts(packed.facts.vocab_size, (5, 17))  # type: ignore[attr-defined]
     with Pipeline(packed) as pipeline:  # type: ignore[arg-type]
         wanted = pipeline.greedy(prompts, 4)
-    one_slot = 1 - pipeline.plan.max_held  # in RAM, as memory-saver has
+    spare_slots = 1 - pipeline.plan.max_held if one_slot else 0
     with Pipeline(
-        packed,
-        ops=LateCopies(delay_s),
-        gpu_resident_pieces=gpu_resident_pieces,
-        spare_slots=one_slot,  # type: ignore[arg-type]
-    ) as pipeline:
-        assert pipeline.num_slots == 1
+        packed, ops=LateCopies(delay_s), gpu_resident_pieces=gpu_resident_pieces, spare_slots=spare_slots,  # type: ignore[arg-type]
+    ) as pipeline:  # fmt: skip
+        assert pipeline.num_slots == (1 if one_slot else pipeline.plan.max_held)
         assert pipeline.greedy(prompts, 4) == wanted
         streamed = pipeline.stream.times.streamed_bytes
         assert streamed >= 4 * sum(p.read_bytes for p in pipeline.pieces if p.index not in pipeline.gpu_residents)

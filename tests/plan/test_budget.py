@@ -120,6 +120,8 @@ def test_on_a_gpu_each_budget_is_told_by_its_name() -> None:
             plan(one, **gpu | {option: 4096})
         found = plan(one, **gpu | {option: least_of(caught.value)})
         assert found.weight_bytes <= found.memory_bytes
+    least = least_of(caught.value)  # for weights
+    assert found.placement.num_slots * found.placement.slot_bytes <= found.weight_bytes <= least
 
 
 @pytest.mark.parametrize("gpu", [{}, {"gpu_memory_bytes": 2 * GIB, "gpu_context_bytes": 500 << 20}])

@@ -122,6 +122,8 @@ def test_rows_are_cut_in_multiples_of_what_kernels_like(most: int, step: int) ->
     pieces = cut_pieces(plan_files([head])[0].blocks, most * 256 + 2 * PAGE)
     cuts = [(piece.tensors[0].row_start, piece.tensors[0].row_stop) for piece in pieces]
     assert cuts == [(start, min(start + step, 1000)) for start in range(0, 1000, step)]
+    shapes = SweepPlan(pieces, (), (), (), (), 0).num_matrix_shapes
+    assert shapes == len({stop - start for start, stop in cuts})
 
 
 # --- the order of a sweep ---------------------------------------------------------------------------------------------

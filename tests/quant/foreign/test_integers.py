@@ -279,6 +279,15 @@ def compressed(
     return made, compressor.decompress(exact, scheme)["weight"]
 
 
+def compressed_settings(arguments: dict[str, Any], layout: str) -> dict[str, Any]:
+    """What its configuration says."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **arguments}}},
+    }
+
+
 PLACES = [("pack-quantized", torch.float16, *one) for one in SCHEMES]
 PLACES += [("int-quantized", torch.bfloat16, *one) for one in SCHEMES if one[0]["num_bits"] == 8]
 
@@ -288,12 +297,7 @@ def test_compressed_tensors(
     layout: str, dtype: torch.dtype, arguments: dict[str, Any], low_bit: str | None, tmp_path: Path
 ) -> None:
     made, values = compressed(arguments, layout, dtype)
-    settings = {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **arguments}}},
-    }
-    check(opened(tmp_path, settings, made), values.double(), low_bit)
+    check(opened(tmp_path, compressed_settings(arguments, layout), made), values.double(), low_bit)
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -338,12 +342,8 @@ def test_damaged_scales_of_compressed_tensors_are_named(value: float, said: str,
     arguments = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
     made, _ = compressed(arguments, "pack-quantized", torch.float16)
     made["weight_scale"][1, 2] = value
-    settings = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **arguments}}},
-    }  # fmt: skip
     with pytest.raises(CheckpointError, match=rf"'up\.weight_scale' .* holds the scale {said} .*download it again"):
-        opened(tmp_path, settings, made)
+        opened(tmp_path, compressed_settings(arguments, "pack-quantized"), made)
 
 
 def test_a_group_that_does_not_divide(tmp_path: Path) -> None:
