@@ -2,7 +2,8 @@
 
 How to run (on a machine with CUDA; about ten minutes, 30 GB of temporary disk):
 
-    python benchmarks/gpu_correctness.py [--quick] [--parts float32,kv,bfloat16,pages] [--json FILE]
+    python benchmarks/gpu_correctness.py [--quick] [--parts float32,kv,bfloat16,pages] [--mode MODE]
+        [--json FILE]
 
 For each architecture a random checkpoint is made. float32: the same 64 greedy tokens as transformers' `generate` (each
 prompt alone, unpadded, eager attention), and teacher-forced on them max|a-b| / max|b| of the logits at each position
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one bfloat16 seed")
     parser.add_argument("--parts", default=",".join(PARTS), help="what is run (default: %(default)s)")
     parser.add_argument("--bfloat16", default=",".join(BF16_ARCHITECTURES), help="architectures (default: %(default)s)")
+    parser.add_argument("--mode", default="performance", choices=["performance", "memory-saver"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reference", nargs=2, metavar=("FOLDER", "SEEDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -74,11 +76,11 @@ def main() -> None:
         print(f"{'architecture':12} {'dtype':9} {'model MB':>8} {'budget':>7} {'device':>7} {'MB copied':>10}  result")
         rows: list[dict[str, Any]] = []
         for name in full if "float32" in parts else ():
-            rows.append(_show(run_float32(Path(folder), name), options.json, rows))
+            rows.append(_show(run_float32(Path(folder), name, options.mode), options.json, rows))
         if "kv" in parts:
-            rows.append(_show(run_large_kv(Path(folder), "llama"), options.json, rows))
+            rows.append(_show(run_large_kv(Path(folder), "llama", options.mode), options.json, rows))
         for name in half if "bfloat16" in parts else ():
-            rows.append(_show(run_bfloat16(Path(folder), name, seeds), options.json, rows))
+            rows.append(_show(run_bfloat16(Path(folder), name, seeds, options.mode), options.json, rows))
         # Last: from here on this process has a CUDA context of its own, which would count as the stage's.
         if "pages" in parts:
             rows.append(_show(run_kv_pages(), options.json, rows))
@@ -154,7 +156,7 @@ def _logits(model: Any, sequence: list[int]) -> Any:
         return model(ids, use_cache=False).logits[0].float().cpu().numpy()
 
 
-def run_float32(folder: Path, name: str) -> dict[str, Any]:
+def run_float32(folder: Path, name: str, mode: str) -> dict[str, Any]:
     """Greedy tokens and logits in float32."""
     from pipo_ray import LLM, SamplingParams
 
@@ -162,8 +164,9 @@ def run_float32(folder: Path, name: str) -> dict[str, Any]:
     truth = json.loads((folder / f"{name}-float32-0.json").read_text())
     arrays = np.load(folder / f"{name}-float32-0.npz")
     with LLM(
-        folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, max_batch_tokens=64
-    ) as llm:
+        folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, max_batch_tokens=64,
+        mode=mode,
+    ) as llm:  # fmt: skip
         outputs = llm.generate(truth["prompts"], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
         wanted = [s[len(p) :] for s, p in zip(truth["sequences"], truth["prompts"], strict=True)]
         same = [output.outputs[0].token_ids == tokens for output, tokens in zip(outputs, wanted, strict=True)]
@@ -184,7 +187,7 @@ def run_float32(folder: Path, name: str) -> dict[str, Any]:
     return row
 
 
-def run_large_kv(folder: Path, name: str) -> dict[str, Any]:
+def run_large_kv(folder: Path, name: str, mode: str) -> dict[str, Any]:
     """Greedy tokens in float32 of a batch whose KV cache is larger than the GPU's share."""
     from pipo_ray import LLM, SamplingParams
 
@@ -193,7 +196,7 @@ def run_large_kv(folder: Path, name: str) -> dict[str, Any]:
     batch = sum(KV_PROMPT_LENGTHS) + len(KV_PROMPT_LENGTHS) * KV_NEW_TOKENS
     with LLM(
         folder / f"{name}-float32-0", device="cuda", gpu_memory=GPU_BUDGET, memory=MEMORY, kv_in_ram=True,
-        max_batch_tokens=128,
+        max_batch_tokens=128, mode=mode,
     ) as llm:  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=KV_NEW_TOKENS, ignore_eos=True)
         outputs = llm.generate(truth["prompts"], params)
@@ -248,7 +251,7 @@ def run_kv_pages() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_bfloat16(folder: Path, name: str, seeds: int) -> dict[str, Any]:
+def run_bfloat16(folder: Path, name: str, seeds: int, mode: str) -> dict[str, Any]:
     """RMS error of the teacher-forced logits against float32, ours over transformers'."""
     from pipo_ray import LLM
 
@@ -261,8 +264,9 @@ def run_bfloat16(folder: Path, name: str, seeds: int) -> dict[str, Any]:
         arrays = np.load(stem.with_suffix(".npz"))
         before = time.perf_counter()
         with LLM(
-            stem, device="cuda", dtype="bfloat16", gpu_memory=GPU_BUDGET, memory=MEMORY, max_batch_tokens=64
-        ) as llm:
+            stem, device="cuda", dtype="bfloat16", gpu_memory=GPU_BUDGET, memory=MEMORY, max_batch_tokens=64,
+            mode=mode,
+        ) as llm:  # fmt: skip
             started.append(time.perf_counter() - before)
             scores = llm.score(truth["sequences"])
             rows.append(_row(name, "bfloat16", llm.report()))

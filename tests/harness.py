@@ -131,7 +131,8 @@ class Closing(Protocol):
 class Pipeline:
     """Everything between a packed model and its logits, at work. A context manager; leaving it ends all threads.
 
-    `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more.
+    `slot_bytes` None is the least that will do; there are as many slots as must be held at once and `spare_slots` more,
+    or `num_slots`.
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle (None: all), stay in memory. Prompts
     go in chunks of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the
     GPU and in RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes, with `kv_bits`
@@ -144,6 +145,7 @@ class Pipeline:
         *,
         slot_bytes: int | None = None,
         spare_slots: int = 0,
+        num_slots: int | None = None,
         resident_pieces: int | None = 2,
         chunk: int | None = 5,
         threads: int = 2,
@@ -184,7 +186,7 @@ class Pipeline:
         self.gpu_residents = tuple(free[-gpu_resident_pieces:]) if gpu_resident_pieces else ()
         if gpu_resident_pieces is None:
             self.gpu_residents = tuple(rest + others)
-        self.num_slots = self.plan.max_held + spare_slots
+        self.num_slots = num_slots or self.plan.max_held + spare_slots
         sizes = self.num_slots, len(self.resident_rows), self.plan.num_drives
         self.table = SlotTable(aligned(SlotTable.nbytes(*sizes)), *sizes)
         self._slots = [aligned(slot_bytes) for _ in range(self.num_slots)]

@@ -23,6 +23,7 @@ from pipo_ray.errors import BudgetError, DriveError, InputError, ResourceError
 from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
 from pipo_ray.plan.disk_pages import PAGE_TOKENS
 from pipo_ray.plan.kv_disk import KVOnDisk, disk_page_bytes, least_ram_bytes, ram_bytes_for
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.prepare import prepare_store
 
 from .checkpoints import VOCAB_SIZE, make_checkpoint, packed, prompts_of
@@ -45,12 +46,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(make_checkpoint(tmp_path_factory.mktemp("kv") / "long-llama", long))
 
 
-def memory(store: Path, kv_bytes: int) -> int:
+def memory(store: Path, kv_bytes: int, weight_bytes: int = 450 << 10) -> int:
     """--memory with which just so much is left to KV pages in RAM."""
     prepared = prepare_store(str(store))
-    plan = plan_run(prepared.manifest, prepared.facts, memory_bytes=4 << 30, weight_memory_bytes=450 << 10,
+    plan = plan_run(prepared.manifest, prepared.facts, memory_bytes=4 << 30, weight_memory_bytes=weight_bytes,
                     max_batch_tokens=CHUNK)  # fmt: skip
-    return PROCESS_BYTES + plan.activation_bytes + (450 << 10) + kv_bytes
+    return PROCESS_BYTES + plan.activation_bytes + weight_bytes + kv_bytes
 
 
 def details(llm: LLM, stage: str) -> dict[str, Any]:
@@ -64,24 +65,26 @@ def ask(llm: LLM, prompt: list[int]) -> tuple[list[int], object]:
 
 
 @pytest.fixture(scope="module")
-def expected(store: Path) -> dict[str, tuple[list[int], object]]:
+def expected(store: Path, mode: Mode) -> dict[str, tuple[list[int], object]]:
     """With all pages in RAM, and nothing shared; asked for before a test's own LLM starts."""
     facts = prepare_store(str(store)).facts
-    with LLM(store, memory=memory(store, ram_bytes_for(facts, 4352 + 256)), prefix_cache=False, **BUDGET) as llm:
+    with LLM(
+        store, memory=memory(store, ram_bytes_for(facts, 4352 + 256)), prefix_cache=False, mode=mode, **BUDGET
+    ) as llm:
         answers = {"long": ask(llm, LONG), "other": ask(llm, OTHER), "short": ask(llm, SHORT)}
         assert details(llm, "NvmeLoader")["kv_saved_bytes"] == 0
     return answers
 
 
 @pytest.fixture(scope="module")
-def llm(store: Path, failing: FailingDrive, expected: dict[str, Any]) -> Iterator[LLM]:
+def llm(store: Path, mode: Mode, failing: FailingDrive, expected: dict[str, Any]) -> Iterator[LLM]:
     """RAM for a quarter of the long prompt's pages, and a drive that can be made to fail."""
     facts = prepare_store(str(store)).facts
     two = least_ram_bytes(facts) + facts.num_layers * disk_page_bytes(facts)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in failing.environment.items():
             patch.setenv(name, value)
-        made = LLM(store, memory=memory(store, two), **BUDGET)
+        made = LLM(store, memory=memory(store, two), mode=mode, **BUDGET)
     with made as llm:
         assert llm._plan.kv_disk is not None
         assert llm._plan.kv_disk.ram_bytes <= (len(LONG) + NEW) * facts.kv_bytes_per_token / 4

@@ -39,6 +39,7 @@ def reference(store: Path, manifest) -> torch.nn.Module:  # type: ignore[no-unty
     return model
 
 
+@pytest.mark.both_modes
 @pytest.mark.parametrize(
     "precision, weight_memory", [("int4", "1500KiB"), pytest.param("int8", "2500KiB", marks=pytest.mark.slow)]
 )

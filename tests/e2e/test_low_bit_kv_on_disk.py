@@ -21,6 +21,7 @@ from pipo_ray.plan.budget import PROCESS_BYTES, plan_run
 from pipo_ray.plan.disk_pages import DiskPages
 from pipo_ray.plan.kv_disk import least_ram_bytes
 from pipo_ray.plan.low_bit_pages import low_bit_kv
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.prepare import prepare_store
 from pipo_ray.quant.kv_policy import KVPrecision
 
@@ -35,7 +36,7 @@ def details(llm: LLM, stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("actor", ["NvmeLoader", pytest.param("ComputeWorker", marks=pytest.mark.slow)])
-def test_text_is_that_of_one_process_whoever_is_killed(actor: str, tmp_path: Path) -> None:
+def test_text_is_that_of_one_process_whoever_is_killed(actor: str, mode: Mode, tmp_path: Path) -> None:
     config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 8192}
     checkpoint = make_checkpoint(tmp_path / "long-llama", Architecture("long-llama", "Llama", "llama", config))
     one_process = pack_checkpoint(checkpoint, tmp_path / "store", torch.float32)
@@ -54,7 +55,7 @@ def test_text_is_that_of_one_process_whoever_is_killed(actor: str, tmp_path: Pat
     with LLM(
         checkpoint, memory=PROCESS_BYTES + without.activation_bytes + WEIGHTS + kv_bytes, weight_memory=WEIGHTS,
         ray_address="local", device="cpu", max_batch_tokens=CHUNK, max_kv_tokens=2 * 3072, max_kv_sequences=2,
-        kv_on_disk="8MiB", kv_precision=str(policy),
+        kv_on_disk="8MiB", kv_precision=str(policy), mode=mode,
     ) as llm:  # fmt: skip
         assert any("tokens at 8 and 4 bits: " in line and "windows at 16 bits: 2" in line for line in llm.describe())
         computed, victim = details(llm, "Scheduler")["tokens_computed"], llm.pids()[actor]

@@ -9,9 +9,16 @@ import pytest
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import InputError
+from pipo_ray.plan.transfer import Mode
 
 MIB = 1 << 20
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def times_smaller() -> int:
+    """What streams is a vocabulary as large as large models have."""
+    return 16
 
 
 def within_budget(llm: LLM) -> bool:
@@ -21,9 +28,9 @@ def within_budget(llm: LLM) -> bool:
     return bool(peak <= budget)
 
 
-def test_many_requests_with_a_large_vocabulary(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_many_requests_with_a_large_vocabulary(mode: Mode, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("LlamaConfig", vocab_size=262144)
-    with LLM(folder, memory="1.45GiB", weight_memory="20MiB", ray_address="local") as llm:
+    with LLM(folder, memory="1.45GiB", weight_memory="20MiB", ray_address="local", mode=mode) as llm:
         outputs = llm.generate([[number + 3] for number in range(64)], GREEDY)
         assert [len(output.outputs[0].token_ids) for output in outputs] == [2] * 64
         (logits,) = llm.score([list(range(3, 20))])

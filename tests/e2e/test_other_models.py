@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
 @pytest.mark.parametrize(("slug", "weight_memory"), [
-    ("qwen3-next", "250KiB"), pytest.param("mixtral", "500KiB", marks=pytest.mark.slow)
+    ("qwen3-next", "500KiB"), pytest.param("mixtral", "800KiB", marks=pytest.mark.slow)
 ])  # fmt: skip
 def test_other_architectures_without_a_tokenizer(slug: str, weight_memory: str, mode: Mode, tmp_path: Path) -> None:
     """One that may not share a row, with experts and a state instead of a cache, and a mixture of experts that may."""

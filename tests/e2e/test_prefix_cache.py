@@ -14,6 +14,7 @@ import pytest
 
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.outputs import RequestOutput
+from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import VOCAB_SIZE, prompts_of
 from .footprint import Footprint, wait_until_gone
@@ -22,8 +23,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm(text_llama: Path) -> Iterator[LLM]:
-    with LLM(text_llama, memory="3GiB", weight_memory="450KiB", ray_address="local") as llm:
+def llm(text_llama: Path, mode: Mode) -> Iterator[LLM]:
+    with LLM(text_llama, memory="3GiB", weight_memory="450KiB", ray_address="local", mode=mode) as llm:
         footprint = Footprint(llm._session.path, os.getpid())
         yield llm
         footprint.note()

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.errors import StoreError
 from pipo_ray.packing import pack_checkpoint
+from pipo_ray.plan.transfer import Mode
 from pipo_ray.store.manifest import Manifest
 
 from .checkpoints import reference_greedy
@@ -39,6 +40,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def times_smaller() -> int:
+    """Slots for 128 rows of its matrices in performance."""
+    return 32
+
+
+@pytest.fixture(scope="module")
 def budget(store: Path) -> dict[str, Any]:
     """Half of the model streams."""
     total = Manifest.load(store).total_bytes
@@ -53,8 +60,8 @@ def expected() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def llm(store: Path, budget: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(store, **budget, trace=tmp_path_factory.mktemp("trace") / "trace.json") as llm:
+def llm(store: Path, mode: Mode, budget: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    with LLM(store, **budget, mode=mode, trace=tmp_path_factory.mktemp("trace") / "trace.json") as llm:
         yield llm
 
 

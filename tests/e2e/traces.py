@@ -61,10 +61,10 @@ def overlap(first: list[Event], second: list[Event]) -> float:
     for begin, end in ones:
         while at < len(others) and others[at][1] <= begin:
             at += 1
-        for other_begin, other_end in others[at:]:
-            if other_begin >= end:
-                break
-            total += min(end, other_end) - max(begin, other_begin)
+        number = at
+        while number < len(others) and others[number][0] < end:
+            total += min(end, others[number][1]) - max(begin, others[number][0])
+            number += 1
     return total
 
 

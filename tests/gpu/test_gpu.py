@@ -27,6 +27,8 @@ from pipo_ray.plan.kv_pages import PAGE_TOKENS, KVPlacement, page_bytes, ram_uni
 from pipo_ray.quant.policy import Precision
 
 pytestmark = pytest.mark.gpu
+in_both_modes = pytest.mark.parametrize("num_slots", [None, 1], ids=["performance", "memory-saver"])
+"""Of what a mode decides, this changes how pieces come to a GPU: memory-saver has one slot in RAM."""
 _CHOSEN = [
     architecture for architecture in ARCHITECTURES if architecture.slug in ("llama", "gemma2", "gpt-oss", "qwen3-next")
 ]
@@ -34,13 +36,16 @@ _CHOSEN = [
 
 @pytest.mark.parametrize("architecture", _CHOSEN, ids=lambda architecture: architecture.slug)
 @pytest.mark.parametrize("gpu_resident_pieces", [0, 3])
-def test_logits_are_transformers_own(architecture: Architecture, gpu_resident_pieces: int, tmp_path: Path) -> None:
+@in_both_modes
+def test_logits_are_transformers_own(
+    architecture: Architecture, gpu_resident_pieces: int, num_slots: int | None, tmp_path: Path
+) -> None:
     architecture.save(tmp_path / "checkpoint")
     packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", attn_implementation="eager").eval()
     prompts = random_prompts(packed.facts.vocab_size, (5, 23, 11))
     device = torch.device("cuda", 0)
-    with Pipeline(packed, device=device, gpu_resident_pieces=gpu_resident_pieces) as pipeline:
+    with Pipeline(packed, device=device, gpu_resident_pieces=gpu_resident_pieces, num_slots=num_slots) as pipeline:
         followed = pipeline.follow(prompts, [3, 20, 8])
     for tokens, ours in zip(prompts, followed, strict=True):
         with torch.inference_mode():
@@ -49,7 +54,8 @@ def test_logits_are_transformers_own(architecture: Architecture, gpu_resident_pi
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_low_bit_weights_are_unpacked_on_the_gpu(precision: str, tmp_path: Path) -> None:
+@in_both_modes
+def test_low_bit_weights_are_unpacked_on_the_gpu(precision: str, num_slots: int | None, tmp_path: Path) -> None:
     """The same store on the processor, whose products are tested against float64: equal but for bf16's roundings."""
     _CHOSEN[0].save(tmp_path / "checkpoint")
     packed = pack_checkpoint(
@@ -58,17 +64,20 @@ def test_low_bit_weights_are_unpacked_on_the_gpu(precision: str, tmp_path: Path)
     prompts = random_prompts(packed.facts.vocab_size, (5, 23, 11))
     with Pipeline(packed) as pipeline:
         wanted = pipeline.follow(prompts, [3, 20, 8])
-    with Pipeline(packed, device=torch.device("cuda", 0), gpu_resident_pieces=2) as pipeline:
+    device = torch.device("cuda", 0)
+    with Pipeline(packed, device=device, gpu_resident_pieces=2, num_slots=num_slots) as pipeline:
         followed = pipeline.follow(prompts, [3, 20, 8])
     for ours, theirs in zip(followed, wanted, strict=True):
         assert max(relative_errors(ours.logits.cpu(), theirs.logits)) <= 0.05
 
 
-def test_a_failed_sweep_is_begun_anew(tmp_path: Path) -> None:
+@in_both_modes
+def test_a_failed_sweep_is_begun_anew(num_slots: int | None, tmp_path: Path) -> None:
     _CHOSEN[0].save(tmp_path / "checkpoint")
     packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
     prompts = random_prompts(packed.facts.vocab_size, (5, 9))
-    with Pipeline(packed, device=torch.device("cuda", 0), gpu_resident_pieces=2) as pipeline:
+    device = torch.device("cuda", 0)
+    with Pipeline(packed, device=device, gpu_resident_pieces=2, num_slots=num_slots) as pipeline:
         undisturbed = pipeline.greedy(prompts, 6)
         layer = pipeline.model.model.layers[1].mlp
         handle = layer.register_forward_pre_hook(_fail)
@@ -78,22 +87,25 @@ def test_a_failed_sweep_is_begun_anew(tmp_path: Path) -> None:
         assert pipeline.greedy(prompts, 6) == undisturbed
 
 
-def test_text_with_a_kv_cache_larger_than_the_gpu_holds(tmp_path: Path) -> None:
+@in_both_modes
+def test_text_with_a_kv_cache_larger_than_the_gpu_holds(num_slots: int | None, tmp_path: Path) -> None:
     """Three layers of five pages need 15: of 12 none can stay."""
     _CHOSEN[0].save(tmp_path / "checkpoint")
     packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
     prompts = random_prompts(packed.facts.vocab_size, (150, 70))
     device = torch.device("cuda", 0)
-    with Pipeline(packed, slot_bytes=1 << 20, chunk=64, device=device) as pipeline:
+    options = {"slot_bytes": 1 << 20, "chunk": 64, "device": device, "num_slots": num_slots}
+    with Pipeline(packed, **options) as pipeline:
         wanted = pipeline.greedy(prompts, 40)
-    with Pipeline(packed, slot_bytes=1 << 20, chunk=64, device=device, kv_pages=(14, 18)) as pipeline:
+    with Pipeline(packed, **options, kv_pages=(14, 18)) as pipeline:
         assert pipeline.greedy(prompts, 40) == wanted
         assert pipeline.kv_tiers is not None
         assert pipeline.kv_tiers.loaded_bytes > 10 * pipeline.kv_tiers.unit_bytes
 
 
 @pytest.mark.parametrize("architecture", _CHOSEN[:3], ids=lambda architecture: architecture.slug)
-def test_logits_with_keys_and_values_in_ram(architecture: Architecture, tmp_path: Path) -> None:
+@in_both_modes
+def test_logits_with_keys_and_values_in_ram(architecture: Architecture, num_slots: int | None, tmp_path: Path) -> None:
     """Chunks on the GPU, single tokens on the processor; in 16 bits by its kernel, if it has one."""
     architecture.save(tmp_path / "checkpoint")
     device = torch.device("cuda", 0)
@@ -104,36 +116,45 @@ def test_logits_with_keys_and_values_in_ram(architecture: Architecture, tmp_path
         prompts = random_prompts(packed.facts.vocab_size, (60, 33, 21))
         with Pipeline(packed, device=device) as pipeline:
             wanted = pipeline.follow(prompts, [40, 3, 8], joins=[0, 2, 9])
-        with Pipeline(packed, device=device, kv_store=lambda *_: HostKV(device, kernel, calls)) as pipeline:  # type: ignore[arg-type, return-value]  # noqa: B023
+        with Pipeline(
+            packed, device=device, num_slots=num_slots,
+            kv_store=lambda *_: HostKV(device, kernel, calls),  # type: ignore[arg-type, return-value]  # noqa: B023
+        ) as pipeline:  # fmt: skip
             followed = pipeline.follow(prompts, [40, 3, 8], joins=[0, 2, 9])
         for ours, theirs in zip(followed, wanted, strict=True):
             assert max(relative_errors(ours.logits.cpu(), theirs.logits.cpu())) <= tolerance
 
 
-def test_text_with_kv_pages_on_the_drive(tmp_path: Path) -> None:
+@in_both_modes
+def test_text_with_kv_pages_on_the_drive(num_slots: int | None, tmp_path: Path) -> None:
     _CHOSEN[0].save(tmp_path / "checkpoint")
     packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
     prompts = random_prompts(packed.facts.vocab_size, (900, 300))
     device = torch.device("cuda", 0)
-    with Pipeline(packed, slot_bytes=1 << 20, chunk=200, device=device) as pipeline:
+    options = {"slot_bytes": 1 << 20, "chunk": 200, "device": device, "num_slots": num_slots}
+    with Pipeline(packed, **options) as pipeline:
         wanted = pipeline.greedy(prompts, 40)
     with (
         pages_on_disk(packed.facts, tmp_path, 15) as kv_store,
-        Pipeline(packed, slot_bytes=1 << 20, chunk=200, device=device, kv_store=kv_store) as pipeline,
+        Pipeline(packed, **options, kv_store=kv_store) as pipeline,
     ):
         assert pipeline.greedy(prompts, 40) == wanted
         assert pipeline.runner._kv_store.loaded_pages > 10
 
 
 @pytest.mark.parametrize("architecture", _CHOSEN[:2], ids=lambda architecture: architecture.slug)
-def test_a_kv_cache_in_few_bits_is_that_of_the_processor(architecture: Architecture, tmp_path: Path) -> None:
+@in_both_modes
+def test_a_kv_cache_in_few_bits_is_that_of_the_processor(
+    architecture: Architecture, num_slots: int | None, tmp_path: Path
+) -> None:
     """Whose cache is tested against float64: equal but for float32's roundings, which turn a code here and there."""
     architecture.save(tmp_path / "checkpoint")
     packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
     prompts = random_prompts(packed.facts.vocab_size, (450, 230, 30))
-    device, bits = torch.device("cuda", 0), (4,) * packed.facts.num_layers
+    bits = (4,) * packed.facts.num_layers
+    on_gpu = {"device": torch.device("cuda", 0), "num_slots": num_slots}
     logits = []
-    for options in ({"device": device, "kv_bits": bits}, {"kv_bits": bits}, {"device": device}):
+    for options in ({**on_gpu, "kv_bits": bits}, {"kv_bits": bits}, on_gpu):
         with Pipeline(packed, slot_bytes=1 << 20, chunk=200, **options) as pipeline:
             logits.append([one.logits.cpu() for one in pipeline.follow(prompts, [440, 200, 20])])
     few, processor, wide = (torch.cat(one) for one in logits)

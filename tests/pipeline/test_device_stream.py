@@ -120,9 +120,9 @@ def test_text_is_that_of_the_host_stream(
     prompts = random_prompts(packed.facts.vocab_size, (5, 17))  # type: ignore[attr-defined]
     with Pipeline(packed) as pipeline:  # type: ignore[arg-type]
         wanted = pipeline.greedy(prompts, 4)
-    spare_slots = 1 - pipeline.plan.max_held if one_slot else 0
+    num_slots = 1 if one_slot else None
     with Pipeline(
-        packed, ops=LateCopies(delay_s), gpu_resident_pieces=gpu_resident_pieces, spare_slots=spare_slots,  # type: ignore[arg-type]
+        packed, ops=LateCopies(delay_s), gpu_resident_pieces=gpu_resident_pieces, num_slots=num_slots,  # type: ignore[arg-type]
     ) as pipeline:  # fmt: skip
         assert pipeline.num_slots == (1 if one_slot else pipeline.plan.max_held)
         assert pipeline.greedy(prompts, 4) == wanted
