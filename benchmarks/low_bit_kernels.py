@@ -6,12 +6,12 @@ How to run (about two minutes; a few seconds with --quick):
 
 Weights [14336, 4096] (of a feed-forward layer of Llama-3-8B; --quick: [2048, 2048]) times 1 to 512 rows of input. So
 many weights in turn that none is in the cache. In each round one after the other: every kernel of int4 in groups of 64
-and of int8 (`packed` is torch's low-bit kernel; `compiled` and `blocks` are the project's own, where the processor has
-what they need; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product), what the measured
-profile chooses, bf16 as a run would multiply it, and a plain read of 128 MiB with as many threads. Medians over the
-rounds; GB/s counts the bytes of weights with scales and zeros, and the share of the memory's bandwidth is that over the
-plain read in the same rounds. Then torch's int4 kernel and the project's own at one row with panels of up to 1 to 16
-MiB: what a smaller panel costs in starting threads.
+and of int8 (`packed` is torch's low-bit kernel; `compiled`, `blocks` and `amx` are the project's own, where the
+processor has what they need, `amx` by its matrix unit; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and
+float32 product), what the measured profile chooses, bf16 as a run would multiply it, and a plain read of 128 MiB with
+as many threads. Medians over the rounds; GB/s counts the bytes of weights with scales and zeros, and the share of the
+memory's bandwidth is that over the plain read in the same rounds. Then torch's int4 kernel and the project's own at one
+row with panels of up to 1 to 16 MiB: what a smaller panel costs in starting threads.
 
 --clock processor counts seconds of processor time over the number of threads instead of seconds on the wall: for a
 machine on which something else is running. It leaves out what threads wait for each other, so the last table needs
@@ -40,7 +40,7 @@ from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import PANEL_BYTES, divide, machine_layout
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PANEL_MIB = (1, 2, 4, 8, 16)
 _UNCACHED_BYTES = 128 << 20
 READ = "plain read"

@@ -19,6 +19,7 @@ Needs AVX512F, BW, VL, VBMI and BF16. The instructions by name: VPERMB, VPTERNLO
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, WORDS, Function, bf16_bits, float_bits, vector
+from pipo_ray.compiled.panel_blocks import BLOCK, block_places
 from pipo_ray.compiled.row_products import product_name
 
 FIELDS = (
@@ -33,7 +34,6 @@ start and counts what the threads have taken; bytes of a panel, its blocks of 64
 MOST_INPUTS = 6
 """Rows of inputs at once."""
 
-_BLOCK = 64
 _VECTORS = 4
 _STREAMS = 2
 _NEAR = 4096  # bytes of codes: the processor's own reading ahead ends with the page
@@ -43,7 +43,8 @@ _ZERO = 24.0  # 16, and the 8 that a code of zero is below zero
 _ONES = "<" + ", ".join(["bfloat 1.0"] * 32) + ">"
 # Of two columns' bytes, the four that have codes of rows r, r + 16, r + 32 and r + 48, for each r.
 _INTERLEAVED = vector("i32", [byte + row for row in range(16) for byte in (0, 16, 32, 48)])
-_ROWS_BY_SHIFT = (0, 2, 1, 3)  # which 16 rows are in the lowest four bits of a word, the next four, and so on
+ROWS_BY_SHIFT = (0, 2, 1, 3)
+"""Which 16 rows are in the lowest four bits of a word of `interleaved`, the next four, and so on."""
 
 
 def module(group: int) -> str:
@@ -74,15 +75,15 @@ def _sums(group: int) -> str:
 def _product(group: int, at_once: int) -> str:
     f = Function(product_name(at_once), FIELDS)
     groups, rows, num_inputs = f.field("groups"), f.field("rows"), f.field("num_inputs")
-    blocks = f.value(f"lshr i64 {f.add(rows, _BLOCK - 1)}, 6")
-    block_bytes = f.multiply(groups, group * _BLOCK // 2)
+    blocks = f.value(f"lshr i64 {f.add(rows, BLOCK - 1)}, 6")
+    block_bytes = f.multiply(groups, group * BLOCK // 2)
     with f.tasks(f.place_of("next"), blocks) as block:
-        codes, scales = _places(f, block, block_bytes)
+        codes, scales = block_places(f, block, block_bytes, 4 * BLOCK)
         with f.loop(num_inputs, at_once) as first:
             # Past the end the last row is computed again.
             indices = [f.least(f.add(first, number), f.add(num_inputs, -1)) for number in range(at_once)]
             totals = _block(f, group, indices, codes, scales)
-            start = f.multiply(block, _BLOCK)
+            start = f.multiply(block, BLOCK)
             for index, vectors in zip(indices, totals, strict=True):
                 row = f.at(f.field("output", "ptr"), f.multiply(f.multiply(index, rows), 2))
                 _store(f, [f.load(FLOATS, total) for total in vectors], row, start, rows)
@@ -97,12 +98,12 @@ def _stream(group: int) -> str:
     f = Function(product_name(1), FIELDS)
     groups, rows, stride = f.field("groups"), f.field("rows"), f.field("scales_bytes")
     inputs, sums, output = f.field("inputs", "ptr"), f.field("sums", "ptr"), f.field("output", "ptr")
-    group_bytes = group * _BLOCK // 2
+    group_bytes = group * BLOCK // 2
     block_bytes = f.multiply(groups, group_bytes)
     ahead = max(1, _NEAR // group_bytes)
     with_next = f.without(groups, ahead)
-    codes_at, scales_at, totals = f.room(8 * _STREAMS), f.room(8 * _STREAMS), f.room(_STREAMS * 4 * _BLOCK)
-    blocks = f.value(f"lshr i64 {f.add(rows, _BLOCK - 1)}, 6")
+    codes_at, scales_at, totals = f.room(8 * _STREAMS), f.room(8 * _STREAMS), f.room(_STREAMS * 4 * BLOCK)
+    blocks = f.value(f"lshr i64 {f.add(rows, BLOCK - 1)}, 6")
     shared = f.value(f"udiv i64 {f.without(blocks, 2 * _STREAMS)}, {_STREAMS}")
     single = f.without(blocks, f.multiply(shared, _STREAMS))
     with f.tasks(f.place_of("next"), f.add(shared, single)) as task:
@@ -110,11 +111,11 @@ def _stream(group: int) -> str:
         first = f.add(f.multiply(f.least(task, shared), _STREAMS), f.without(task, shared))
         count = f.value(f"select i1 {are_shared}, i64 {_STREAMS}, i64 1")
         with f.loop(count) as number:
-            codes, scales = _places(f, f.add(first, number), block_bytes)
+            codes, scales = block_places(f, f.add(first, number), block_bytes, 4 * BLOCK)
             f.store("ptr", codes, f.at(codes_at, f.multiply(number, 8)))
             f.store("ptr", scales, f.at(scales_at, f.multiply(number, 8)))
             for vector_number in range(_VECTORS):
-                place = f.at(totals, f.add(f.multiply(number, 4 * _BLOCK), 64 * vector_number))
+                place = f.at(totals, f.add(f.multiply(number, 4 * BLOCK), 64 * vector_number))
                 f.store(FLOATS, "zeroinitializer", place)
         with f.loop(groups) as group_number:
             of_inputs = f.everywhere(f.at(sums, f.multiply(group_number, 4)), FLOATS)
@@ -128,23 +129,14 @@ def _stream(group: int) -> str:
                 here = f.at(scales, f.multiply(group_number, stride))
                 for line in range(_VECTORS):
                     f.prefetch(f.at(f.at(here, stride), 64 * line), to_all=True)
-                total = f.at(totals, f.multiply(number, 4 * _BLOCK))
+                total = f.at(totals, f.multiply(number, 4 * BLOCK))
                 places = [f.at(total, 64 * vector_number) for vector_number in range(_VECTORS)]
                 _group(f, group, [row], [of_inputs], start, here, [places], near)
         with f.loop(count) as number:
-            total = f.at(totals, f.multiply(number, 4 * _BLOCK))
+            total = f.at(totals, f.multiply(number, 4 * BLOCK))
             floats = [f.load(FLOATS, f.at(total, 64 * vector_number)) for vector_number in range(_VECTORS)]
-            _store(f, floats, output, f.multiply(f.add(first, number), _BLOCK), rows)
+            _store(f, floats, output, f.multiply(f.add(first, number), BLOCK), rows)
     return f.text()
-
-
-def _places(f: Function, block: str, block_bytes: str) -> tuple[str, str]:
-    """Addresses of a block's codes and scales."""
-    panel = f.value(f"udiv i64 {block}, {f.field('panel_blocks')}")
-    inside = f.value(f"urem i64 {block}, {f.field('panel_blocks')}")
-    offset = f.multiply(panel, f.field("panel_bytes"))
-    codes = f.at(f.at(f.field("codes", "ptr"), offset), f.multiply(inside, block_bytes))
-    return codes, f.at(f.at(f.field("scales", "ptr"), offset), f.multiply(inside, 4 * _BLOCK))
 
 
 def _store(f: Function, vectors: list[str], row: str, start: str, rows: str) -> None:
@@ -163,7 +155,7 @@ def _block(f: Function, group: int, indices: list[str], codes: str, scales: str)
     totals = [[f.variable(FLOATS) for _ in range(_VECTORS)] for _ in indices]
     with f.loop(groups) as number:
         of_inputs = [f.everywhere(f.at(row, f.multiply(number, 4)), FLOATS) for row in sums]
-        start = f.at(codes, f.multiply(number, group * _BLOCK // 2))
+        start = f.at(codes, f.multiply(number, group * BLOCK // 2))
         starts = [f.at(row, f.multiply(number, 2 * group)) for row in inputs]
         _group(f, group, starts, of_inputs, start, f.at(scales, f.multiply(number, stride)), totals)
     return totals
@@ -179,7 +171,7 @@ def _group(
     zeros = [f.value(f"fmul {FLOATS} {total}, splat (float {float_bits(-_ZERO)})") for total in of_inputs]
     parts = [[f.variable(FLOATS, zero) for _ in range(_VECTORS)] for zero in zeros]
     with f.loop(group // 2) as pair:
-        place = f.at(codes, f.multiply(pair, _BLOCK))
+        place = f.at(codes, f.multiply(pair, BLOCK))
         if near is not None:
             f.prefetch(f.at(place, near))
         weights = _weights(f, place)
@@ -188,7 +180,7 @@ def _group(
             for weight, place in zip(weights, part, strict=True):
                 f.store(FLOATS, f.dot(f.load(FLOATS, place), weight, two), place)
     for quarter in range(_VECTORS):
-        scale, zero = _scales(f, f.at(scales, 64 * quarter))
+        scale, zero = group_scales(f, f.load(INTS, f.at(scales, 64 * quarter), align=1))
         for total, part, of_input in zip(totals, parts, of_inputs, strict=True):
             scaled = f.multiply_add(scale, f.load(FLOATS, part[quarter]), f.load(FLOATS, total[quarter]))
             f.store(FLOATS, f.multiply_add(zero, of_input, scaled), total[quarter])
@@ -196,20 +188,26 @@ def _group(
 
 def _weights(f: Function, place: str) -> list[str]:
     """Two columns of 64 rows, 16 plus their codes in bf16: of each 16 rows a vector with the columns side by side."""
-    raw = f.load("<64 x i8>", place, align=1)
-    mixed = f.value(f"shufflevector <64 x i8> {raw}, <64 x i8> poison, <64 x i32> {_INTERLEAVED}")
-    words = f.cast("<64 x i8>", mixed, WORDS)
+    words = interleaved(f, place)
     found: dict[int, str] = {}
-    for at, rows in enumerate(_ROWS_BY_SHIFT):
+    for at, rows in enumerate(ROWS_BY_SHIFT):
         shift = f"shl {WORDS} {words}, splat (i16 3)" if at == 0 else f"lshr {WORDS} {words}, splat (i16 {4 * at - 3})"
         digits = f.value(f"and {WORDS} {f.value(shift)}, splat (i16 {_CODE_BITS})")
         found[rows] = f.cast(WORDS, f.value(f"or {WORDS} {digits}, splat (i16 {_SIXTEEN})"), HALVES)
     return [found[rows] for rows in range(_VECTORS)]
 
 
-def _scales(f: Function, place: str) -> tuple[str, str]:
-    """Scales and zeros of 16 rows, float32."""
-    pairs = f.load(INTS, place, align=1)
+def interleaved(f: Function, place: str) -> str:
+    """Two columns of 64 rows: a word for each column of each of 16 rows, with the codes of four rows that are 16
+    apart.
+    """
+    raw = f.load("<64 x i8>", place, align=1)
+    mixed = f.value(f"shufflevector <64 x i8> {raw}, <64 x i8> poison, <64 x i32> {_INTERLEAVED}")
+    return f.cast("<64 x i8>", mixed, WORDS)
+
+
+def group_scales(f: Function, pairs: str) -> tuple[str, str]:
+    """Of 16 rows' scales and zeros as they lie, as a vector of i32: scales and zeros in float32."""
     scales = f.cast(INTS, f.value(f"shl {INTS} {pairs}, splat (i32 16)"), FLOATS)
     zeros = f.cast(INTS, f.value(f"and {INTS} {pairs}, splat (i32 -65536)"), FLOATS)
     return scales, zeros

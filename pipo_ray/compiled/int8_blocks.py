@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, INTS, Function, vector
+from pipo_ray.compiled.panel_blocks import BLOCK, block_places
 
 FIELDS = (
     "inputs", "codes", "scales", "output", "num_inputs", "columns", "rows", "next", "panel_bytes", "panel_blocks",
@@ -31,12 +32,11 @@ bytes of a panel, its blocks of 64 rows. Behind a panel's codes 48 bytes more ar
 PRODUCT = "product"
 """The function."""
 
-_BLOCK = 64
 _VECTORS = 4
 _COLUMNS = 2048
 _INPUTS = 6
 _KEPT_INPUTS = 512
-_SUMS_BYTES = 4 * _BLOCK  # of one row of inputs
+_SUMS_BYTES = 4 * BLOCK  # of one row of inputs
 
 
 def module() -> str:
@@ -47,14 +47,10 @@ def module() -> str:
 def _product() -> str:
     f = Function(PRODUCT, FIELDS)
     columns, rows, num_inputs = f.field("columns"), f.field("rows"), f.field("num_inputs")
-    weights, sums = f.room(2 * _BLOCK * _COLUMNS), f.room(_KEPT_INPUTS * _SUMS_BYTES)
-    blocks = f.value(f"lshr i64 {f.add(rows, _BLOCK - 1)}, 6")
+    weights, sums = f.room(2 * BLOCK * _COLUMNS), f.room(_KEPT_INPUTS * _SUMS_BYTES)
+    blocks = f.value(f"lshr i64 {f.add(rows, BLOCK - 1)}, 6")
     with f.tasks(f.place_of("next"), blocks) as block:
-        panel = f.value(f"udiv i64 {block}, {f.field('panel_blocks')}")
-        inside = f.value(f"urem i64 {block}, {f.field('panel_blocks')}")
-        offset = f.multiply(panel, f.field("panel_bytes"))
-        codes = f.at(f.at(f.field("codes", "ptr"), offset), f.multiply(inside, f.multiply(columns, _BLOCK)))
-        scales = f.at(f.at(f.field("scales", "ptr"), offset), f.multiply(inside, 2 * _BLOCK))
+        codes, scales = block_places(f, block, f.multiply(columns, BLOCK), 2 * BLOCK)
         with f.loop(num_inputs, _KEPT_INPUTS) as first_input:
             count = f.least(f.without(num_inputs, first_input), _KEPT_INPUTS)
             with f.loop(f.multiply(count, _SUMS_BYTES), 64) as place:
@@ -63,13 +59,13 @@ def _product() -> str:
             with f.loop(columns, _COLUMNS) as start:
                 length = f.least(f.without(columns, start), _COLUMNS)
                 # Behind a row's end are the first columns of the next 64 rows.
-                following = f.value(f"sub i64 {f.multiply(columns, _BLOCK)}, {start}")
+                following = f.value(f"sub i64 {f.multiply(columns, BLOCK)}, {start}")
                 inside = f.value(f"icmp ult i64 {f.add(start, _COLUMNS)}, {columns}")
                 near = f.value(f"select i1 {inside}, i64 {_COLUMNS}, i64 {following}")
                 _unpack(f, f.at(codes, start), length, weights, near)
                 _multiply(f, f.at(inputs, f.multiply(start, 2)), count, length, weights, sums)
             output = f.at(f.field("output", "ptr"), f.multiply(f.multiply(first_input, rows), 2))
-            _store(f, sums, count, scales, f.multiply(block, _BLOCK), output)
+            _store(f, sums, count, scales, f.multiply(block, BLOCK), output)
     return f.text()
 
 
@@ -84,7 +80,7 @@ def _unpack(f: Function, codes: str, length: str, weights: str, near: str) -> No
                 places.append(f.at(places[-1], columns))
             for place in places:
                 f.prefetch(f.at(place, near))
-            to = f.at(weights, f.add(f.multiply(column, 2 * _BLOCK), 64 * quarter))
+            to = f.at(weights, f.add(f.multiply(column, 2 * BLOCK), 64 * quarter))
             for number, four in enumerate(_transposed(f, [f.load(INTS, place, align=1) for place in places])):
                 for half, pair in enumerate(_widened(f, four)):
                     f.store(HALVES, pair, f.at(to, (2 * number + half) * 64 * _VECTORS), align=64)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
 from pipo_ray.compiled.int8_products import CompiledInt8
 from pipo_ray.compiled.products import CompiledInt4
 from pipo_ray.compiled.steps import Steps
@@ -17,11 +18,14 @@ from pipo_ray.quant.panels import Panels
 class CompiledLowBit:
     """Multiplies bf16 inputs with panels of int8, or of int4 in the layout `pipo_ray.compiled.support.LAYOUT`.
 
-    One caller at a time. `folder` is where machine code is kept (see `MachineCode`).
+    One caller at a time. `folder` is where machine code is kept (see `MachineCode`); `amx` says whether the matrix unit
+    can be used (see `amx_obstacle`).
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, amx: bool = False) -> None:
         self._int4, self._int8 = CompiledInt4(folder), CompiledInt8(folder)
+        self.amx = CompiledAmxLowBit(folder) if amx else None
+        """Its products."""
 
     def product(
         self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int, *, blocks: bool = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import platform
 from collections.abc import Set
 
 from pipo_ray.quant.panels import PANEL_BYTES, SMALL_PANEL_BYTES, machine_layout, processor_flags
@@ -12,6 +14,10 @@ LAYOUT = "avx512"
 """The int4 layout that the compiled kernels read."""
 
 _NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
+
+_AMX_NEEDED = {"amx_tile", "amx_bf16"}
+# arch/x86/include/uapi/asm/prctl.h and Documentation/arch/x86/xstate.rst: a process asks for the tiles' registers.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILE_DATA = 158, 0x1023, 18
 
 
 def obstacle(flags: Set[str] | None = None) -> str | None:
@@ -26,6 +32,21 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed"
     return None
+
+
+def amx_obstacle(flags: Set[str] | None = None) -> str | None:
+    """Why the matrix unit cannot be used here, in words for the user; None if it can, now that Linux was asked for it.
+    `flags` are those of the processor in /proc/cpuinfo.
+    """
+    missing = sorted(_AMX_NEEDED - (processor_flags() if flags is None else flags))
+    if missing:
+        return f"this processor has no {', '.join(name.upper() for name in missing)}"
+    reason = obstacle()
+    if reason is None and platform.machine() == "x86_64":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILE_DATA):
+            return f"Linux does not let this process use AMX (arch_prctl: error {ctypes.get_errno()})"
+    return reason
 
 
 def machine_panel_bytes() -> int:

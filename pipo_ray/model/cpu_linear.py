@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipo_ray.compiled.amx_products import CompiledAmx, PackedInputs, amx_obstacle
+from pipo_ray.compiled.amx_inputs import PackedInputs
+from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
+from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.part_run import PartRunner, RowsProduct
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import amx_obstacle, obstacle
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import (
     KERNELS,
@@ -274,7 +276,7 @@ class ProductInputs:
         self.rows = rows
         self._packed: PackedInputs | None = None
 
-    def packed(self, amx: CompiledAmx) -> PackedInputs:
+    def packed(self, amx: CompiledAmx | CompiledAmxLowBit) -> PackedInputs:
         """In tiles: made once, when they are first asked for."""
         if self._packed is None:
             self._packed = amx.pack(self.rows)

@@ -1,9 +1,10 @@
 """Products with low-bit weights, panel by panel, out of the memory that they were read into.
 
 Where the processor has what it takes, kernels of our own multiply (`pipo_ray/compiled`): few rows of inputs at the
-memory's bandwidth, many at the processor's. Otherwise torch's kernel takes few rows; for many it computes at less than
-half of what the processor can: there a part of a panel is unpacked into memory that stays in the cache, and multiplied
-by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
+memory's bandwidth, many at the processor's, or at that of its unit for products of matrices. Otherwise torch's kernel
+takes few rows; for many it computes at less than half of what the processor can: there a part of a panel is unpacked
+into memory that stays in the cache, and multiplied by torch's 16-bit or float32 product. Where one overtakes the other
+is measured on the machine.
 
 On a CUDA device Triton's kernels multiply (`pipo_ray/triton_kernels`), or torch's product behind several operations
 that unpack, where those cannot be had.
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import torch
 
 from pipo_ray.compiled.low_bit import CompiledLowBit
-from pipo_ray.compiled.support import LAYOUT, obstacle
-from pipo_ray.model.cpu_linear import is_hopeless, least_seconds
+from pipo_ray.compiled.support import LAYOUT, amx_obstacle, obstacle
+from pipo_ray.model.cpu_linear import ProductInputs, is_hopeless, least_seconds
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
 from pipo_ray.model.streamed import LinearProduct, LowBitMatrix
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 ACTIVATIONS = torch.bfloat16
 """What torch's low-bit kernels take, and what a model with low-bit weights is computed in."""
 
-RowsProduct = Callable[[torch.Tensor], torch.Tensor]
-"""Inputs bf16 [n, columns] in, products bf16 [n, rows] out."""
+RowsProduct = Callable[[ProductInputs, torch.Tensor | None], torch.Tensor]
+"""Inputs bf16 [n, columns] in, products bf16 [n, rows] out: in the matrix that is given, if it can be written there."""
 
-_OWN: frozenset[Kernel] = frozenset({"compiled", "blocks"})
+_OWN: frozenset[Kernel] = frozenset({"compiled", "blocks", "amx"})
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
@@ -54,7 +55,7 @@ class LowBitProducts:
     Takes 7 MiB for unpacked weights (6.5 bytes for each of 64 rows' weights if a row has more than 16,384), and what a
     product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
     rows there are. Elsewhere than on the CPU all are: `profile` is not asked then. Without `compiled` there is no
-    kernel of our own.
+    kernel of our own, and without its `amx` none for the matrix unit, which takes as much memory again as the inputs.
     """
 
     def __init__(
@@ -116,14 +117,16 @@ class LowBitProducts:
         columns = panels.columns
         calls = _Calls(lambda num_inputs: self._rows_product(memory, panels, num_rows, num_inputs))
 
-        def linear(inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None) -> torch.Tensor:
+        def linear(
+            inputs: torch.Tensor | ProductInputs, bias: torch.Tensor | None, output: torch.Tensor | None = None
+        ) -> torch.Tensor:
             # Nothing is done here that need not be: with one row of inputs every microsecond shows.
-            rows = _rows_of(inputs, columns)
-            product = calls.for_count(rows.shape[0])(rows)
+            shared, inputs = _shared(inputs, columns)
+            product = calls.for_count(shared.rows.shape[0])(shared, output)
             if bias is not None:
                 product += bias
             if output is not None:
-                return output.copy_(product)
+                return output if product is output else output.copy_(product)
             if product.dtype is not inputs.dtype:
                 product = product.to(inputs.dtype)
             return product.view(*inputs.shape[:-1], num_rows)
@@ -142,8 +145,11 @@ class LowBitProducts:
 
         calls = _Calls(make)
 
-        def linear(inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None) -> torch.Tensor:
-            rows = _rows_of(inputs, columns)
+        def linear(
+            inputs: torch.Tensor | ProductInputs, bias: torch.Tensor | None, output: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            shared, inputs = _shared(inputs, columns)
+            rows = shared.rows
             call = calls.for_count(rows.shape[0])
             if bias is not None and bias.dtype is not ACTIVATIONS:
                 bias = bias.to(ACTIVATIONS)
@@ -165,13 +171,29 @@ class LowBitProducts:
     def _rows_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         """The product for inputs bf16 [num_inputs, columns], contiguous."""
         kernel = self._kernel(num_inputs, panels, num_rows)
+        if kernel == "amx":
+            return self._amx_product(memory, panels, num_rows)
         if kernel in _OWN:
             assert self._compiled is not None  # `_choose`
-            return self._compiled.product(memory, panels, num_rows, num_inputs, blocks=kernel == "blocks")
+            product = self._compiled.product(memory, panels, num_rows, num_inputs, blocks=kernel == "blocks")
+            return lambda inputs, _: product(inputs.rows)
         if kernel == "packed" and num_rows == panels.panel_rows * len(memory) == panels.panel_rows:
             views = views_of(memory[0], panels)
-            return lambda rows: self._packed(rows, views, panels)
-        return lambda rows: self._by_panels(rows, memory, panels, num_rows, kernel)
+            return lambda inputs, _: self._packed(inputs.rows, views, panels)
+        return lambda inputs, _: self._by_panels(inputs.rows, memory, panels, num_rows, kernel)
+
+    def _amx_product(self, memory: torch.Tensor, panels: Panels, num_rows: int) -> RowsProduct:
+        assert self._compiled is not None  # `_choose`
+        amx = self._compiled.amx
+        assert amx is not None
+
+        def multiply(inputs: ProductInputs, output: torch.Tensor | None) -> torch.Tensor:
+            if output is None or output.dtype is not ACTIVATIONS or output.stride(1) != 1:
+                output = inputs.rows.new_empty(len(inputs.rows), num_rows)
+            amx.linear_into(inputs.packed(amx), memory, panels, num_rows, output)
+            return output
+
+        return multiply
 
     def _by_panels(
         self, rows: torch.Tensor, memory: torch.Tensor, panels: Panels, num_rows: int, kernel: Kernel
@@ -213,8 +235,7 @@ class LowBitProducts:
         if not num_inputs or self._device.type != "cpu":
             return "native"
         without: set[Kernel] = set() if panels.layout in (self._machine, INT8_LAYOUT) else {"packed"}
-        if self._compiled is None or panels.layout not in (LAYOUT, INT8_LAYOUT):
-            without |= _OWN
+        without |= _missing(self._compiled) if panels.layout in (LAYOUT, INT8_LAYOUT) else _OWN
         layout = layout_of(panels.low_bit)
         return self._profile.choose(layout, num_inputs, panels.panel_rows * panels.columns, without)
 
@@ -286,8 +307,15 @@ class _Calls(Generic[_Call]):
         return call
 
 
+def _shared(inputs: torch.Tensor | ProductInputs, columns: int) -> tuple[ProductInputs, torch.Tensor]:
+    """`inputs` [..., columns] as kernels take them, [n, columns]: the same object if it is that; and its tensor."""
+    if not isinstance(inputs, ProductInputs):
+        return ProductInputs(_rows_of(inputs, columns)), inputs
+    is_taken = inputs.rows.dtype is ACTIVATIONS and inputs.rows.is_contiguous()
+    return inputs if is_taken else ProductInputs(_rows_of(inputs.rows, columns)), inputs.rows
+
+
 def _rows_of(inputs: torch.Tensor, columns: int) -> torch.Tensor:
-    """`inputs` [..., columns] as kernels take them, [n, columns]."""
     rows = inputs.reshape(-1, columns)
     if rows.dtype is not ACTIVATIONS or not rows.is_contiguous():
         rows = rows.to(ACTIVATIONS).contiguous()
@@ -296,7 +324,7 @@ def _rows_of(inputs: torch.Tensor, columns: int) -> torch.Tensor:
 
 def compiled_low_bit(code_folder: Path | None = None) -> CompiledLowBit | None:
     """Our own low-bit products, None where they cannot be had (see `obstacle`)."""
-    return None if obstacle() else CompiledLowBit(code_folder)
+    return None if obstacle() else CompiledLowBit(code_folder, amx=not amx_obstacle())
 
 
 def layout_of(low_bit: LowBitFormat) -> Layout:
@@ -324,7 +352,15 @@ _LAYOUTS: tuple[Layout, ...] = ("int4", "int8")
 
 
 def _kernels(layout: Layout, compiled: CompiledLowBit | None) -> list[Kernel]:
-    return [kernel for kernel in KERNELS[layout] if kernel not in _OWN or compiled is not None]
+    missing = _missing(compiled)
+    return [kernel for kernel in KERNELS[layout] if kernel not in missing]
+
+
+def _missing(compiled: CompiledLowBit | None) -> frozenset[Kernel]:
+    """Kernels of our own that cannot be had."""
+    if compiled is None:
+        return _OWN
+    return frozenset({"amx"}) if compiled.amx is None else frozenset()
 
 
 def _measure(layout: Layout, compiled: CompiledLowBit | None) -> dict[Kernel, Cost]:

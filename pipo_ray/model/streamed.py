@@ -27,10 +27,10 @@ class LinearProduct(Protocol):
     """`F.linear` with a weight [rows, columns]."""
 
     def __call__(
-        self, inputs: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor | None = None
+        self, inputs: torch.Tensor | ProductInputs, bias: torch.Tensor | None, output: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Inputs [..., columns] and a bias or None in, [..., rows] out: `output` where it is given, which may be some
-        columns of a larger matrix.
+        columns of a larger matrix. `ProductInputs` where parts of a matrix have the same ones.
         """
         ...
 
@@ -124,7 +124,7 @@ class SplitProduct:
         """Fill the columns of rows `start:stop`, which are `part`."""
         added, columns = None if self.bias is None else self.bias[start:stop], self.output[:, start:stop]
         if type(part) is LowBitMatrix:
-            part.product(self.inputs.rows, added, columns)
+            part.product(self.inputs, added, columns)
         else:
             linear_into(self.inputs, part, added, columns)
 

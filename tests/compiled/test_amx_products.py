@@ -10,7 +10,8 @@ from bf16_matrices import at_the_end, check_no_numbers, matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo_ray.compiled.amx_products import CompiledAmx, amx_obstacle
+from pipo_ray.compiled.amx_products import CompiledAmx
+from pipo_ray.compiled.support import amx_obstacle
 from pipo_ray.quant.panels import processor_flags
 
 pytestmark = pytest.mark.skipif(amx_obstacle() is not None, reason=str(amx_obstacle()))

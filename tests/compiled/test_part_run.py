@@ -13,12 +13,12 @@ import pytest
 import torch
 from bf16_matrices import matrix
 
-from pipo_ray.compiled.amx_products import CompiledAmx, amx_obstacle
+from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.part_run import RESIDENT, Part, PartRun, PartRunner, RowsProduct
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import amx_obstacle, obstacle
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotState, SlotTable, StoppedError
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipo_ray.model.cpu_linear as cpu_linear
-from pipo_ray.compiled.amx_products import CompiledAmx, amx_obstacle
+from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import amx_obstacle, obstacle
 from pipo_ray.model.cpu_linear import (
     HALF_DTYPES,
     CpuProducts,

@@ -19,10 +19,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import pipo_ray.model.low_bit as low_bit_module
+from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
+from pipo_ray.compiled.support import amx_obstacle
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
+from pipo_ray.model.streamed import SplitMatrix
 from pipo_ray.quant.codec import read_rows, views_of, write_rows
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import BLOCK_ROWS, INT4_LAYOUTS, Panels, divide, machine_layout
@@ -32,6 +35,7 @@ from pipo_ray.quant.rounding import round_to_nearest, values_of
 NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
 BF16_STEP = 2.0**-8
 COMPILED = compiled_low_bit()
+MISSING: set[Kernel] = (set() if COMPILED else {"compiled", "blocks"}) | ({"amx"} if amx_obstacle() else set())
 
 
 def packed(weight: torch.Tensor, panels: Panels) -> torch.Tensor:
@@ -79,10 +83,11 @@ def test_products_are_those_of_the_unpacked_weight(
     assert (got.dtype, got.shape) == (torch.bfloat16, (*leading, rows))
     values = unpacked(memory, panels).double()
     exact, terms = inputs.double() @ values.T, inputs.double().abs() @ values.abs().T
-    # The product, and the sum with a bias, are rounded to bf16; the native kernel rounds each weight (int4), or the
-    # product before the scale (int8); and torch's int8 kernel multiplies with scales in another order.
+    # The product, and the sum with a bias, are rounded to bf16; the native kernel and the matrix unit's round each
+    # weight (int4), the native one the product before the scale (int8); torch's for int8 scales in another order.
     steps = BF16_STEP * exact.abs() * (2 if low_bit.bits == 8 and kernel in ("packed", "native", "wide") else 1)
-    if kernel == "native" or (low_bit.bits == 4 and kernel != "wide" and layout != machine_layout()):
+    is_unpacked = low_bit.bits == 4 and layout != machine_layout() and kernel != "wide"
+    if kernel == "native" or (kernel == "amx" and low_bit.bits == 4) or is_unpacked:
         steps = steps + BF16_STEP / 2 * terms
     if bias is not None:
         exact = exact + bias.double()
@@ -130,13 +135,56 @@ def test_the_profile_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     saved = KernelProfile.load(file)
     assert saved is not None
     assert set(saved.costs) == {"int4"}
-    assert set(saved.costs["int4"]) == set(KERNELS["int4"]) - (set() if COMPILED else {"compiled"})
+    assert set(saved.costs["int4"]) == set(KERNELS["int4"]) - MISSING
     monkeypatch.setattr(low_bit_module, "measure_low_bit", lambda *_: pytest.fail("measured again"))
     LowBitProducts.for_run(["int4"], ProfilePlaces(file))
     monkeypatch.setattr(low_bit_module, "measure_low_bit", measure_low_bit)
     LowBitProducts.for_run(["int8"], ProfilePlaces(file))
     measured = KernelProfile.load(file).costs["int8"]  # type: ignore[union-attr]
-    assert set(measured) == set(KERNELS["int8"]) - (set() if COMPILED else {"compiled", "blocks"})
+    assert set(measured) == set(KERNELS["int8"]) - MISSING
+
+
+def test_without_a_matrix_unit_the_other_kernels_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1,))
+    monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
+    monkeypatch.setattr(low_bit_module, "amx_obstacle", lambda: "this processor has no AMX_TILE")
+    compiled = compiled_low_bit()
+    costs = measure_low_bit(["int4", "int8"], compiled).costs
+    assert all(set(costs[layout]) == set(KERNELS[layout]) - MISSING - {"amx"} for layout in ("int4", "int8"))
+    # As a run chooses that has another machine's profile.
+    products = LowBitProducts(always_low_bit("amx"), machine_layout(), compiled=compiled)
+    panels = divide(64, 64, LowBitFormat.parse("int4"), machine_layout())
+    stored, inputs = packed(torch.randn(64, 64), panels), torch.randn(2, 64).bfloat16()
+    exact = inputs.float() @ unpacked(stored, panels).T
+    assert torch.allclose(products.linear(inputs, stored, panels, 64, None).float(), exact, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.skipif("amx" in MISSING, reason=str(amx_obstacle()))
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parts_of_a_matrix_share_inputs_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool, dtype: torch.dtype
+) -> None:
+    """Other dtypes are converted for each part. Outputs are written in their columns."""
+    tiled: list[int] = []
+    original = CompiledAmxLowBit.pack
+    monkeypatch.setattr(CompiledAmxLowBit, "pack", lambda self, x: (tiled.append(len(x)), original(self, x))[1])
+    products = LowBitProducts(always_low_bit("amx"), machine_layout(), compiled=COMPILED)
+    panels = divide(150, 128, LowBitFormat.parse("int4"), machine_layout(), 1)
+    assert panels.num_panels == 3
+    stored, inputs = packed(torch.randn(150, 128), panels), torch.randn(2, 5, 128).to(dtype)
+    bias = torch.randn(150).bfloat16() if with_bias else None
+    split = SplitMatrix.make(
+        (150, 128), dtype, torch.device("cpu"),
+        lambda _: (
+            (64 * first, min(64 * stop, 150), products.bind(stored[first:stop], panels, first))
+            for first, stop in ((0, 2), (2, 3))
+        ),
+    )  # fmt: skip
+    got = F.linear(inputs, split, bias)
+    assert (got.dtype, got.shape) == (dtype, (2, 5, 150))
+    assert torch.equal(got, F.linear(inputs, products.bind(stored, panels, 0), bias))
+    assert tiled == ([10, 10] if dtype is torch.bfloat16 else [10, 10, 10])
 
 
 def test_without_a_compiler_the_other_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

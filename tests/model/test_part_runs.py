@@ -11,9 +11,8 @@ import torch
 from architectures import BY_SLUG, VOCAB_SIZE
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 
-from pipo_ray.compiled.amx_products import amx_obstacle
 from pipo_ray.compiled.part_run import PartRun
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import amx_obstacle, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.cpu_linear import CpuProducts, always, amx_bf16, compiled_bf16
 from pipo_ray.model.kernel_profile import Kernel
