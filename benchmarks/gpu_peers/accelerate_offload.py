@@ -1,8 +1,10 @@
 """HF Accelerate with offload to RAM or to disk, on a GPU with a budget.
 
-How to run (accelerate and transformers 5 are all it needs; `python accelerate_offload.py --help` for everything):
+How to run (in any environment with accelerate and transformers 5, such as the first line makes, of pinned versions):
 
-    python accelerate_offload.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk] [--pageable]
+    PYTHON=$(python benchmarks/peers/environments.py accelerate ENVIRONMENTS)
+    $PYTHON benchmarks/gpu_peers/accelerate_offload.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json
+                                                       [--from disk] [--pageable]          (--help for everything)
 
 A device map puts embeddings, norms and head on the GPU, as many layers as fit beside them, and the others on "cpu" or
 "disk". This is "auto" but for the room that it keeps free for the largest module, the head, which stays here. From RAM,

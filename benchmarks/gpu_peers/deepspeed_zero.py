@@ -1,10 +1,15 @@
 """DeepSpeed ZeRO-Inference (stage 3, parameters in pinned RAM or on NVMe), on a GPU with a budget.
 
-How to run (deepspeed, hjson and pydantic; a wheel made with `DS_BUILD_OPS=0 pip wheel --no-deps deepspeed` will do, as
-nothing is compiled from RAM; from disk the operator async_io is compiled at first use, for which CFLAGS and LDFLAGS
-must lead to libaio, and TORCH_CUDA_ARCH_LIST be a number, as 9.0):
+How to run (the first line makes an environment of pinned versions; from RAM nothing is compiled, from disk the
+operator async_io is at first use, for which CFLAGS and LDFLAGS must lead to libaio, and TORCH_CUDA_ARCH_LIST be a
+number, as 9.0):
 
-    PYTHONPATH=SITE python deepspeed_zero.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk]
+    PYTHON=$(python benchmarks/peers/environments.py deepspeed ENVIRONMENTS)
+    $PYTHON benchmarks/gpu_peers/deepspeed_zero.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk]
+
+Where nothing can be fetched but torch, transformers and accelerate are installed: wheels from elsewhere, deepspeed's
+made with `DS_BUILD_OPS=0 pip wheel --no-deps deepspeed==0.19.8`, with hjson's and pydantic's in a folder that
+PYTHONPATH names.
 
 Stage 3 without an optimizer. transformers loads the model into RAM, and DeepSpeed parts it from there, because within
 the budget transformers' own integration, which makes every module on the GPU and parts it there, runs out of memory

@@ -1,4 +1,4 @@
-"""What the GPU peers share: the command line, the GPU budget, the timing of a sweep, and rows written as they come.
+"""What the GPU peers share: the command line, the GPU budget, the timing of a sweep, and the rows, as they come.
 
 A peer is a `Peer`: it loads the checkpoint once and puts as many bytes of weights onto the GPU as it is told. `run`
 says how many: the budget minus the CUDA context, the key-value cache, activations and what is in flight, and one layer
@@ -10,6 +10,8 @@ checked: the most that was reserved, plus everything else that the driver counts
               pass is not counted
 
 From disk, the checkpoint is dropped from the page cache before every sweep; that is not part of its seconds.
+
+Each row is printed when it is there, and all of them again at the end as `table.py` makes them; `--out` has the rest.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from table import line, table
 
 RUNTIME_BYTES = 256 << 20
 """Of the GPU budget, what torch keeps for cuBLAS and loses to fragments."""
@@ -144,7 +147,7 @@ class Rows:
             "peer": peer, "versions": versions, "device": device, "checkpoint": str(options.checkpoint),
             "gpu_memory": options.gpu_memory, "from": "disk" if options.from_disk else "ram", "rows": [],
         }  # fmt: skip
-        print(f"{peer} on {device}: {', '.join(f'{name} {version}' for name, version in versions.items())}", flush=True)
+        print(table(self._report), flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row and print it."""
@@ -152,7 +155,11 @@ class Rows:
         partial = self._file.with_name(f"{self._file.name}.partial")
         partial.write_text(json.dumps(self._report, indent=1))
         partial.replace(self._file)
-        print(json.dumps(row), flush=True)
+        print(line(self._report, row), flush=True)
+
+    def show(self) -> None:
+        """Print all of them: between them are what the peer said and why rows failed."""
+        print(f"\n{table(self._report)}\nwritten to {self._file}", flush=True)
 
 
 def _version(package: str) -> str:
@@ -316,7 +323,16 @@ def _plan(options: Options, peer: Peer, shape: Shape, group: list[Case], allowed
 
 
 def run(options: Options, rows: Rows, make_peer: Callable[[], Peer], *, groups: list[list[Case]], allowed: int) -> None:
-    """Measure every group of cases with a placement of its own; a case that fails becomes a row with the reason."""
+    """Measure every group of cases with a placement of its own; a case that fails becomes a row with the reason. At the
+    end all rows are printed.
+    """
+    try:
+        _run(options, rows, make_peer, groups, allowed)
+    finally:
+        rows.show()
+
+
+def _run(options: Options, rows: Rows, make_peer: Callable[[], Peer], groups: list[list[Case]], allowed: int) -> None:
     try:
         peer = make_peer()
         shape = Shape.of(options.checkpoint)

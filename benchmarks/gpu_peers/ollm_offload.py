@@ -1,15 +1,16 @@
 """oLLM with its layers on the GPU, in RAM or on disk, on a GPU with a budget.
 
-How to run (oLLM 1.0.3 needs `transformers>=4.57,<5`: with 5.17 its Llama ends in "create_causal_mask() got an
-unexpected keyword argument 'input_embeds'"; flash-attn and kvikio are optional, `--kvikio` reads the disk through it):
+How to run (the first line makes an environment of pinned versions, transformers 4.57 among them; flash-attn and kvikio
+are optional and not in it, `--kvikio` reads the disk through the latter):
 
-    PYTHONPATH=SITE python ollm_offload.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk]
+    PYTHON=$(python benchmarks/peers/environments.py ollm ENVIRONMENTS)
+    $PYTHON benchmarks/gpu_peers/ollm_offload.py --checkpoint FOLDER --gpu-memory BYTES --out FILE.json [--from disk]
 
 oLLM's own Llama class with its own loader: as many layers as fit are kept on the GPU (the loader's
 `offload_dict_to_gpu_cpu(gpu=True)`), the others in RAM, as `offload_layers_to_cpu` keeps them, or on disk; the
 key-value cache is on the GPU, as its manual says for short contexts. `--pinned` pins what is kept in RAM, which oLLM
-does not. Its Llama takes one sequence at a time, so that the compute-bound prompt is one long sequence; what a batch
-ends with is in its row. It has no OPT.
+does not. It wants a checkpoint with an index of its files. Its Llama takes one sequence at a time, so that the
+compute-bound prompt is one long sequence; what a batch ends with is in its row. It has no OPT.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,7 @@ import pytest
 from pipeline import test_loader
 from pipeline.fake_store import FakeStore, make_store
 from pipeline.test_loader import SIZES, Pipeline, check_sweep
+from scripts import load_script
 
 from pipo_ray.pipeline.slots import SlotState
 
@@ -20,14 +19,7 @@ NUM_SLOTS = 5
 
 @pytest.fixture(scope="module")
 def limited_loader() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "limited_loader.py"
-    spec = importlib.util.spec_from_file_location("limited_loader", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["limited_loader"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("limited_loader.py")
 
 
 def used(pipeline: Pipeline) -> set[int]:
