@@ -3,7 +3,8 @@
 How to run (twice --size of free disk while the model is made; a quarter of a minute for each setting and round):
 
     python benchmarks/staging_runs.py [--size 2GiB] [--resident 860MiB] [--settings 2x8/2,2x2/2@4,...] [--rounds 8]
-        [--sweeps 6] [--prompt 256] [--prompt-sweeps 3] [--rate 1GB] [--folder DIR] [--quick] [--json FILE]
+        [--sweeps 6] [--prompt 256] [--prompt-sweeps 3] [--rate 1GB] [--precision int4] [--folder DIR] [--quick]
+        [--json FILE]
 
 Settings are written as for `staging_modes.py`, which compares them in turns within one session and over all of its
 memory, because a virtual drive's rate depends on the memory that is read into. A run by itself reads into its slots
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("--settings", default=SETTINGS, help="MiB x reads / slots @ MiB; default: %(default)s")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt; default: %(default)s")
     parser.add_argument("--prompt-sweeps", type=int, default=3, help="in a round; 0: no prompts; default: %(default)s")
+    parser.add_argument("--precision", help="of the weights, for example int4 (default: 16 bits); --size is without it")
     parser.add_argument("--rate", help="bytes per second that the drive is held to (root, blkio of cgroup v1)")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -96,7 +98,10 @@ def main() -> int:
     if arguments.rate and (reason := obstacle()):
         print(f"--rate {arguments.rate}: {reason}", file=sys.stderr)
         return 2
-    with random_store(parse_size(arguments.size), arguments.folder) as store, held_to(arguments.rate, store):
+    with (
+        random_store(parse_size(arguments.size), arguments.folder, arguments.precision) as store,
+        held_to(arguments.rate, store),
+    ):
         rows = measure(store, arguments)
     kinds = list(rows[PERFORMANCE]["seconds"])
     head = "".join(f"{f'{kind}, s':>12} {'speed':>16} " for kind in kinds)

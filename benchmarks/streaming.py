@@ -29,18 +29,20 @@ WIDE = LlamaShape(1, hidden=4096, intermediate=14336, heads=32, kv_heads=8, voca
 
 
 @contextlib.contextmanager
-def random_store(num_bytes: int, folder: Path | None) -> Iterator[Path]:
-    """A block store of at least so many bytes; made in `folder` and kept there, or in a temporary one."""
+def random_store(num_bytes: int, folder: Path | None, precision: str | None = None) -> Iterator[Path]:
+    """A block store of a model of at least so many bytes in bf16, packed with `precision` (see `pack_store`); made in
+    `folder` and kept there, or in a temporary one.
+    """
     base = folder or Path(tempfile.mkdtemp(prefix="pipo-bench-"))
     shape = WIDE.of_at_least(num_bytes)
     os.environ["PIPO_CACHE"] = str(base / "cache")
-    store = base / f"llama-{shape.layers}-store"
+    store = base / f"llama-{shape.layers}{'' if precision is None else '-' + precision}-store"
     try:
         if not store.exists():
             checkpoint = base / f"llama-{shape.layers}"
             shutil.rmtree(checkpoint, ignore_errors=True)
             make_checkpoint(checkpoint, shape)
-            pack_store(checkpoint, store)
+            pack_store(checkpoint, store, precision=precision)
             shutil.rmtree(checkpoint)
         yield store
     finally:

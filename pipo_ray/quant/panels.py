@@ -32,9 +32,9 @@ start and to await its threads, which costs 35 % of the bandwidth with panels of
 (`benchmarks/low_bit_kernels.py`). The price is the smallest slot that will do.
 """
 
-SMALL_PANEL_BYTES = (4 << 20) - 2 * 4096
-"""Where the project's own kernels are used, whose threads are awake between calls: 4 MiB cost them nothing that can be
-measured (`benchmarks/low_bit_kernels.py`), and `--mode memory-saver` does with slots of that.
+SMALL_PANEL_BYTES = (2 << 20) - 2 * 4096
+"""Where the project's own kernels are used, which take all panels of a piece in one call: with its pages it fits a slot
+of `--mode memory-saver`, a quarter of one of 8 MiB.
 """
 
 _MOST_PADDING = 0.005
