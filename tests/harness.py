@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.batch import SweepEntry, WantedLogits
 from pipo_ray.model.binding import Binder
-from pipo_ray.model.compiled_layers import CompiledLayers
+from pipo_ray.model.compiled_layers import compile_model
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts, always
 from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.graph import build_graph, load_config
@@ -212,7 +212,7 @@ class Pipeline:
             layers = None
             if compile_layers:
                 assert attention is not None
-                layers = CompiledLayers(self.model, products, low_bit, attention)
+                layers = compile_model(self.model, products, low_bit, attention)
             self.binder = Binder(
                 self.model, trace, self.plan, manifest.aliases, self.stream, self._read_rows, products, low_bit, layers
             )

@@ -51,31 +51,22 @@ class BetweenRows:
         output = torch.empty_like(rows)
         bits = struct.unpack("<i", struct.pack("<f", epsilon))[0]
         source, target, of_weight = rows.data_ptr(), output.data_ptr(), weight.data_ptr()
-        self._run(
-            self._norm,
-            [
-                (source + 2 * size * start, of_weight, target + 2 * size * start, stop - start, size, bits)
-                for start, stop in _ranges(count)
-            ],
-        )
+        words = [
+            (source + 2 * size * start, of_weight, target + 2 * size * start, stop - start, size, bits)
+            for start, stop in _ranges(count)
+        ]
+        self._run(self._norm, words)
         return output
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(`gate`) times `up`, both bf16 [rows, size], whose rows are contiguous each; [rows, size], contiguous."""
+        """silu(`gate`) times `up`, both bf16 [rows, size] and contiguous; [rows, size]."""
         count, size = gate.shape
-        output = gate.new_empty(count, size)
+        output = torch.empty_like(gate)
         source, other, target = gate.data_ptr(), up.data_ptr(), output.data_ptr()
-        if gate.is_contiguous() and up.is_contiguous():
-            words = [
-                (source + 2 * size * start, other + 2 * size * start, target + 2 * size * start, (stop - start) * size)
-                for start, stop in _ranges(count)
-            ]
-        else:
-            strides = 2 * gate.stride(0), 2 * up.stride(0)
-            words = [
-                (source + row * strides[0], other + row * strides[1], target + 2 * size * row, size)
-                for row in range(count)
-            ]
+        words = [
+            (source + 2 * size * start, other + 2 * size * start, target + 2 * size * start, (stop - start) * size)
+            for start, stop in _ranges(count)
+        ]
         self._run(self._gate, words)
         return output
 
@@ -86,7 +77,7 @@ class BetweenRows:
             function_at(function)(address)
             return
         shared = context_of([function, address, 8 * len(contexts[0]), len(contexts), 0])
-        run_on_threads(self._share, ctypes.addressof(shared), folder=self._folder)
+        run_on_threads(self._share, ctypes.addressof(shared), awake=None, folder=self._folder)
 
 
 def _ranges(count: int) -> list[tuple[int, int]]:

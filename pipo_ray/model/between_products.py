@@ -1,51 +1,41 @@
-"""What a model computes between its products, for many tokens on the CPU: RMS norms, and gates with SiLU.
+"""What a model computes between its products, for many tokens on the CPU: RMS norms, and the gate of an MLP with SiLU.
 
-A prompt's time between products is a fourth of it where the processor has a matrix unit, and a drive whose slots are
-full stands still meanwhile.
-
-A norm is replaced if it gives, for random numbers, what the machine code gives: so no architecture has to be known. A
-gate is `silu(x) * y` wherever a module writes it: the activation returns its input as a tensor of another type, which
-becomes the product with the next factor, or the activation itself if anything else is asked of it.
+torch makes several passes over memory for each, machine code one (`pipo_ray/compiled/between_rows.py`); a drive whose
+slots are full stands still meanwhile. No architecture has to be known: a module is replaced if it gives, for random
+numbers of several sizes, what the machine code gives.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from pipo_ray.compiled.between_rows import MULTIPLE, BetweenRows
 
 LEAST_NUMBERS = 1 << 16
 """Below it torch's operations take no longer."""
 
-_PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
-_PROBE_ROWS = 4
-_DIFFERENT = 0.01
-"""Of the numbers, whose sums of squares were added in another order, by one step of bf16."""
+MLP = ("gate_proj", "up_proj", "down_proj")
+_ACTIVATION = "act_fn"
+_PROBE_SHAPE = (1, 4, 64)
+_SCALES = (1.0, 1e-3, 30.0)
+_DIFFERENT = 0.02
+"""Of the numbers, by one step of bf16: sums of squares are added in another order, exponentials made otherwise."""
 
 
 def replace_between_products(model: nn.Module, rows: BetweenRows) -> None:
-    """Have the norms of `model`, whose weights are bound later, and its SiLUs computed by `rows` where they can be."""
-    known: dict[tuple[type, int], bool] = {}
+    """Have the norms and gates of `model`, whose weights are bound later, computed by `rows` where they can be."""
     for module in model.modules():
-        if type(module).__name__ in ("SiLU", "SiLUActivation"):
-            module.__dict__["forward"] = partial(_silu, rows, module.forward)
-            continue
         epsilon = _epsilon(module)
-        if epsilon is None:
-            continue
-        size = int(module.weight.shape[0])  # type: ignore[arg-type, index]
-        kind = type(module), size
-        if kind not in known:
-            known[kind] = _is_computed_so(module, size, epsilon, rows)
-        if known[kind]:
+        if epsilon is not None and _is_norm(module, epsilon, rows):
             module.__dict__["forward"] = partial(_norm, rows, module, epsilon, module.forward)
+        elif _is_gated(module, rows):
+            module.__dict__["forward"] = partial(_gated, rows, module, module.forward)
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -58,20 +48,74 @@ def _epsilon(module: nn.Module) -> float | None:
     return float(epsilon) if fits and isinstance(epsilon, float) else None
 
 
-def _is_computed_so(module: nn.Module, size: int, epsilon: float, rows: BetweenRows) -> bool:
-    generator = torch.Generator().manual_seed(size)
-    made = [torch.randn(shape, generator=generator).bfloat16() for shape in ((1, _PROBE_ROWS, size), (size,))]
-    try:
-        with torch.inference_mode():
-            wanted = torch.func.functional_call(module, {"weight": made[1]}, (made[0],))
-            got = rows.norm(made[0], made[1], epsilon)
-    except (TypeError, RuntimeError):  # it takes more than rows
+def _is_norm(module: nn.Module, epsilon: float, rows: BetweenRows) -> bool:
+    """Whether it computes what `BetweenRows.norm` does, of rows as small as the root of `epsilon`, too."""
+    size = len(module.weight)  # type: ignore[arg-type]
+    weight = _random(size, seed=size)
+    for scale in (*_SCALES, epsilon**0.5):
+        inputs = (scale * _random(1, _PROBE_SHAPE[1], size, seed=size + 1)).bfloat16()
+        try:
+            with torch.inference_mode():
+                wanted = torch.func.functional_call(module, {"weight": weight}, (inputs,))
+        except Exception:  # it takes more than rows, and may raise whatever it likes without
+            return False
+        if not _are_alike(rows.norm(inputs, weight, epsilon), wanted):
+            return False
+    return True
+
+
+def _is_gated(module: nn.Module, rows: BetweenRows) -> bool:
+    """Whether it is `down_proj(silu(gate_proj(x)) * up_proj(x))`, asked in this order: tried with other functions in
+    the place of the three products.
+    """
+    if {name for name, _ in module.named_children()} != {*MLP, _ACTIVATION} or next(module.buffers(), None) is not None:
         return False
+    if any(type(getattr(module, name)) is not nn.Linear for name in MLP):
+        return False
+    inputs = _random(*_PROBE_SHAPE, seed=0)
+    for number, scale in enumerate(_SCALES):
+        factors = {name: scale * _random(*_PROBE_SHAPE, seed=2 * number + at) for at, name in enumerate(MLP[:2])}
+        stood_in = copy.copy(module)
+        stood_in._modules = dict(module._modules)
+        asked: list[tuple[str, torch.Tensor]] = []
+        for name in MLP:
+            stood_in._modules[name] = _StandIn(name, factors.get(name), asked)
+        try:
+            with torch.inference_mode():
+                wanted = stood_in.forward(inputs)
+        except Exception:  # whatever another module makes of such products
+            return False
+        names = tuple(name for name, _ in asked)
+        if names != MLP or asked[0][1] is not inputs or asked[1][1] is not inputs or wanted is not asked[2][1]:
+            return False
+        gate, up = (factors[name].flatten(0, 1) for name in MLP[:2])
+        if not _are_alike(rows.gate(gate, up).view(wanted.shape), wanted):
+            return False
+    return True
+
+
+class _StandIn(nn.Module):
+    """In the place of a product: gives `factor`, or its inputs if that is None, and tells what was `asked`."""
+
+    def __init__(self, name: str, factor: torch.Tensor | None, asked: list[tuple[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.name, self.factor, self.asked = name, factor, asked
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What was given for it."""
+        self.asked.append((self.name, inputs))
+        return inputs if self.factor is None else self.factor.clone()
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def _are_alike(got: torch.Tensor, wanted: Any) -> bool:
     if not isinstance(wanted, torch.Tensor) or wanted.shape != got.shape or wanted.dtype is not got.dtype:
         return False
-    return float((got != wanted).float().mean()) <= _DIFFERENT and torch.allclose(
-        got.float(), wanted.float(), rtol=2**-7, atol=0.0
-    )
+    same = torch.allclose(got.float(), wanted.float(), rtol=2**-7, atol=1e-30)
+    return same and float((got != wanted).float().mean()) <= _DIFFERENT
 
 
 def _norm(
@@ -79,69 +123,29 @@ def _norm(
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     weight: Any = module._parameters["weight"]
-    if args or kwargs or not _is_large(hidden_states) or not hidden_states.is_contiguous():
+    if (
+        args or kwargs or not _is_for_machine_code(hidden_states) or weight.dtype is not torch.bfloat16
+        or not weight.is_contiguous() or hidden_states.shape[-1:] != weight.shape
+    ):  # fmt: skip
         return original(hidden_states, *args, **kwargs)
-    if weight is None or weight.dtype is not torch.bfloat16 or not weight.is_contiguous():
-        return original(hidden_states)
     return rows.norm(hidden_states, weight, epsilon)
 
 
-def _silu(rows: BetweenRows, original: Callable[..., Any], inputs: torch.Tensor) -> torch.Tensor:
-    if not _is_large(inputs) or inputs.shape[-1] % MULTIPLE or type(inputs) is not torch.Tensor:
-        return original(inputs)  # type: ignore[no-any-return]
-    pending = inputs.as_subclass(PendingSiLU)
-    pending.rows = rows
-    return pending
+def _gated(
+    rows: BetweenRows, module: nn.Module, original: Callable[..., Any], inputs: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    if args or kwargs:
+        return original(inputs, *args, **kwargs)
+    projections: Any = module
+    gate, up = projections.gate_proj(inputs), projections.up_proj(inputs)
+    if not (_is_for_machine_code(gate) and _is_for_machine_code(up)) or gate.shape[-1] % MULTIPLE:
+        return projections.down_proj(projections.act_fn(gate) * up)
+    gated = rows.gate(gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1]))
+    return projections.down_proj(gated.view(gate.shape))
 
 
-def _is_large(numbers: torch.Tensor) -> bool:
+def _is_for_machine_code(numbers: torch.Tensor) -> bool:
     return (
-        numbers.numel() >= LEAST_NUMBERS and numbers.dtype is torch.bfloat16 and numbers.device.type == "cpu"
-        and not numbers.requires_grad
+        type(numbers) is torch.Tensor and numbers.numel() >= LEAST_NUMBERS and numbers.dtype is torch.bfloat16
+        and numbers.device.type == "cpu" and not numbers.requires_grad and numbers.is_contiguous()
     )  # fmt: skip
-
-
-class PendingSiLU(torch.Tensor):
-    """silu of the numbers that this tensor has, not computed yet."""
-
-    rows: BetweenRows
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The gate if it is multiplied with numbers of the same shape; else what `func` makes of the activation."""
-        if func in _PRODUCTS and len(args) == 2 and not kwargs:
-            gated = _gated(*args)
-            if gated is not None:
-                return gated
-        args, kwargs = tree_map(_computed, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _gated(one: Any, other: Any) -> torch.Tensor | None:
-    pending, up = (one, other) if isinstance(one, PendingSiLU) else (other, one)
-    if type(up) is not torch.Tensor or up.dtype is not torch.bfloat16:
-        return None
-    with torch._C.DisableTorchFunctionSubclass():
-        gate, rows = pending.as_subclass(torch.Tensor), pending.rows
-    if gate.shape != up.shape:
-        return None
-    matrices = [_as_matrix(gate), _as_matrix(up)]
-    if matrices[0] is None or matrices[1] is None:
-        return None
-    return rows.gate(matrices[0], matrices[1]).view(gate.shape)
-
-
-def _as_matrix(numbers: torch.Tensor) -> torch.Tensor | None:
-    """A view [rows, size] with contiguous rows, if there is one."""
-    if numbers.is_contiguous():
-        return numbers.view(-1, numbers.shape[-1])
-    if numbers.dim() < 2 or numbers.stride(-1) != 1 or any(length != 1 for length in numbers.shape[:-2]):
-        return None
-    return numbers.reshape(numbers.shape[-2:]) if numbers.dim() == 2 else numbers[(0,) * (numbers.dim() - 2)]
-
-
-def _computed(value: Any) -> Any:
-    if not isinstance(value, PendingSiLU):
-        return value
-    with torch._C.DisableTorchFunctionSubclass():
-        return F.silu(value.as_subclass(torch.Tensor))

@@ -22,11 +22,13 @@ from torch import nn
 
 from pipo_ray.compiled import row_steps, steps
 from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.between_rows import BetweenRows
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.crew import run_steps
 from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.steps import Steps
+from pipo_ray.model.between_products import replace_between_products
 from pipo_ray.model.cpu_linear import CpuProducts, HalfMatrix
 from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
@@ -42,6 +44,17 @@ _MULTIPLE = 32
 """Of all lengths, heads' too."""
 _TOLERANCE = 0.02
 """Of what a layer adds to its input, by the norm: bf16 sums in another order are within a tenth of it."""
+
+
+def compile_model(
+    model: nn.Module, products: CpuProducts | None, low_bit: LowBitProducts | None, attention: CompiledAttention,
+    folder: Path | None = None,
+) -> CompiledLayers:  # fmt: skip
+    """Have machine code compute what it can of `model` besides products and attention: norms and gates of many tokens
+    from now on, and whole layers of one token when what is returned is told that weights stay.
+    """
+    replace_between_products(model, BetweenRows(folder))
+    return CompiledLayers(model, products, low_bit, attention, folder)
 
 
 class CompiledLayers:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.between_rows import BetweenRows
 from pipo_ray.compiled.pack import CompiledPacking
 from pipo_ray.compiled.support import obstacle
 from pipo_ray.errors import DriveError
@@ -27,9 +26,8 @@ from pipo_ray.messages import (
     SweepResult,
 )
 from pipo_ray.model.batch import SweepEntry
-from pipo_ray.model.between_products import replace_between_products
 from pipo_ray.model.binding import Binder
-from pipo_ray.model.compiled_layers import CompiledLayers
+from pipo_ray.model.compiled_layers import CompiledLayers, compile_model
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import (
     check_device,
@@ -152,8 +150,7 @@ class ComputeEngine:
         layers: CompiledLayers | None = None
         if any(used is not None and used.compiles for used in (products, low_bit)):
             attention = CompiledAttention(code_folder)
-            layers = CompiledLayers(graph, products, low_bit, attention, code_folder)
-            replace_between_products(graph, BetweenRows(code_folder))
+            layers = compile_model(graph, products, low_bit, attention, code_folder)
         if compute.kv_bits is not None and not compute.kv_on_cpu:
             compiled = attention or self._attention_to_pages(dtype, code_folder, notes)
             rows = self._rows_of_pages(compute.kv_bits, dtype, code_folder, notes)

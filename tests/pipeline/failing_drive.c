@@ -7,7 +7,8 @@
  *
  * Of the reads since SERIAL changed, the first AFTER are sound and the next TIMES (-1: all) are of KIND: "eio",
  * "eagain", "enodev" fail; "short" reads one sector more than half; "stall" waits SECONDS before it reads; "flip"
- * inverts a bit of the byte at OFFSET of the file. With OFFSET above -1 only reads that cover it count. "einval-open"
+ * inverts a bit of the byte at OFFSET of the file. With OFFSET above -1 only reads that cover it count; with -2 only
+ * repetitions of the first one that is of KIND, from then on, whatever other threads read meanwhile. "einval-open"
  * refuses O_DIRECT when a file is opened, as some file systems do. KV pages: "kv-read-eio", "kv-read-flip" (the first
  * byte) and "kv-write-enospc". Anything else, or no such file: sound.
  */
@@ -35,6 +36,7 @@ typedef int (*open_function)(const char *, int, ...);
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static long current_serial = -1, counted = 0;
+static off_t first_struck = -1;
 
 static int load(struct fault *fault) {
     const char *path = getenv("PIPO_FAILING_DRIVE");
@@ -86,10 +88,15 @@ static int strikes(const struct fault *fault, size_t size, off_t offset) {
     if (fault->serial != current_serial) {
         current_serial = fault->serial;
         counted = 0;
+        first_struck = -1;
     }
-    long number = counted++;
+    int is_other = fault->offset == -2 && first_struck >= 0 && offset != first_struck;
+    long number = is_other ? -1 : counted++;
+    int is_struck = number >= fault->after && (fault->times < 0 || number < fault->after + fault->times);
+    if (is_struck && first_struck < 0)
+        first_struck = offset;
     pthread_mutex_unlock(&lock);
-    return number >= fault->after && (fault->times < 0 || number < fault->after + fault->times);
+    return is_struck;
 }
 
 ssize_t preadv2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
