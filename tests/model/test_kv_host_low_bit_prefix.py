@@ -245,7 +245,9 @@ class Recording(Stage):
         return result
 
 
-@pytest.mark.parametrize(("few", "kv_tokens", "batch"), [(4, 12_000, 512), (8, 2_000, 64)])
+@pytest.mark.parametrize(
+    ("few", "kv_tokens", "batch"), [(4, 12_000, 512), pytest.param(8, 2_000, 64, marks=pytest.mark.slow)]
+)
 def test_conversations_are_as_in_the_devices_memory(packed: PackedModel, few: int, kv_tokens: int, batch: int) -> None:
     """Through the scheduler, with points and what is taken, in ample and in little room: the same sweeps, every logit
     the same, and as many bytes.
