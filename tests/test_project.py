@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import html
-import importlib.util
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500
@@ -95,12 +95,7 @@ def test_readme_names_the_two_commands() -> None:
 
 
 def _demo_commands() -> list[list[str]]:
-    spec = importlib.util.spec_from_file_location("demo_picture", ROOT / "benchmarks" / "demo_picture.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    commands: list[list[str]] = module.demo_commands()
+    commands: list[list[str]] = load_script("demo_picture.py").demo_commands()
     return commands
 
 

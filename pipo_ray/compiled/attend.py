@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pipo_ray.compiled import attention, packed_attention
 from pipo_ray.compiled.crew import CALLED_AT, add_on_threads, deferred_on_threads, run_on_threads
+from pipo_ray.compiled.ir import float_word
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
@@ -272,7 +272,7 @@ def _words(
     offset = 2 * dim * first
     return (
         *places, keys.data_ptr() + offset, values.data_ptr() + offset, output, 0, kv_heads, heads // kv_heads,
-        length - first, struct.unpack("<i", struct.pack("<f", scale))[0], 2 * query.stride(0), 2 * new[0].stride(0),
+        length - first, float_word(scale), 2 * query.stride(0), 2 * new[0].stride(0),
         2 * new[1].stride(0), 2 * keys.stride(0), 2 * values.stride(0),
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ two; here each is one. A row's bits do not depend on the other rows or on the nu
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from pipo_ray.compiled import row_steps
 from pipo_ray.compiled.crew import run_on_threads
-from pipo_ray.compiled.ir import Function
+from pipo_ray.compiled.ir import Function, float_word
 from pipo_ray.compiled.machine import MachineCode, context_of, function_at
 
 SHARE, FIELDS = "share", ("function", "contexts", "context_bytes", "count", "next")
@@ -49,7 +48,7 @@ class BetweenRows:
         size = len(weight)
         count = rows.numel() // size
         output = torch.empty_like(rows)
-        bits = struct.unpack("<i", struct.pack("<f", epsilon))[0]
+        bits = float_word(epsilon)
         source, target, of_weight = rows.data_ptr(), output.data_ptr(), weight.data_ptr()
         words = [
             (source + 2 * size * start, of_weight, target + 2 * size * start, stop - start, size, bits)

@@ -258,6 +258,12 @@ def float_bits(value: float) -> str:
     return f"0x{struct.pack('>d', single).hex().upper()}"
 
 
+def float_word(value: float) -> int:
+    """The nearest float32 as a word of a context."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
+
+
 def bf16_bits(value: float) -> int:
     """A number that bf16 holds exactly, as a word."""
     bits = struct.unpack("<I", struct.pack("<f", value))[0]

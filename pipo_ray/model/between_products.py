@@ -20,30 +20,54 @@ from pipo_ray.compiled.between_rows import MULTIPLE, BetweenRows
 LEAST_NUMBERS = 1 << 16
 """Below it torch's operations take no longer."""
 
-MLP = ("gate_proj", "up_proj", "down_proj")
-_ACTIVATION = "act_fn"
+MLP, ACTIVATION = ("gate_proj", "up_proj", "down_proj"), "act_fn"
+"""The parts of an MLP with a gate."""
 _PROBE_SHAPE = (1, 4, 64)
 _SCALES = (1.0, 1e-3, 30.0)
+_NOBODYS, _PLAIN = set(vars(nn.Module())), (bool, int, float, str, type(None))
 _DIFFERENT = 0.02
 """Of the numbers, by one step of bf16: sums of squares are added in another order, exponentials made otherwise."""
 
 
 def replace_between_products(model: nn.Module, rows: BetweenRows) -> None:
     """Have the norms and gates of `model`, whose weights are bound later, computed by `rows` where they can be."""
+    replaced: dict[Any, Callable[..., Any] | None] = {}
     for module in model.modules():
-        epsilon = _epsilon(module)
-        if epsilon is not None and _is_norm(module, epsilon, rows):
-            module.__dict__["forward"] = partial(_norm, rows, module, epsilon, module.forward)
-        elif _is_gated(module, rows):
-            module.__dict__["forward"] = partial(_gated, rows, module, module.forward)
+        kind = _kind(module)
+        if kind not in replaced:
+            replaced[kind] = _replacement(module, rows)
+        computed = replaced[kind]
+        if computed is not None:
+            module.__dict__["forward"] = partial(computed, rows, module, module.forward)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Alike for modules that differ in nothing but their weights: their class, what is written on them, their parts."""
+    own = [(name, value) for name, value in vars(module).items() if name not in _NOBODYS]
+    told = tuple((name, value if isinstance(value, _PLAIN) else id(value)) for name, value in own)
+    shapes = tuple((tensor.shape, tensor.dtype) for tensor in module.parameters(recurse=False))
+    return type(module), told, shapes, tuple((name, _kind(part)) for name, part in module.named_children())
+
+
+def _replacement(module: nn.Module, rows: BetweenRows) -> Callable[..., Any] | None:
+    epsilon = _epsilon(module)
+    if epsilon is not None and _is_norm(module, epsilon, rows):
+        return partial(_norm, epsilon)
+    return _gated if _is_gated(module, rows) else None
+
+
+def norm_epsilon(module: nn.Module) -> Any:
+    """Of an RMS norm, by its class's name; None of anything else."""
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if "RMSNorm" in type(module).__name__ else None
 
 
 def _epsilon(module: nn.Module) -> float | None:
     """Of an RMS norm in bf16 of rows of the right length; None of anything else."""
-    if "RMSNorm" not in type(module).__name__ or [name for name, _ in module.named_parameters()] != ["weight"]:
+    epsilon = norm_epsilon(module)
+    if epsilon is None or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     weight: Any = module.weight
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     fits = weight.dim() == 1 and weight.dtype is torch.bfloat16 and not len(weight) % MULTIPLE
     return float(epsilon) if fits and isinstance(epsilon, float) else None
 
@@ -68,7 +92,7 @@ def _is_gated(module: nn.Module, rows: BetweenRows) -> bool:
     """Whether it is `down_proj(silu(gate_proj(x)) * up_proj(x))`, asked in this order: tried with other functions in
     the place of the three products.
     """
-    if {name for name, _ in module.named_children()} != {*MLP, _ACTIVATION} or next(module.buffers(), None) is not None:
+    if {name for name, _ in module.named_children()} != {*MLP, ACTIVATION} or next(module.buffers(), None) is not None:
         return False
     if any(type(getattr(module, name)) is not nn.Linear for name in MLP):
         return False
@@ -119,7 +143,7 @@ def _are_alike(got: torch.Tensor, wanted: Any) -> bool:
 
 
 def _norm(
-    rows: BetweenRows, module: nn.Module, epsilon: float, original: Callable[..., Any], hidden_states: torch.Tensor,
+    epsilon: float, rows: BetweenRows, module: nn.Module, original: Callable[..., Any], hidden_states: torch.Tensor,
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     weight: Any = module._parameters["weight"]

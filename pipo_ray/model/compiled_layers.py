@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +24,11 @@ from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.between_rows import BetweenRows
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.crew import run_steps
+from pipo_ray.compiled.ir import float_word
 from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.steps import Steps
-from pipo_ray.model.between_products import replace_between_products
+from pipo_ray.model.between_products import ACTIVATION, MLP, norm_epsilon, replace_between_products
 from pipo_ray.model.cpu_linear import CpuProducts, HalfMatrix
 from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_MLP = {*MLP, ACTIVATION}
 _MULTIPLE = 32
 """Of all lengths, heads' too."""
 _TOLERANCE = 0.02
@@ -247,7 +247,7 @@ class _Layer:
     def _norm(self, norm: Any, row: torch.Tensor, output: torch.Tensor) -> Any:
         weight = norm.weight.detach()
         size = weight.numel()
-        epsilon = struct.unpack("<i", struct.pack("<f", _epsilon(norm)))[0]
+        epsilon = float_word(norm_epsilon(norm))
         words = [row.data_ptr(), weight.data_ptr(), output.data_ptr(), row.numel() // size, size, epsilon]
         return self._add(self._code.norm, words, row, weight, output)
 
@@ -295,11 +295,11 @@ def _is_built_so(module: Any) -> bool:
     if not (_ATTENTION <= attention <= _ATTENTION | _HEAD_NORMS and mlp == _MLP):
         return False
     linears = [getattr(module.self_attn, name) for name in _ATTENTION]
-    linears += [getattr(module.mlp, name) for name in _MLP - {"act_fn"}]
+    linears += [getattr(module.mlp, name) for name in MLP]
     lengths = [length for linear in linears for length in linear.weight.shape]
     return (
         all(type(linear) is nn.Linear for linear in linears)
-        and all(_epsilon(norm) is not None and norm.weight.dim() == 1 for norm in _norms(module))
+        and all(norm_epsilon(norm) is not None and norm.weight.dim() == 1 for norm in _norms(module))
         and "SiLU" in type(module.mlp.act_fn).__name__
         and isinstance(getattr(module.self_attn, "layer_idx", None), int)
         and isinstance(getattr(module.self_attn, "head_dim", None), int)
@@ -313,14 +313,10 @@ def _norms(module: Any) -> list[Any]:
     return [module.input_layernorm, module.post_attention_layernorm, *of_heads]
 
 
-def _epsilon(norm: nn.Module) -> Any:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) if "RMSNorm" in type(norm).__name__ else None
-
-
 def _matrices(module: Any, products: CpuProducts | None, low_bit: LowBitProducts | None) -> _Matrices | None:
     """Where a layer's matrices are; None if one is not for our own kernels."""
     found: _Matrices = {}
-    for holder, names in ((module.self_attn, _ATTENTION), (module.mlp, _MLP - {"act_fn"})):
+    for holder, names in ((module.self_attn, _ATTENTION), (module.mlp, MLP)):
         for name in names:
             weight = getattr(holder, name)._parameters["weight"]
             whole = [(0, weight.shape[0], weight)]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from pipo_ray import LLM
 
 from .checkpoints import BYTES_LLAMA, make_checkpoint
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
-
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("soak.py")
 
 
 def test_a_slope_is_that_of_the_line() -> None:
