@@ -198,7 +198,7 @@ class LLM:
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
                     str(profile_folder()), str(cache_folder() / "machine-code"), self._plan.kv,
                     self._plan.kv_tokens, None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits,
-                    self._plan.kv_on_cpu, self._plan.tables_in_ram,
+                    self._plan.kv_on_cpu, self._plan.tables_in_ram, self._plan.graph_bytes,
                 ),
                 limits,
                 trace=self._trace is not None, verify_checksums=verify_checksums,

@@ -82,6 +82,7 @@ class ComputeSetup:
     was compiled for this processor. `kv` are the tiers of the KV cache, None: it is in the device's memory alone, which
     holds `kv_tokens`. `kv_bits` are the KV cache's bits per layer, if any has fewer than 16. With `kv_on_cpu` it is in
     RAM, where a GPU leaves attention to the processor. With `tables_in_ram` all rows of what is looked up are kept.
+    CUDA graphs may take `graph_bytes` of the GPU.
     """
 
     facts: ModelFacts
@@ -98,6 +99,7 @@ class ComputeSetup:
     kv_bits: tuple[int, ...] | None = None
     kv_on_cpu: bool = False
     tables_in_ram: bool = False
+    graph_bytes: int = 0
 
 
 @dataclass(frozen=True)

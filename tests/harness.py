@@ -28,11 +28,14 @@ from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
+from pipo_ray.model.layer_graphs import LayerGraphs, decoder_layers
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
 from pipo_ray.model.linear_experts import experts_are_linear
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
 from pipo_ray.model.runner import ModelRunner
+from pipo_ray.model.settled_layers import SettledLayers
 from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.cuda_graph import Graphs
 from pipo_ray.pipeline.device_ops import CudaOps, DeviceOps
 from pipo_ray.pipeline.device_stream import DeviceStream
 from pipo_ray.pipeline.drive import Drive
@@ -136,7 +139,8 @@ class Pipeline:
     The pieces of kind "rest" and `resident_pieces` others, taken from the middle (None: all), stay in memory. Prompts
     go in chunks of `chunk` tokens if the architecture allows it. With `kv_pages` the KV cache has so many pages on the
     GPU and in RAM, with `kv_pool` it is a pool of so many tokens, with `kv_store` it is what that makes, with `kv_bits`
-    each layer has so many bits. `gpu_resident_pieces` None: everything stays on the device.
+    each layer has so many bits. `gpu_resident_pieces` None: everything stays on the device. With `graphs`, layers are
+    computed by those while weights stay.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class Pipeline:
         kv_bits: tuple[int, ...] | None = None,
         attention: CompiledAttention | None = None,
         compile_layers: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self.packed, self.chunk = packed, chunk if packed.facts.chunked else None
         facts, manifest = packed.facts, packed.manifest
@@ -209,7 +214,11 @@ class Pipeline:
             if products is None and device.type == "cpu" and packed.dtype in HALF_DTYPES:
                 products = CpuProducts(always("wide", packed.dtype))
             low_bit = low_bit or LowBitProducts(always_low_bit("packed"), machine_layout(), device)
-            layers = None
+            layers: SettledLayers | None = None
+            self.graphs: LayerGraphs | None = None
+            if graphs is not None:
+                hidden_bytes = facts.hidden_size * packed.dtype.itemsize
+                layers = self.graphs = LayerGraphs(decoder_layers(self.model, facts.num_layers), graphs, hidden_bytes)
             if compile_layers:
                 assert attention is not None
                 layers = compile_model(self.model, products, low_bit, attention)

@@ -7,9 +7,10 @@ scores (Gemma 2) and attention sinks (gpt-oss) are arguments that transformers' 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,13 @@ from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_cache import RaggedCache
 from pipo_ray.model.kv_spans import AttentionRule
 
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of the row of the running sweep: (query, key, value) as in `ragged_attention` -> [1, tokens, heads, head_dim]."""
+Around = Callable[..., torch.Tensor]
+"""(attention, the row's cache, query, key, value) -> what is to be taken for the attention's output."""
+
 _current: ContextVar[RaggedCache | None] = ContextVar("ragged_cache", default=None)
+_around: ContextVar[Around | None] = ContextVar("around_attention", default=None)
 
 
 @contextmanager
@@ -33,6 +40,16 @@ def ragged_row(cache: RaggedCache) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def around_attention(around: Around) -> Iterator[None]:
+    """Within this context a ragged row's attention is left to `around`, which is given it."""
+    token = _around.set(around)
+    try:
+        yield
+    finally:
+        _around.reset(token)
 
 
 def ragged_attention(
@@ -58,13 +75,23 @@ def ragged_attention(
     rule = AttentionRule(scale, sliding_window, softcap, s_aux)
     if cache is None:
         return attend(query[0], key[0], value[0], rule).transpose(0, 1)[None], None
+    around = _around.get()
+    if around is None:
+        return _attend(rule, query, key, value), None
+    return around(partial(_attend, rule), cache, query, key, value), None
+
+
+def _attend(rule: AttentionRule, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of the row that runs."""
+    cache = _current.get()
+    assert cache is not None
     cache.rule = rule
     if cache.host is not None:
-        return cache.host.attend_row(cache.segments, cache.layer, query[0], key[0], value[0], rule)[None], None
-    row = cache.fused_row
-    if row is not None and can_attend(query, value, softcap, s_aux) and row.sees_whole_ranges(sliding_window):
+        return cache.host.attend_row(cache.segments, cache.layer, query[0], key[0], value[0], rule)[None]
+    row, window = cache.fused_row, rule.sliding_window
+    if row is not None and can_attend(query, value, rule.softcap, rule.sinks) and row.sees_whole_ranges(window):
         keys, values = cache.append_row(key, value)
-        return attend_row(query[0].transpose(0, 1), keys, values, row, scale, sliding_window)[None], None
+        return attend_row(query[0].transpose(0, 1), keys, values, row, rule.scale, window)[None]
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     cache.begin_layer()
     rows = cache.packed_rows
@@ -80,7 +107,7 @@ def ragged_attention(
     if rows is not None and alone:  # behind those on whose tokens they may stand
         rows.attend(alone, cache.layer, query[0], key[0], value[0], rule, output[0])
     cache.end_layer()
-    return output, None
+    return output
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

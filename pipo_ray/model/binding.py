@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.lanes import Lanes
 from pipo_ray.model.low_bit import LowBitProducts
 from pipo_ray.model.part_runs import PartRuns
 from pipo_ray.model.piece_views import view_of
+from pipo_ray.model.settled_layers import SettledLayers
 from pipo_ray.model.streamed import (
     FusedExperts,
     LinearProduct,
@@ -104,7 +104,7 @@ class Binder:
         read_rows: TableReader,
         products: CpuProducts | None = None,
         low_bit: LowBitProducts | None = None,
-        layers: CompiledLayers | None = None,
+        layers: SettledLayers | None = None,
     ) -> None:
         self._low_bit, self._layers = low_bit, layers
         self._products = products

@@ -27,7 +27,7 @@ from pipo_ray.messages import (
 )
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
-from pipo_ray.model.compiled_layers import CompiledLayers, compile_model
+from pipo_ray.model.compiled_layers import compile_model
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.gpu import (
     check_device,
@@ -48,6 +48,7 @@ from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
+from pipo_ray.model.layer_graphs import LayerGraphs, decoder_layers
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit_choice import products_for
 from pipo_ray.model.packed_choice import rows_for
@@ -56,8 +57,10 @@ from pipo_ray.model.row_staging import RowStaging
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.seen_tokens import SeenTokens
+from pipo_ray.model.settled_layers import SettledLayers
 from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
+from pipo_ray.pipeline.cuda_graph import CudaGraphs
 from pipo_ray.pipeline.device_ops import CudaOps
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.host_functions import HostFunctions
@@ -147,7 +150,8 @@ class ComputeEngine:
         if low_bit is not None and low_bit.obstacle is not None:
             notes.append(_unpacked_note(low_bit.obstacle))
         attention: CompiledAttention | None = None
-        layers: CompiledLayers | None = None
+        layers: SettledLayers | None = None
+        self._graphs: LayerGraphs | None = None
         if any(used is not None and used.compiles for used in (products, low_bit)):
             attention = CompiledAttention(code_folder)
             layers = compile_model(graph, products, low_bit, attention, code_folder)
@@ -156,6 +160,11 @@ class ComputeEngine:
             rows = self._rows_of_pages(compute.kv_bits, dtype, code_folder, notes)
             kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers, rows)
         self.notes = tuple(notes)
+        if self._device.type == "cuda" and self._facts.ragged and compute.graph_bytes > 0:
+            layers = self._graphs = LayerGraphs(
+                decoder_layers(graph, self._facts.num_layers), CudaGraphs(self._device, compute.graph_bytes),
+                self._facts.hidden_size * dtype.itemsize,
+            )  # fmt: skip
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,
             low_bit, layers,
@@ -346,6 +355,8 @@ class ComputeEngine:
             details["weight_copies_s"] = self._copying_s
         if self._kernel_times is not None:
             details |= {"kernels_s": self._kernel_times.busy_s, "watched_sweep_s": self._kernel_times.total_s}
+        if self._graphs is not None:
+            details["graph_sweeps"] = self._graphs.sweeps
         if self._kv_tiers is not None:
             details["kv_loaded_bytes"] = self._kv_tiers.loaded_bytes
             details["kv_saved_bytes"] = self._kv_tiers.saved_bytes

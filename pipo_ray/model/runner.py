@@ -15,7 +15,6 @@ from pipo_ray.errors import DriveError
 from pipo_ray.model.attention import ragged_row
 from pipo_ray.model.batch import KeptPoint, PrefixPart, SweepEntry
 from pipo_ray.model.binding import Binder
-from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.disk_cache import DiskCache
 from pipo_ray.model.heap import Heap
 from pipo_ray.model.host_values import known, row_of
@@ -26,6 +25,7 @@ from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
 from pipo_ray.model.lanes import Lanes
+from pipo_ray.model.settled_layers import SettledLayers
 
 
 class OutOfStepError(Exception):
@@ -48,7 +48,7 @@ class ModelRunner:
         ragged: bool,
         kv_store: KVStore | HostKV | None = None,
         attention: CompiledAttention | None = None,
-        layers: CompiledLayers | None = None,
+        layers: SettledLayers | None = None,
         heap: Heap | None = None,
     ) -> None:
         self._model, self._binder, self._device, self._ragged = model, binder, device, ragged

@@ -92,7 +92,8 @@ class RunPlan:
     pieces are read. `kv` are the tiers of the KV cache on a GPU, if it has two; `kv_disk` those of RAM and drive;
     `low_bit_kv` says what a KV cache of fewer than 16 bits is; with `kv_on_cpu` all of it is in RAM beside a GPU, and
     the processor attends. With `tables_in_ram` the matrices whose rows are looked up are in RAM as a whole, counted in
-    `weight_bytes`. `copied_bytes_per_sweep` are the weights that cross to a GPU in each sweep.
+    `weight_bytes`. `copied_bytes_per_sweep` are the weights that cross to a GPU in each sweep. `graph_bytes` are
+    what is left of a GPU that holds all weights, for CUDA graphs.
     """
 
     sweep: SweepPlan
@@ -118,6 +119,7 @@ class RunPlan:
     kv_on_cpu: bool = False
     tables_in_ram: bool = False
     copied_bytes_per_sweep: int = 0
+    graph_bytes: int = 0
 
     @property
     def kv_page_tokens(self) -> int:
@@ -455,6 +457,7 @@ def _plan_gpu_run(
         kv_on_cpu=kv_on_cpu,
         tables_in_ram=tables_in_ram,
         copied_bytes_per_sweep=copied,
+        graph_bytes=0 if copied else gpu_weights - gpu_resident,
     )
 
 

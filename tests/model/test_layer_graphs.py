@@ -1,0 +1,124 @@
+"""Layers as graphs: same logits in every kind of sweep, and modules wherever graphs won't do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import BY_SLUG
+from fake_graph import FakeGraphs
+from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
+
+from pipo_ray.model.layer_graphs import MOST_TOKENS
+
+PROMPT_LENGTHS = (3, 9, 6)
+LENGTHS = (30, 24, 18)
+JOINS = (0, 2, 9)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    return packed("llama", tmp_path_factory.mktemp("llama"))
+
+
+def packed(slug: str, folder: Path) -> PackedModel:
+    BY_SLUG[slug].save(folder / "checkpoint")
+    return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32)
+
+
+def follow(model: PackedModel, graphs: FakeGraphs | None, kv_pool: int | None = 120) -> tuple[list[Followed], int]:
+    """Logits of sequences that come and go, and how many sweeps were computed by graphs alone."""
+    sequences = random_prompts(model.facts.vocab_size, LENGTHS)
+    with Pipeline(model, resident_pieces=None, kv_pool=kv_pool, graphs=graphs) as pipeline:
+        found = pipeline.follow(sequences, PROMPT_LENGTHS, JOINS)
+        return found, 0 if pipeline.graphs is None else pipeline.graphs.sweeps
+
+
+def same(found: list[Followed], wanted: list[Followed]) -> bool:
+    return all(
+        max(relative_errors(ours.logits, theirs.logits)) <= 1e-5 for ours, theirs in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("slug", ["llama", "gemma2", "opt", "qwen3"])
+@pytest.mark.parametrize("kv_pool", [120, None])
+def test_logits_are_the_modules(slug: str, kv_pool: int | None, tmp_path: Path) -> None:
+    model, graphs = packed(slug, tmp_path), FakeGraphs()
+    wanted, _ = follow(model, None, kv_pool)
+    found, sweeps = follow(model, graphs, kv_pool)
+    assert same(found, wanted)
+    assert sweeps >= 8
+    layers = model.facts.num_layers
+    assert graphs.captured % (2 * layers) == 0, "attention cuts a layer in two"
+    assert graphs.replayed >= 2 * layers * sweeps
+
+
+def test_a_layer_that_asks_the_device_stays_a_module(tmp_path: Path) -> None:
+    """A router of experts, which does so behind attention; that must run once all the same."""
+    model, graphs = packed("mixtral", tmp_path), FakeGraphs()
+    assert same(follow(model, graphs)[0], follow(model, None)[0])
+    assert graphs.captured == 0
+
+
+def test_a_layer_that_cannot_be_captured_stays_a_module(llama: PackedModel) -> None:
+    graphs = FakeGraphs(refused=("aten::silu",))
+    assert same(follow(llama, graphs)[0], follow(llama, None)[0])
+    assert graphs.captured == llama.facts.num_layers, "up to attention, and not behind it"
+    assert graphs.replayed == 0
+
+
+def test_graphs_that_compute_something_else_are_not_used(llama: PackedModel, caplog: pytest.LogCaptureFixture) -> None:
+    graphs = FakeGraphs()
+    graphs.error = 0.1
+    found, sweeps = follow(llama, graphs)
+    assert same(found, follow(llama, None)[0])
+    assert sweeps == 0
+    assert graphs.closed
+    assert "no graphs: they are off by" in caplog.text
+
+
+def test_without_room_there_are_none(llama: PackedModel) -> None:
+    graphs = FakeGraphs(room_bytes=1 << 20)
+    assert same(follow(llama, graphs)[0], follow(llama, None)[0])
+    assert graphs.captured == 0
+
+
+def test_graphs_that_took_more_than_there_is_go(llama: PackedModel) -> None:
+    graphs = FakeGraphs(room_bytes=200 << 20)
+    graphs.taken_bytes = 300 << 20
+    found, sweeps = follow(llama, graphs)
+    assert same(found, follow(llama, None)[0])
+    assert graphs.closed
+    assert sweeps == 0
+
+
+def test_long_prompts_are_computed_by_modules(llama: PackedModel) -> None:
+    graphs = FakeGraphs()
+    prompts = random_prompts(llama.facts.vocab_size, (MOST_TOKENS + 1,) * 3)
+    with Pipeline(llama, resident_pieces=None, kv_pool=300, chunk=None, graphs=graphs) as pipeline:
+        for prompt in prompts:
+            pipeline.greedy([prompt], 1)
+    assert graphs.captured == 0
+
+
+def test_behind_a_sweep_that_failed_graphs_are_captured_anew(llama: PackedModel) -> None:
+    graphs = FakeGraphs()
+    prompts = random_prompts(llama.facts.vocab_size, (5,))
+    with Pipeline(llama, resident_pieces=None, kv_pool=100, graphs=graphs) as pipeline:
+        wanted = pipeline.greedy(prompts, 20)
+        assert pipeline.graphs is not None
+        before, captured = pipeline.graphs.sweeps, graphs.captured
+        assert before > 10
+        handle = pipeline.model.lm_head.register_forward_pre_hook(_fail)
+        with pytest.raises(ValueError, match="on purpose"):
+            pipeline.greedy(prompts, 2)
+        handle.remove()
+        assert graphs.closed
+        assert pipeline.greedy(prompts, 20) == wanted
+        assert pipeline.graphs.sweeps > before + 10
+        assert graphs.captured == 2 * captured
+
+
+def _fail(*_: object) -> None:
+    raise ValueError("on purpose")
