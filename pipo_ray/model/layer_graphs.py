@@ -4,15 +4,16 @@ Llama-3-8B's shape, all of it on an H200: 62 ms for a sweep whose kernels run 8 
 is captured as it is, in as many graphs as attention cuts it into. Attention itself is called: its keys grow with each
 sweep, and where they lie is the KV cache's affair.
 
-Graphs are captured for a number of tokens, the second time that a sweep has as many. In this sweep and the next one
-every layer is computed by its module, too, whose result counts; from then on by the graphs, if they gave the same. A
-layer that asks the device for something on the way, like a router of experts, stays a module.
+Graphs are captured for a number of tokens (`SIZES`; with fewer, what is in the last places has no meaning), the second
+time that a sweep needs them. In this sweep and the next one every layer is computed by its module, too, whose result
+counts; from then on by the graphs, if they gave the same. A layer that asks the device for something on the way, like a
+router of experts, stays a module.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,14 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from pipo_ray.model.attention import Attention, around_attention
+from pipo_ray.model.captured_layer import Attended, AttentionStep, CapturedLayer, Key, Places, parts_of
 from pipo_ray.model.kv_cache import RaggedCache
 from pipo_ray.pipeline.cuda_graph import Graph, Graphs
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = 64
-"""Of a sweep with graphs: with more, kernels take longer than launching them, and what graphs keep takes memory."""
-_MOST_SIZES = 16
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Tokens for which there are graphs: with more, kernels take longer than launching them, and what graphs keep takes
+memory. A third more at most is computed than there is, in products that last as long as reading their weights.
+"""
 _CHECKS = 2
 """Sweeps that are computed both ways: in the second one positions are others than when it was captured."""
 _TOLERANCE = 0.02
@@ -43,9 +46,6 @@ _KEPT = 10
 what goes in and comes out.
 """
 
-Key = tuple[int | str, int | None]
-"""Of a tensor among a layer's arguments: position or name, and the index in a tuple."""
-
 
 def decoder_layers(model: nn.Module, num_layers: int) -> Sequence[nn.Module]:
     """The list of `num_layers` layers in `model`, the outermost if there are several; () if there is none."""
@@ -56,7 +56,7 @@ def decoder_layers(model: nn.Module, num_layers: int) -> Sequence[nn.Module]:
 
 
 class LayerGraphs:
-    """`SettledLayers` that computes `layers` by graphs in sweeps of up to `MOST_TOKENS` tokens.
+    """`SettledLayers` that computes `layers` by graphs in sweeps of a few tokens, of which `SIZES` has the most.
 
     What layers are given besides tensors and the KV cache must be the same in every sweep.
     """
@@ -68,7 +68,7 @@ class LayerGraphs:
         self._layers: list[_Layer] = []
         self._sizes: dict[int, _Size] = {}
         self._sweep: _Sweep | None = None
-        self._full = False
+        self._given_up = False
         self.sweeps = 0
         """Sweeps computed by graphs, checked ones not counted."""
 
@@ -85,24 +85,25 @@ class LayerGraphs:
             layer.module.__dict__.pop("forward", None)
         self._layers.clear()
         self._drop()
-        self._full = False
+        self._given_up = False
 
     def begin(self, cache: Any, tokens: int) -> None:
         """See `SettledLayers.begin`."""
         self._judge()
         self._sweep = None
-        if not self._layers or self._full or tokens > MOST_TOKENS:
+        places = next((size for size in SIZES if size >= tokens), None)
+        if not self._layers or self._given_up or places is None:
             return
-        size = self._sizes.get(tokens)
+        size = self._sizes.get(places)
         if size is None:
-            if len(self._sizes) < _MOST_SIZES:
-                self._sizes[tokens] = _Size()  # kernels are compiled in this sweep, and chosen
+            self._sizes[places] = _Size(places)  # kernels are compiled in this sweep, and chosen
             return
-        if not size.checks and not self._has_room(tokens):
-            self._full = True
-            logger.info("no graphs for sweeps of %d tokens: %d bytes are left", tokens, self._graphs.room_bytes)
+        if not size.checks and not self._has_room(places):
+            if not size.refused:
+                logger.info("no graphs for sweeps of %d tokens: %d bytes are left", places, self._graphs.room_bytes)
+            size.refused = True
             return
-        self._sweep = _Sweep(size, size.checks < _CHECKS)
+        self._sweep = _Sweep(size, tokens, size.checks < _CHECKS)
         if self._sweep.checked:
             size.checks += 1
         else:
@@ -128,7 +129,7 @@ class LayerGraphs:
         else:
             return
         self._drop()
-        self._full = True
+        self._given_up = True
 
     def _forward(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
         sweep = self._sweep
@@ -138,15 +139,15 @@ class LayerGraphs:
             return self._check(sweep, layer, args, kwargs)
         captured = sweep.size.layers.get(layer)
         given = _named(args, kwargs)
-        if captured is None or not captured.takes(given):
+        if captured is None or not captured.takes(given, sweep.tokens):
             return layer.original(*args, **kwargs)
-        captured.fill(given, sweep.filled)
-        captured.run(kwargs["past_key_values"])
-        return captured.output
+        captured.fill(given, sweep.tokens, sweep.filled)
+        captured.run(kwargs["past_key_values"], sweep.tokens)
+        return captured.output.of(sweep.tokens)
 
     def _check(self, sweep: _Sweep, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute by the module and, with its attention, by graphs."""
-        attended = _Attended()
+        attended = Attended()
         try:
             with self._graphs.forbid_waiting(), around_attention(attended.remember(self._graphs)):
                 wanted = layer.original(*args, **kwargs)
@@ -163,20 +164,24 @@ class LayerGraphs:
             if captured is None:
                 return wanted
             sweep.size.layers[layer] = captured
-        elif not captured.takes(given) or not isinstance(wanted, Tensor) or len(attended.calls) != captured.num_calls:
+        elif (
+            not captured.takes(given, sweep.tokens)
+            or not isinstance(wanted, Tensor)
+            or len(attended.calls) != captured.num_calls
+        ):
             layer.refused = True
             logger.info("%s stays a module: it is called in another way", type(layer.module).__name__)
             return wanted
-        captured.fill(given, sweep.filled)
-        sweep.errors += captured.check(attended.calls, wanted, given[0])
+        captured.fill(given, sweep.tokens, sweep.filled)
+        sweep.errors += captured.check(attended.calls, wanted, given[0], sweep.tokens)
         sweep.stand_ins[id(wanted)] = wanted, captured.output
         return wanted
 
     def _capture(
-        self, sweep: _Sweep, layer: _Layer, given: dict[int | str, Any], attended: _Attended
-    ) -> _Captured | None:
+        self, sweep: _Sweep, layer: _Layer, given: dict[int | str, Any], attended: Attended
+    ) -> CapturedLayer | None:
         inputs, constants = _inputs_of(given, sweep)
-        recorder = _Recorder(self._graphs, attended, sweep.size.attended)
+        recorder = _Recorder(self._graphs, attended, sweep)
         replaced = _replaced(given, inputs)
         try:
             recorder.open()
@@ -186,14 +191,18 @@ class LayerGraphs:
                     **{key: value for key, value in replaced.items() if isinstance(key, str)},
                 )
             recorder.close()
-            if not isinstance(output, Tensor) or not isinstance(given.get("past_key_values"), RaggedCache):
+            if (
+                not isinstance(output, Tensor)
+                or output.shape[1] != sweep.size.tokens
+                or not isinstance(given.get("past_key_values"), RaggedCache)
+            ):
                 raise RuntimeError("it returns more than hidden states, or has no KV cache")
         except (RuntimeError, NotImplementedError, TypeError) as error:
             recorder.abandon()
             layer.refused = True
             logger.info("%s stays a module: %s", type(layer.module).__name__, error)
             return None
-        return _Captured(recorder.steps, inputs, constants, output)
+        return CapturedLayer(recorder.steps, inputs, constants, Places(output, 1))
 
 
 @dataclass(eq=False)
@@ -205,76 +214,45 @@ class _Layer:
 
 @dataclass
 class _Size:
-    """Of a number of tokens: how often its graphs were checked, and each layer's. `attended` are the outputs of
-    attention, which layers of one shape share.
+    """Of a number of tokens: how often its graphs were checked, whether there is no room for them, and each layer's.
+    `attended` are the outputs of attention, which layers of one shape share.
     """
 
+    tokens: int
     checks: int = 0
-    layers: dict[_Layer, _Captured] = field(default_factory=dict)
-    attended: dict[Any, Tensor] = field(default_factory=dict)
+    refused: bool = False
+    layers: dict[_Layer, CapturedLayer] = field(default_factory=dict)
+    attended: dict[Any, Places] = field(default_factory=dict)
 
 
 @dataclass
 class _Sweep:
-    """The sweep that runs. `filled` is what was last copied into an input (by its id); `stand_ins` are the inputs for
-    tensors (by theirs) that a layer was given, or returned.
+    """The sweep that runs, of `tokens`. `filled` is what was last copied into an input (by its id); `stand_ins` are the
+    inputs for tensors (by theirs) that a layer was given, or returned.
     """
 
     size: _Size
+    tokens: int
     checked: bool
     filled: dict[int, Tensor] = field(default_factory=dict)
-    stand_ins: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stand_ins: dict[int, tuple[Tensor, Places]] = field(default_factory=dict)
     errors: list[Tensor] = field(default_factory=list)
 
-
-@dataclass
-class _Call:
-    """Attention of layer number `layer`, with what it was given and what it gave."""
-
-    layer: int
-    attention: Attention
-    given: tuple[Tensor, Tensor, Tensor]
-    output: Tensor
-
-    def run(self, cache: RaggedCache) -> None:
-        cache.layer = self.layer
-        self.output.copy_(self.attention(*self.given))
-
-
-class _Attended:
-    """The attention of one layer in one sweep, which must run once."""
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-
-    def remember(self, graphs: Graphs) -> Callable[..., Tensor]:
-        """Attention that is remembered."""
-
-        def attend(attention: Attention, cache: RaggedCache, *given: Tensor) -> Tensor:
-            with graphs.allow_waiting():
-                output = attention(*given)
-            self.calls.append(_Call(cache.layer, attention, given, output))  # type: ignore[arg-type]
-            return output
-
-        return attend
-
-    def repeat(self) -> Callable[..., Tensor]:
-        """What it gave, for the calls that were remembered."""
-        before = iter(tuple(self.calls))
-
-        def attend(attention: Attention, cache: RaggedCache, *given: Tensor) -> Tensor:
-            call = next(before, None)
-            return attention(*given) if call is None else call.output
-
-        return attend
+    def places_for(self, tensor: Tensor) -> Places:
+        """Memory for what is like `tensor`, with the places that the graphs have; all zeros, which do no harm."""
+        shape = list(tensor.shape)
+        of_tokens = len(shape) > 1 and shape[1] == self.tokens
+        if of_tokens:
+            shape[1] = self.size.tokens
+        return Places(tensor.new_zeros(shape), 1 if of_tokens else None)
 
 
 class _Recorder:
     """Captures a layer: graphs, and calls of attention between them."""
 
-    def __init__(self, graphs: Graphs, attended: _Attended, outputs: dict[Any, Tensor]) -> None:
-        self.steps: list[Graph | _Call] = []
-        self._graphs, self._outputs = graphs, outputs
+    def __init__(self, graphs: Graphs, attended: Attended, sweep: _Sweep) -> None:
+        self.steps: list[Graph | AttentionStep] = []
+        self._graphs, self._sweep = graphs, sweep
         self._attended = iter(attended.calls)
         self._open: Graph | None = None
 
@@ -298,77 +276,12 @@ class _Recorder:
         if call is None:
             raise RuntimeError("it attends more often than a moment ago")
         self.close()
-        key = call.output.shape, call.output.dtype
-        output = self._outputs.get(key)
-        if output is None:
-            output = self._outputs[key] = torch.empty_like(call.output)
-        self.steps.append(_Call(call.layer, attention, given, output))  # type: ignore[arg-type]
+        outputs, key = self._sweep.size.attended, (call.output.shape[2:], call.output.dtype)
+        if key not in outputs:
+            outputs[key] = self._sweep.places_for(call.output)
+        self.steps.append(AttentionStep(call.layer, attention, tuple(Places(one, 2) for one in given), outputs[key]))
         self.open()
-        return output
-
-
-@dataclass
-class _Captured:
-    """A layer's graphs for a number of tokens: `inputs` are filled before they run, `output` is what they leave."""
-
-    steps: list[Graph | _Call]
-    inputs: dict[Key, Tensor]
-    constants: dict[Key, Any]
-    output: Tensor
-
-    @property
-    def num_calls(self) -> int:
-        """Of attention."""
-        return sum(isinstance(step, _Call) for step in self.steps)
-
-    def takes(self, given: dict[int | str, Any]) -> bool:
-        """Whether the arguments are like those of the capture."""
-        found = dict(_parts(given))
-        if len(found) != len(self.inputs) + len(self.constants):
-            return False
-        for key, constant in self.constants.items():
-            if key not in found or found[key] != constant:
-                return False
-        for key, input in self.inputs.items():
-            tensor = found.get(key)
-            if not isinstance(tensor, Tensor) or tensor.shape != input.shape or tensor.dtype != input.dtype:
-                return False
-        return True
-
-    def fill(self, given: dict[int | str, Any], filled: dict[int, Tensor]) -> None:
-        """Copy the arguments in, those that are not there."""
-        for (name, index), input in self.inputs.items():
-            tensor = given[name] if index is None else given[name][index]
-            if tensor is not input and filled.get(id(input)) is not tensor:
-                input.copy_(tensor)
-                filled[id(input)] = tensor
-
-    def run(self, cache: RaggedCache) -> None:
-        """Compute the layer."""
-        for step in self.steps:
-            if isinstance(step, _Call):
-                step.run(cache)
-            else:
-                step.replay()
-
-    def check(self, calls: list[_Call], wanted: Tensor, hidden: Tensor) -> Iterator[Tensor]:
-        """Compute the layer but for attention, which gives what it gave in `calls`: by how much it is off."""
-        before = iter(calls)
-        for step in self.steps:
-            if isinstance(step, _Call):
-                call = next(before)
-                yield from (_off(mine, theirs) for mine, theirs in zip(step.given, call.given, strict=True))
-                step.output.copy_(call.output)
-            else:
-                step.replay()
-        yield _off(self.output.float() - hidden.float(), wanted.float() - hidden.float())
-
-
-def _off(got: Tensor, wanted: Tensor) -> Tensor:
-    """By the norm, relative; NaN if either is."""
-    got, wanted = got.float(), wanted.float()
-    off: Tensor = (got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return off
+        return outputs[key].memory
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
@@ -378,40 +291,35 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any
     return given
 
 
-def _parts(given: dict[int | str, Any]) -> Iterator[tuple[Key, Any]]:
-    """The arguments, those in tuples one by one, without the KV cache."""
-    for name, value in given.items():
-        if isinstance(value, tuple):
-            yield from (((name, index), part) for index, part in enumerate(value))
-        elif not isinstance(value, RaggedCache):
-            yield (name, None), value
-
-
-def _inputs_of(given: dict[int | str, Any], sweep: _Sweep) -> tuple[dict[Key, Tensor], dict[Key, Any]]:
+def _inputs_of(given: dict[int | str, Any], sweep: _Sweep) -> tuple[dict[Key, Places], dict[Key, Any]]:
     """For each tensor among the arguments one that a graph can read in every sweep, and the other arguments.
 
     Where layers are given the same tensor, or what another one returned, they read the same.
     """
-    inputs: dict[Key, Tensor] = {}
+    inputs: dict[Key, Places] = {}
     constants: dict[Key, Any] = {}
-    for key, part in _parts(given):
+    for key, part in parts_of(given):
         if not isinstance(part, Tensor):
             constants[key] = part
             continue
-        of, stand_in = sweep.stand_ins.get(id(part), (None, part))
-        if of is not part:
-            stand_in = torch.empty_like(part)
+        of, stand_in = sweep.stand_ins.get(id(part), (None, None))
+        if of is not part or stand_in is None:
+            stand_in = sweep.places_for(part)
             sweep.stand_ins[id(part)] = part, stand_in
         inputs[key] = stand_in
     return inputs, constants
 
 
-def _replaced(given: dict[int | str, Any], inputs: dict[Key, Tensor]) -> dict[int | str, Any]:
+def _replaced(given: dict[int | str, Any], inputs: dict[Key, Places]) -> dict[int | str, Any]:
     """The arguments with `inputs` in the place of tensors."""
     replaced: dict[int | str, Any] = {}
     for name, value in given.items():
         if isinstance(value, tuple):
-            replaced[name] = tuple(inputs.get((name, index), part) for index, part in enumerate(value))
+            replaced[name] = tuple(_memory(inputs.get((name, index)), part) for index, part in enumerate(value))
         else:
-            replaced[name] = inputs.get((name, None), value)
+            replaced[name] = _memory(inputs.get((name, None)), value)
     return replaced
+
+
+def _memory(places: Places | None, value: Any) -> Any:
+    return value if places is None else places.memory

@@ -9,8 +9,13 @@ import pytest
 import torch
 from architectures import BY_SLUG
 from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
+from pipeline.pages_on_disk import pages_on_disk
 
+from pipo_ray.compiled.attend import CompiledAttention
+from pipo_ray.compiled.support import obstacle
+from pipo_ray.model.kv_host import HostKV
 from pipo_ray.pipeline.cuda_graph import CudaGraphs
+from pipo_ray.pipeline.host_functions import HostFunctions
 from pipo_ray.quant.policy import Precision
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +61,50 @@ def test_logits_are_those_without(slug: str, dtype: torch.dtype, options: dict[s
     assert worst(found, wanted) <= (1e-5 if dtype is torch.float32 else 0.02)
     assert pipeline.graphs is not None
     assert pipeline.graphs.sweeps >= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_and_values_in_ram(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The processor attends, in 16 bits by its kernel."""
+    model = packed("llama", tmp_path, dtype)
+    kernel = None if dtype is torch.float32 or obstacle() is not None else CompiledAttention(tmp_path / "code")
+    calls = HostFunctions(DEVICE)
+    options = {"kv_store": lambda *_: HostKV(DEVICE, kernel, calls)}
+    wanted, _ = follow(model, False, **options)
+    found, pipeline = follow(model, True, **options)
+    assert worst(found, wanted) <= (1e-5 if dtype is torch.float32 else 0.02)
+    assert pipeline.graphs is not None
+    assert pipeline.graphs.sweeps >= 8
+
+
+def test_keys_and_values_on_the_drive(tmp_path: Path) -> None:
+    model = packed("llama", tmp_path, torch.float32)
+    prompts = random_prompts(model.facts.vocab_size, (900, 300))
+    found = []
+    for graphs in (None, CudaGraphs(DEVICE, 1 << 30)):
+        with (
+            pages_on_disk(model.facts, tmp_path, 15) as kv_store,
+            Pipeline(
+                model, device=DEVICE, gpu_resident_pieces=None, chunk=200, kv_store=kv_store, graphs=graphs
+            ) as pipeline,
+        ):
+            found.append(pipeline.greedy(prompts, 40))
+    assert found[1] == found[0]
+    assert pipeline.graphs is not None
+    assert pipeline.graphs.sweeps >= 30
+
+
+def test_places_that_no_token_has_change_nothing(tmp_path: Path) -> None:
+    """Five sequences take the graphs of six; then they end one by one."""
+    model = packed("llama", tmp_path, torch.float32)
+    sequences = random_prompts(model.facts.vocab_size, (40, 36, 32, 28, 24))
+    found = []
+    for graphs in (None, CudaGraphs(DEVICE, 1 << 30)):
+        with Pipeline(model, device=DEVICE, gpu_resident_pieces=None, kv_pool=200, graphs=graphs) as pipeline:
+            found.append(pipeline.follow(sequences, (4, 4, 4, 4, 4)))
+    assert worst(*found) <= 1e-5
+    assert pipeline.graphs is not None
+    assert pipeline.graphs.sweeps >= 20
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])

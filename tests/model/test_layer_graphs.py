@@ -10,7 +10,7 @@ from architectures import BY_SLUG
 from fake_graph import FakeGraphs
 from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
 
-from pipo_ray.model.layer_graphs import MOST_TOKENS
+from pipo_ray.model.layer_graphs import SIZES
 
 PROMPT_LENGTHS = (3, 9, 6)
 LENGTHS = (30, 24, 18)
@@ -78,6 +78,35 @@ def test_graphs_that_compute_something_else_are_not_used(llama: PackedModel, cap
     assert "no graphs: they are off by" in caplog.text
 
 
+def test_places_that_no_token_has_change_nothing(llama: PackedModel) -> None:
+    """Five sequences take the graphs of six; then they end one by one."""
+    sequences = random_prompts(llama.facts.vocab_size, (40, 36, 32, 28, 24))
+    found = []
+    for graphs in (FakeGraphs(), None):
+        with Pipeline(llama, resident_pieces=None, kv_pool=200, graphs=graphs) as pipeline:
+            found.append(pipeline.follow(sequences, (4, 4, 4, 4, 4)))
+            if pipeline.graphs is not None:
+                assert pipeline.graphs.sweeps >= 20
+    assert same(*found)
+
+
+def test_where_there_is_room_for_few_tokens_only(llama: PackedModel) -> None:
+    """Of one sequence, and not of twelve."""
+    layers, hidden = llama.facts.num_layers, llama.facts.hidden_size
+    graphs = FakeGraphs(room_bytes=(96 << 20) + 11 * 10 * 4 * hidden * layers)
+    prompts = random_prompts(llama.facts.vocab_size, (4,) * 12)
+    with Pipeline(llama, resident_pieces=None, kv_pool=300, graphs=graphs) as pipeline:
+        assert pipeline.graphs is not None
+        pipeline.greedy(prompts, 6)
+        assert graphs.captured == 0
+        pipeline.greedy(prompts[:1], 6)
+        assert graphs.captured == 2 * layers
+        before = pipeline.graphs.sweeps
+        pipeline.greedy(prompts, 6)
+        pipeline.greedy(prompts[:1], 6)
+        assert pipeline.graphs.sweeps > before
+
+
 def test_without_room_there_are_none(llama: PackedModel) -> None:
     graphs = FakeGraphs(room_bytes=1 << 20)
     assert same(follow(llama, graphs)[0], follow(llama, None)[0])
@@ -95,7 +124,7 @@ def test_graphs_that_took_more_than_there_is_go(llama: PackedModel) -> None:
 
 def test_long_prompts_are_computed_by_modules(llama: PackedModel) -> None:
     graphs = FakeGraphs()
-    prompts = random_prompts(llama.facts.vocab_size, (MOST_TOKENS + 1,) * 3)
+    prompts = random_prompts(llama.facts.vocab_size, (SIZES[-1] + 1,) * 3)
     with Pipeline(llama, resident_pieces=None, kv_pool=300, chunk=None, graphs=graphs) as pipeline:
         for prompt in prompts:
             pipeline.greedy([prompt], 1)
