@@ -8,7 +8,7 @@ Runs `tests/model/test_architectures.py` (float32: each architecture streamed th
 three prompts of different lengths, 64 greedy tokens, against transformers alone) with PIPO_ARCH_TABLE set, and writes
 its rows between the markers in README.md. An architecture whose test fails is an error and changes nothing. With
 `--check` the README is compared instead of written: exit status 1 if an architecture or its mode differs. `--rows`
-takes the rows of a test run that has passed already (PIPO_ARCH_TABLE=FILE make test).
+takes the rows of a run of all those tests that has passed already (with PIPO_ARCH_TABLE=FILE).
 """
 
 from __future__ import annotations

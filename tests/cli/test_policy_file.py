@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipo_ray import packing, prepare
+from pipo_ray import prepare
 from pipo_ray.cli import main
 from pipo_ray.quant.policy import PolicyModel, Precision, Rule
 from pipo_ray.store.checkpoint import Checkpoint
@@ -19,21 +18,7 @@ MODEL = Path(prepare.__file__).parent / "bundled"
 LAYERS, LINEAR = 8, 7
 Capture = pytest.CaptureFixture[str]
 
-
-class Listener:
-    def progress(self, phase: str, done: int, total: int) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True)
-def packed_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job as the child process gets it, without the seconds in which a child imports torch."""
-
-    def run_job(arguments: list[str], on_progress: object) -> dict[str, Any]:
-        return packing._job(packing._arguments(arguments), Listener())  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prepare, "run_job", run_job)
-    monkeypatch.setattr(packing, "_import_torch", lambda: None)
+pytestmark = pytest.mark.usefixtures("packed_in_this_process")
 
 
 def pack(store: Path, precision: str | Path, *more: str) -> int:

@@ -25,6 +25,8 @@ from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 from pipo_ray.store.manifest import JOURNAL_NAME, Manifest
 
+from .conftest import pack_here
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -93,7 +95,9 @@ def test_a_store_is_not_converted(prepared: PreparedStore) -> None:
 
 @pytest.fixture(scope="module")
 def low_bit(checkpoint: Path) -> PreparedStore:
-    return prepare_store(checkpoint, precision="int8")
+    with pytest.MonkeyPatch.context() as patch:
+        pack_here(patch)
+        return prepare_store(checkpoint, precision="int8")
 
 
 def test_low_bit_weights_have_a_store_of_their_own(
@@ -146,6 +150,7 @@ def test_low_bit_mistakes(prepared: PreparedStore, low_bit: PreparedStore, check
         pack_store(checkpoint, checkpoint / "store", precision="int4-g100")
 
 
+@pytest.mark.usefixtures("packed_in_this_process")
 def test_columns_that_groups_do_not_divide(checkpoint: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"rules": [["*.q_proj.weight", "int4-g128"]]}))
@@ -270,7 +275,9 @@ def test_an_unsupported_architecture_is_refused_by_name(checkpoint: Path, tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
-def test_refused_weights_leave_no_empty_folder(checkpoint: Path, tmp_path: Path) -> None:
+def test_refused_weights_leave_no_empty_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     weights = model / "model.safetensors"
     raw = bytearray(weights.read_bytes())
@@ -280,6 +287,7 @@ def test_refused_weights_leave_no_empty_folder(checkpoint: Path, tmp_path: Path)
         prepare_store(model, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     (tmp_path / "cache/stores/another").mkdir(parents=True)
+    pack_here(monkeypatch)
     with pytest.raises(PipoError, match="NaN"):
         prepare_store(model, cache=tmp_path / "cache")
     assert (tmp_path / "cache/stores/another").is_dir()
@@ -360,6 +368,7 @@ def test_the_child_never_outlives_its_parent(
 # --- pipo pack, pipo verify ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("packed_in_this_process")
 def test_pack_and_verify(tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
     source, store = tiny_checkpoint("Qwen2Config"), tmp_path / "deep/store"
     capsys.readouterr()
@@ -393,6 +402,7 @@ def test_pack_and_verify(tiny_checkpoint: Callable[..., Path], tmp_path: Path, c
 # --- chosen by measurement -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("packed_in_this_process")
 def test_a_policy_is_chosen_once_and_given_again(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

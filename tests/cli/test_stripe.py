@@ -31,6 +31,7 @@ def error_of(arguments: list[str | Path], capsys: Capture) -> str:
     return line.removeprefix("pipo: error: ")
 
 
+@pytest.mark.usefixtures("packed_in_this_process")
 def test_pack_verify_and_what_is_missing(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     store, stripe = tmp_path / "store", tmp_path / "second" / "stripe"
     assert main(["pack", str(checkpoint), str(store), "--stripe", str(stripe)]) == 0

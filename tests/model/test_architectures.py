@@ -22,6 +22,9 @@ from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts, rela
 from transformers import AutoModelForCausalLM
 
 NUM_TOKENS = 64
+FEWER_TOKENS = 16
+KINDS = ("llama", "gemma2", "phi3-longrope", "opt", "falcon", "qwen3-next", "granite-hybrid", "gpt-oss")
+"""At full length in the fast tests, too; the others are each like one of these there, or between two."""
 TOLERANCE = 1e-4
 BF16_FACTOR = 1.2
 ROUTING_MARGIN = 0.02
@@ -96,15 +99,31 @@ def compare_float32(pipeline: Pipeline, model: Any, prompts: list[list[int]], nu
     return worst
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, **by_slug)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(one, id=one.slug, marks=() if one.slug in KINDS else pytest.mark.slow) for one in ARCHITECTURES],
+)
 def test_float32_is_transformers(
     architecture: Architecture, float32: Callable[[str], tuple[PackedModel, Any]], table: list[Row]
+) -> None:
+    check_float32(architecture, float32, table, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if one.slug not in KINDS], **by_slug)
+def test_a_little_text_in_float32_is_transformers(
+    architecture: Architecture, float32: Callable[[str], tuple[PackedModel, Any]]
+) -> None:
+    check_float32(architecture, float32, [], FEWER_TOKENS)
+
+
+def check_float32(
+    architecture: Architecture, float32: Callable[[str], tuple[PackedModel, Any]], table: list[Row], num_tokens: int
 ) -> None:
     packed, model = float32(architecture.slug)
     assert packed.facts.ragged == architecture.ragged, packed.facts.probe_reason
     prompts = random_prompts(VOCAB_SIZE, (5, 19, 11))
     with Pipeline(packed) as pipeline:
-        error = compare_float32(pipeline, model, prompts, NUM_TOKENS)
+        error = compare_float32(pipeline, model, prompts, num_tokens)
         assert pipeline.stream.times.streamed_bytes > packed.manifest.total_bytes
     mode = "shared row" if packed.facts.ragged else "one by one"
     table.append(Row(architecture.name, architecture.model_type, mode, packed.facts.chunked, error))

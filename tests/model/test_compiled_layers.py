@@ -110,8 +110,12 @@ def logits(opened: Pipeline, tokens: list[int], prompt: int, modules: bool = Fal
     return torch.stack(rows)
 
 
+# One thread is fast for one model alone: what it changes is in the products, which are the same for all.
 @pytest.mark.parametrize("precision", [INT4, BF16], ids=["int4", "bf16"])
-@pytest.mark.parametrize("architecture", TAKEN, ids=lambda one: one.slug)
+@pytest.mark.parametrize(("threads", "architecture"), [
+    pytest.param(threads, one, id=f"{threads}-{one.slug}", marks=pytest.mark.slow if threads == 1 and number else [])
+    for threads in (1, 2) for number, one in enumerate(TAKEN)
+], indirect=["threads"])  # fmt: skip
 def test_a_layer_is_one_call_and_computes_the_same(
     architecture: Architecture, precision: Precision, threads: int, pack: Callable[..., PackedModel]
 ) -> None:

@@ -16,6 +16,8 @@ from pipeline.pages_on_disk import pages_on_disk
 
 from pipo_ray.pipeline.device_ops import Event
 
+PROMPTS = (5, 17)
+
 
 class LateEvent:
     """Happens when its work has been done."""
@@ -111,15 +113,20 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return pack_checkpoint(folder / "checkpoint", folder / "store", torch.float32, num_stripes=num_stripes)
 
 
+@pytest.fixture(scope="module")
+def of_the_host_stream(packed: object) -> list[list[int]]:
+    """The text of PROMPTS."""
+    with Pipeline(packed) as pipeline:  # type: ignore[arg-type]
+        return pipeline.greedy(random_prompts(packed.facts.vocab_size, PROMPTS), 4)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("gpu_resident_pieces", "one_slot"), [(0, False), (4, False), (4, True)])
 @pytest.mark.parametrize("delay_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.001])
 def test_text_is_that_of_the_host_stream(
-    packed: object, gpu_resident_pieces: int, one_slot: bool, delay_s: float
+    packed: object, of_the_host_stream: list[list[int]], gpu_resident_pieces: int, one_slot: bool, delay_s: float
 ) -> None:
     """`one_slot`: in RAM, as memory-saver has; otherwise as many as must be held at once."""
-    prompts = random_prompts(packed.facts.vocab_size, (5, 17))  # type: ignore[attr-defined]
-    with Pipeline(packed) as pipeline:  # type: ignore[arg-type]
-        wanted = pipeline.greedy(prompts, 4)
+    prompts, wanted = random_prompts(packed.facts.vocab_size, PROMPTS), of_the_host_stream  # type: ignore[attr-defined]
     num_slots = 1 if one_slot else None
     with Pipeline(
         packed, ops=LateCopies(delay_s), gpu_resident_pieces=gpu_resident_pieces, num_slots=num_slots,  # type: ignore[arg-type]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.model.facts import ModelFacts, UnitFacts
 from pipo_ray.plan.budget import RunPlan, plan_run
+from pipo_ray.plan.pieces import Piece, cut_pieces
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import divide
 from pipo_ray.store.layout import plan_files
-from pipo_ray.store.manifest import FORMAT_VERSION, Manifest
+from pipo_ray.store.manifest import FORMAT_VERSION, Manifest, StoredBlock
 
 GIB = 1 << 30
 
 
+@cache
 def model(layers: int, width: int, vocabulary: int) -> tuple[Manifest, ModelFacts]:
     """One matrix and one vector per layer, an embedding, a head."""
     blocks = [BlockSpec("embedding", "embedding", None, (TensorSpec("embed", (vocabulary, width), "F32"),))]
@@ -59,3 +63,16 @@ def low_bit_model(layers: int, rows: int, columns: int, name: str, panel_bytes: 
 
 def plan(one: tuple[Manifest, ModelFacts], **options: Any) -> RunPlan:
     return plan_run(*one, **{"memory_bytes": 100 * GIB, **options})
+
+
+class CutOnce:
+    """`cut_pieces`, which takes nearly all the time of planning one small model hundreds of times."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], tuple[Sequence[StoredBlock], tuple[Piece, ...]]] = {}
+
+    def __call__(self, blocks: Sequence[StoredBlock], slot_bytes: int) -> tuple[Piece, ...]:
+        key = id(blocks), slot_bytes
+        if key not in self._found:
+            self._found[key] = blocks, cut_pieces(blocks, slot_bytes)  # with the blocks: so no others get their id
+        return self._found[key][1]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.budget_models import GIB, model, plan
+from plan.budget_models import GIB, CutOnce, model, plan
 
 from pipo_ray.errors import BudgetError, InputError, UnsupportedModelError
 from pipo_ray.model.facts import ModelFacts
+from pipo_ray.plan import placement
 from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, LOADER_BYTES, PROCESS_BYTES, whole_bytes
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.kv_pages import pages_of
@@ -23,6 +25,13 @@ from pipo_ray.store.manifest import Manifest
 
 MODELS = st.builds(model, st.integers(1, 3), st.sampled_from([8, 64, 1000]), st.sampled_from([100, 1000]))
 FEW = settings(max_examples=20)  # with the least slots a model has thousands of pieces
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cut_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "cut_pieces", CutOnce())
+        yield
 
 
 def least_of(error: BudgetError) -> int:
