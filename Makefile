@@ -10,6 +10,9 @@ PYTEST_FLAGS ?=
 # Processes among which `make test` shares the tests out by files, each with up to 3 GiB; 0: one, as without pytest-xdist.
 TEST_PROCESSES ?= 2
 
+# Those that start the actors, or plan for them: what `make test-memory-saver` runs.
+ACTOR_TESTS ?= tests/e2e tests/cli tests/session tests/test_llm.py tests/test_memory_saver.py
+
 DEMO_MODEL ?= pipo_ray/bundled
 DEMO_WEIGHT_MEMORY ?= 3MiB
 DEMO_INT4_WEIGHT_MEMORY ?= 1500KiB
@@ -31,10 +34,10 @@ NOT_COMPILED = transformers/models/(?!auto|llama)[^/]+|ray/(rllib|data|serve|tun
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow test-gpu lint format typecheck bench clean distclean FORCE
+.PHONY: help setup demo test test-slow test-memory-saver test-gpu lint format typecheck bench clean distclean FORCE
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/installed ## generate text from the bundled model, with less weight memory than it has: at 16 bits, and at 4
 	HF_HUB_OFFLINE=1 $(BIN)/pipo run $(DEMO_MODEL) --weight-memory $(DEMO_WEIGHT_MEMORY) -p "$(DEMO_PROMPT)" $(DEMO_FLAGS)
@@ -47,6 +50,9 @@ test: $(VENV)/installed-dev ## the tests that need no GPU and take seconds
 
 test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+
+test-memory-saver: $(VENV)/installed-dev ## the tests that start the actors, slow ones too, all in memory-saver
+	PIPO_TEST_MODE=memory-saver $(BIN)/pytest -n $(TEST_PROCESSES) -m "not gpu" $(ACTOR_TESTS) $(PYTEST_FLAGS)
 
 test-gpu: $(VENV)/installed-dev ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_saver import small_staging
 from side_by_side import Turns, by_files
 
 LEFTOVER_DEADLINE_S = 10.0  # what the watcher may take to clean up after a killed driver
@@ -50,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+    small_staging.install()
     # As in the compute worker. Threads that spin at every small product take an occupied core from those they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

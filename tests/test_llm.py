@@ -34,7 +34,13 @@ def test_workers_keep_compiled_products_for_the_plans_shapes(
     monkeypatch.setattr(llm, "Session", session)
     folder = packed(tiny_checkpoint("LlamaConfig"))
     with pytest.raises(Asked):
-        llm.LLM(folder, memory="3GiB", device="cpu", before_start=lambda made: plans.append(made._plan.sweep))
+        llm.LLM(
+            folder,
+            memory="3GiB",
+            device="cpu",
+            ray_address="local",
+            before_start=lambda made: plans.append(made._plan.sweep),
+        )
     (plan,), (environment,) = plans, environments
     # Queries and outputs; keys and values; gates and what goes up; what comes down; the head.
     assert plan.num_matrix_shapes == 5

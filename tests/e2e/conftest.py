@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from memory_saver.small_staging import TIMES_SMALLER, smaller, switched
 from pipeline.failing_drive import FailingDrive, build_failing_drive
 
 from pipo_ray import planner
-from pipo_ray.plan.pieces import PAGE
-from pipo_ray.plan.transfer import Mode, Transfer, choose_transfer
+from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import BYTES_LLAMA, make_checkpoint, packed, reference_greedy
 from .drive_runs import NUM_TOKENS, PROMPTS
@@ -21,33 +19,27 @@ from .drive_runs import NUM_TOKENS, PROMPTS
 @pytest.fixture(scope="module")
 def times_smaller() -> int:
     """How many times smaller than on a PC staging is, for models that are so much smaller; a file may have its own."""
-    return 1024
+    return TIMES_SMALLER
 
 
 @pytest.fixture(scope="module")
 def mode(request: pytest.FixtureRequest, times_smaller: int) -> Iterator[Mode]:
-    """What asks for it is tested in both modes; in memory-saver it is slow, unless it is marked `both_modes`.
-
-    With a PC's staging both modes would cut a small model's weights into the same pieces, for the same slots.
+    """What asks for it is tested in both modes; in memory-saver it is slow, unless it is marked `both_modes`. Where all
+    tests run in memory-saver (`memory_saver/small_staging.py`), in that alone.
     """
-
-    def choose(*arguments: Any, **options: Any) -> Transfer:
-        found = choose_transfer(*arguments, **options)
-        transfer_bytes = max(PAGE, found.transfer_bytes // times_smaller // PAGE * PAGE)
-        return replace(found, transfer_bytes=transfer_bytes, slot_bytes=found.slot_bytes // times_smaller)
-
     chosen: Mode = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "choose_transfer", choose)
+        patch.setattr(planner, "choose_transfer", smaller(times_smaller))
         yield chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = list(metafunc.definition.iter_markers())
     if "mode" in metafunc.fixturenames and not any(mark.args[:1] == ("mode",) for mark in marks):
-        marked = any(mark.name == "both_modes" for mark in marks)
+        marked = switched() or any(mark.name == "both_modes" for mark in marks)
         saver = pytest.param("memory-saver", marks=() if marked else pytest.mark.slow)
-        metafunc.parametrize("mode", ["performance", saver], indirect=True, scope="module")
+        modes = [saver] if switched() else ["performance", saver]
+        metafunc.parametrize("mode", modes, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")

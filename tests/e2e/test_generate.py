@@ -105,7 +105,6 @@ def test_a_batch_of_different_lengths_is_each_prompt_alone(llm: LLM, alone: list
         assert metrics.bytes_streamed == metrics.sweeps * after["streamed_bytes_per_sweep"]
 
 
-@pytest.mark.both_modes
 def test_a_prompt_longer_than_a_sweep_goes_in_chunks(llm: LLM, checkpoint: Path) -> None:
     (prompt,) = prompts_of((100,), VOCAB_SIZE, seed=1)
     last = max((event.end for event in live_events(llm)), default=0.0)
@@ -117,7 +116,6 @@ def test_a_prompt_longer_than_a_sweep_goes_in_chunks(llm: LLM, checkpoint: Path)
     assert max(event.labels["tokens"] for event in sweeps) == MAX_BATCH_TOKENS
 
 
-@pytest.mark.both_modes
 def test_score_is_transformers_logits(llm: LLM, checkpoint: Path) -> None:
     for prompt, logits in zip(PROMPTS, llm.score(PROMPTS), strict=True):
         expected = reference_logits(checkpoint, prompt)
@@ -157,7 +155,6 @@ def test_the_next_sweep_loads_while_this_one_computes(llm: LLM) -> None:
 # --- requests that come and go ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.both_modes
 def test_a_request_joins_while_another_runs(llm: LLM, alone: list[list[int]]) -> None:
     before = llm.report()["sweeps"]
     first = llm.stream(PROMPTS[0], GREEDY)
@@ -173,7 +170,6 @@ def test_a_request_joins_while_another_runs(llm: LLM, alone: list[list[int]]) ->
     assert llm.report()["sweeps"] - before <= NUM_TOKENS + 1
 
 
-@pytest.mark.both_modes
 def test_threads_share_the_sweeps(llm: LLM, alone: list[list[int]]) -> None:
     before = llm.report()["sweeps"]
     results: dict[int, list[int]] = {}
@@ -195,7 +191,6 @@ def test_threads_share_the_sweeps(llm: LLM, alone: list[list[int]]) -> None:
     assert llm.report()["sweeps"] - before < 2 * NUM_TOKENS
 
 
-@pytest.mark.both_modes
 def test_a_stream_only_grows(llm: LLM, alone: list[list[int]]) -> None:
     seen: dict[str, list[int]] = {}
     texts: dict[str, str] = {}
@@ -255,7 +250,6 @@ def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(llm: LL
     assert together[1].metrics.num_generated_tokens == 2 * NUM_TOKENS
 
 
-@pytest.mark.both_modes
 def test_logprobs_are_those_of_the_logits(llm: LLM, checkpoint: Path, alone: list[list[int]]) -> None:
     (output,) = llm.generate([PROMPTS[2]], replace(GREEDY, logprobs=3, max_tokens=8))
     sample = output.outputs[0]
@@ -312,7 +306,6 @@ def test_text_stop_strings_and_stop_tokens(llm: LLM, checkpoint: Path, alone: li
     assert (sample.finish_reason, sample.stop_reason) == ("stop", token)
 
 
-@pytest.mark.both_modes
 def test_the_end_of_sequence_token_and_min_tokens(llm: LLM) -> None:
     eager = replace(GREEDY, ignore_eos=False, logit_bias={EOS: 100.0})
     (at_once,) = llm.generate([PROMPTS[0]], eager)

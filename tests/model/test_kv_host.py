@@ -38,10 +38,10 @@ def test_logits_of_a_row_in_which_some_decode_and_some_begin(slug: str, tmp_path
     model = packed(slug, tmp_path)
     sequences = random_prompts(model.facts.vocab_size, (40, 33, 21))
     other = sequences[0][:30] + random_prompts(model.facts.vocab_size, (9,), seed=6)[0]
-    with Pipeline(model) as pipeline:
+    with Pipeline(model, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
         wanted = pipeline.follow(sequences, (11, 30, 2))
         (wanted_other,) = pipeline.runner.run([SweepEntry("x", tuple(other), 0, 39, "all")])
-    with Pipeline(model, ops=FakeDevice(), kv_store=lambda *_: HostKV(CPU)) as pipeline:  # type: ignore[arg-type, return-value]
+    with Pipeline(model, slot_bytes=1 << 20, ops=FakeDevice(), kv_store=lambda *_: HostKV(CPU)) as pipeline:  # type: ignore[arg-type, return-value]
         for ours, theirs in zip(pipeline.follow(sequences, (11, 30, 2), joins=[0, 4, 9]), wanted, strict=True):
             assert max(relative_errors(ours.logits, theirs.logits)) < 1e-5
         first = SweepEntry("a", tuple(sequences[0][:20]), 0, 40, "all")

@@ -123,7 +123,7 @@ def test_logits_of_a_model(slug: str, tmp_path: Path) -> None:
         {"kv_bits": bits},
         {"kv_store": lambda *_: HostKV(CPU, low_bit=LowBitStore(bits))},
     ):  # fmt: skip
-        with Pipeline(model, ops=FakeDevice(), chunk=70, **options) as pipeline:  # type: ignore[arg-type]
+        with Pipeline(model, slot_bytes=1 << 20, ops=FakeDevice(), chunk=70, **options) as pipeline:  # type: ignore[arg-type]
             found.append(pipeline.follow(sequences, (235, 25, 186), joins=[0, 1, 1]))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours.logits, theirs.logits)

@@ -220,7 +220,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
 
 
 def in_ram(packed: PackedModel, bits: tuple[int, ...]) -> Pipeline:
-    return Pipeline(packed, ops=FakeDevice(), kv_store=lambda *_: HostKV(CPU, low_bit=LowBitStore(bits)))  # type: ignore[arg-type, return-value]
+    return Pipeline(
+        packed, slot_bytes=1 << 20, ops=FakeDevice(), kv_store=lambda *_: HostKV(CPU, low_bit=LowBitStore(bits))
+    )  # type: ignore[arg-type, return-value]
 
 
 class Recording(Stage):
@@ -260,7 +262,7 @@ def test_conversations_are_as_in_the_devices_memory(packed: PackedModel, few: in
         window=Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share),
     )  # fmt: skip
     found = []
-    for pipeline in (in_ram(packed, bits), Pipeline(packed, ops=FakeDevice(), kv_bits=bits)):
+    for pipeline in (in_ram(packed, bits), Pipeline(packed, slot_bytes=1 << 20, ops=FakeDevice(), kv_bits=bits)):
         with pipeline:
             stage = Recording(pipeline)
             tokens = asyncio.run(answers(stage, limits, turns))

@@ -247,7 +247,7 @@ def test_who_shared_a_sweep_that_failed_goes_on_or_is_computed_again(
     long, short = random_prompts(packed.facts.vocab_size, (2000, 400))
     with (
         pages_on_disk(packed.facts, tmp_path, 15, bits) as disk,
-        Pipeline(packed, kv_bits=bits, slot_bytes=1 << 20) as pipeline,
+        Pipeline(packed, kv_bits=bits, slot_bytes=1 << 20, resident_pieces=None) as pipeline,
     ):
         runner = pipeline.runner
         runner._kv_store = LowBitStore(bits, None, disk(packed.dtype, None))

@@ -235,7 +235,7 @@ def test_greedy_tokens_never_change(packed: PackedModel, few: int, kv_tokens: in
         kv_tokens, batch, state_tokens=-(-low.window_bytes // low.token_bytes),
         window=Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share),
     )  # fmt: skip
-    with Pipeline(packed, kv_bits=bits) as pipeline:
+    with Pipeline(packed, kv_bits=bits, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
         alone, together = Stage(pipeline), Stage(pipeline)
         wanted = asyncio.run(answers(alone, limits, turns))
         got = asyncio.run(answers(together, replace(limits, sharing="shared"), turns))

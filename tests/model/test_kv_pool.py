@@ -81,7 +81,7 @@ def test_text_of_a_row_that_attends_in_one_call(slug: str, tmp_path: Path, monke
     BY_SLUG[slug].save(tmp_path / "checkpoint")
     packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store", torch.float32)
     prompts = random_prompts(packed.facts.vocab_size, (5, 17, 1, 40))
-    with Pipeline(packed) as pipeline:
+    with Pipeline(packed, slot_bytes=1 << 20, resident_pieces=None) as pipeline:
         wanted = pipeline.greedy(prompts, 6)
     calls: list[int] = []
 
@@ -92,7 +92,7 @@ def test_text_of_a_row_that_attends_in_one_call(slug: str, tmp_path: Path, monke
     monkeypatch.setattr(attention, "attend_row", partial(attend_row, kernel=kernel))
     for at_once in (True, False):
         monkeypatch.setattr(attention, "can_attend", lambda *_, at_once=at_once: at_once)
-        with Pipeline(packed, kv_pool=sum(len(prompt) + 6 for prompt in prompts)) as pipeline:
+        with Pipeline(packed, slot_bytes=1 << 20, kv_pool=sum(len(prompt) + 6 for prompt in prompts)) as pipeline:
             assert pipeline.greedy(prompts, 6) == wanted
             assert pipeline.greedy(prompts[2:3], 6) == wanted[2:3]
         assert bool(calls) == at_once

@@ -65,7 +65,9 @@ def pipeline_in(way: Way, model: PackedModel, kv_tokens: int) -> Iterator[Pipeli
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        Pipeline(model, kv_pool=None if way == "cpu" else kv_tokens) as pipeline,
+        Pipeline(
+            model, slot_bytes=1 << 20, resident_pieces=None, kv_pool=None if way == "cpu" else kv_tokens
+        ) as pipeline,
     ):
         patch.setattr(attention, "attend_row", partial(attend_row, kernel=kernel))
         patch.setattr(attention, "can_attend", can_attend)

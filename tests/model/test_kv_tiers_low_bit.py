@@ -263,7 +263,7 @@ def test_logits_of_a_model(slug: str, tmp_path: Path) -> None:
         {"kv_bits": bits},
         {"kv_store": lambda dtype, ops: LowBitStore(bits, None, KVTiers(placement, dtype, ops))},
     ):  # fmt: skip
-        with Pipeline(packed, ops=FakeDevice(), chunk=70, **options) as pipeline:  # type: ignore[arg-type]
+        with Pipeline(packed, slot_bytes=1 << 20, ops=FakeDevice(), chunk=70, **options) as pipeline:  # type: ignore[arg-type]
             found.append(pipeline.follow(sequences, (235, 25, 186), joins=[0, 1, 1]))
     tiers = pipeline.runner._kv_store.paged  # type: ignore[union-attr]
     assert tiers.loaded_bytes > tiers.saved_bytes > 0

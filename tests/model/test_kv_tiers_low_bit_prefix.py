@@ -83,7 +83,7 @@ def in_two_tiers(packed_llama: PackedModel, most: int, bits: tuple[int, ...]) ->
     unit, units = tier_units(packed_llama.facts, LowBitKV.of(bits, packed_llama.facts))
     placement = KVPlacement(units, unit, 2 * most, ram_units_for(units, most, 2 * most), bits)
     with Pipeline(
-        packed_llama, ops=FakeDevice(),
+        packed_llama, slot_bytes=1 << 20, ops=FakeDevice(),
         kv_store=lambda dtype, ops: LowBitStore(bits, None, KVTiers(placement, dtype, ops)),  # type: ignore[return-value]
     ) as pipeline:  # fmt: skip
         yield pipeline

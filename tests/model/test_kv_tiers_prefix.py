@@ -136,7 +136,7 @@ def in_two_tiers(packed_llama: PackedModel, most: int) -> Iterator[Pipeline]:
     units = (1,) * packed_llama.facts.num_layers
     gpu = 2 * most
     ram = ram_units_for(units, most, gpu)
-    with Pipeline(packed_llama, ops=FakeDevice(), kv_pages=(gpu, ram)) as pipeline:
+    with Pipeline(packed_llama, slot_bytes=1 << 20, ops=FakeDevice(), kv_pages=(gpu, ram)) as pipeline:
         yield pipeline
 
 

@@ -240,12 +240,16 @@ FORMATS = {
     "LlamaConfig": ("int4", "int8"), "OPTConfig": ("int4-g32-sym",), "GPTNeoXConfig": ("int4-g32",),
     "Qwen3MoeConfig": ("int8",), "MixtralConfig": ("int4",),
 }  # fmt: skip
+# How a kernel multiplies is looked at with one model; with the others the two that unpack with torch are slow.
 CASES = [
-    (config, name, kernel)
+    pytest.param(
+        config, name, kernel,
+        marks=pytest.mark.slow if config != "LlamaConfig" and kernel in ("native", "wide") else (),
+    )
     for config, names in FORMATS.items()
     for name in names
     for kernel in KERNELS[layout_of(LowBitFormat.parse(name))]
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

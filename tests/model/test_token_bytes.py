@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -41,9 +42,17 @@ def enlarged(slug: str) -> Architecture:
     return replace(one, options=options)
 
 
-def packed_as(slug: str, dtype: str, folder: Path, precision: Precision | None = None) -> PackedModel:
-    checkpoint = enlarged(slug).save(folder / "checkpoint", dtype=dtype)
-    return pack_checkpoint(checkpoint, folder / "store", getattr(torch, dtype), precision)
+@pytest.fixture(scope="module")
+def packed_as(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PackedModel]:
+    """packed_as(slug, dtype, precision): made once each, and read only."""
+
+    @cache
+    def pack(slug: str, dtype: str, precision: Precision | None = None) -> PackedModel:
+        folder = tmp_path_factory.mktemp(slug)
+        checkpoint = enlarged(slug).save(folder / "checkpoint", dtype=dtype)
+        return pack_checkpoint(checkpoint, folder / "store", getattr(torch, dtype), precision)
+
+    return pack
 
 
 def peak_of_sweep(pipeline: Pipeline, lengths: tuple[int, ...]) -> int:
@@ -79,9 +88,9 @@ ONE, SEVERAL = (1024,), (500, 24, 500)
 )
 @pytest.mark.parametrize("slot_bytes", [200 << 10, 4 << 20], ids=["in-parts", "whole"])
 def test_a_sweep_takes_no_more_than_planned_and_not_much_less(
-    slug: str, dtype: str, lengths: tuple[int, ...], slot_bytes: int, tmp_path: Path
+    slug: str, dtype: str, lengths: tuple[int, ...], slot_bytes: int, packed_as: Callable[..., PackedModel]
 ) -> None:
-    packed = packed_as(slug, dtype, tmp_path)
+    packed = packed_as(slug, dtype)
     assert packed.facts.token_bytes is not None
     with Pipeline(packed, slot_bytes=max(slot_bytes, packed.least_slot_bytes), chunk=None) as pipeline:
         peak = peak_of_sweep(pipeline, lengths)
@@ -91,8 +100,8 @@ def test_a_sweep_takes_no_more_than_planned_and_not_much_less(
 
 
 @pytest.mark.parametrize("kernel", ["native", "wide"])
-def test_so_does_one_with_low_bit_weights(kernel: Any, tmp_path: Path) -> None:
-    packed = packed_as("llama", "bfloat16", tmp_path, Precision.parse("int8"))
+def test_so_does_one_with_low_bit_weights(kernel: Any, packed_as: Callable[..., PackedModel]) -> None:
+    packed = packed_as("llama", "bfloat16", Precision.parse("int8"))
     products = LowBitProducts(always_low_bit(kernel), machine_layout())
     with Pipeline(packed, chunk=None, low_bit=products) as pipeline:
         peak_of_sweep(pipeline, (40,))  # makes what weights are unpacked to, which stays
@@ -103,8 +112,10 @@ def test_so_does_one_with_low_bit_weights(kernel: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("slug", ["llama", "opt"])
 @pytest.mark.parametrize("lengths", [ONE, SEVERAL], ids=["one", "several"])
-def test_a_device_with_16_bit_weights_takes_less(slug: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
-    packed, device = packed_as(slug, "bfloat16", tmp_path), FakeDevice()
+def test_a_device_with_16_bit_weights_takes_less(
+    slug: str, lengths: tuple[int, ...], packed_as: Callable[..., PackedModel]
+) -> None:
+    packed, device = packed_as(slug, "bfloat16"), FakeDevice()
     pages = LAYERS * sum(pages_of(length) for length in lengths)
     with Pipeline(
         packed, slot_bytes=200 << 10, chunk=None, ops=device, kv_pages=(pages, 0),
@@ -116,9 +127,9 @@ def test_a_device_with_16_bit_weights_takes_less(slug: str, lengths: tuple[int, 
     assert planned < planned_bytes(packed, sum(lengths))
 
 
-def test_a_prompt_behind_a_shared_prefix_stays_within_the_plan(tmp_path: Path) -> None:
+def test_a_prompt_behind_a_shared_prefix_stays_within_the_plan(packed_as: Callable[..., PackedModel]) -> None:
     """Its attention is merged in float32."""
-    packed = packed_as("opt", "bfloat16", tmp_path)
+    packed = packed_as("opt", "bfloat16")
     (prompt,) = random_prompts(VOCAB_SIZE, (2048,))
     with Pipeline(packed, chunk=None) as pipeline:
         pipeline.runner.run([SweepEntry("first", tuple(prompt[:1024]), 0, 1024, logits="none")])
