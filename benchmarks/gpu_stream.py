@@ -136,6 +136,12 @@ def worker_times(llm: LLM) -> dict[str, float]:
     return found
 
 
+def busy_reading(llm: LLM) -> float:
+    """Seconds in which the loader had reads in flight."""
+    loader = next(stage for stage in llm.report()["stages"] if stage["stage"] == "NvmeLoader")
+    return float(loader["busy_s"])
+
+
 def watch_kernels(llm: LLM) -> None:
     """Let the compute worker watch the kernels of its next sweep."""
     stage = llm._stage
@@ -179,6 +185,7 @@ def run_row(
         pinned_s = pinned.seconds()
         worker = worker_times(llm)
         seconds, limits, fed, links, copying, in_worker, kv_bytes = [], [], [], [], [], [], [0.0]
+        drives, reading = [0.0], [0.0]
         with PinnedLink() as link:
             link.rate(sizes)
             streamable = plan.model_bytes
@@ -188,6 +195,7 @@ def run_row(
                 prompts = prompts_for(row, shape, number)
                 links.append(link.rate(sizes))
                 drive = drive_rate(store) if row == "disk" else 0.0
+                read_before, begin_s = busy_reading(llm), time.perf_counter()
                 before, sweeps_before = worker_times(llm), llm.report()["sweeps"]
                 if row == "kv":  # the same with fewer sweeps, to know what one of them loads
                     decode(llm, prompts, 2)
@@ -199,6 +207,9 @@ def run_row(
                     seconds.append(time.perf_counter() - begin_s)
                 else:
                     seconds.append(decode(llm, prompts, sweeps))
+                if row == "disk":
+                    drives.append(drive)
+                    reading.append((busy_reading(llm) - read_before) / (time.perf_counter() - begin_s))
                 after = worker_times(llm)
                 spent = {name: after[name] - before[name] for name in ("busy_s", "waiting_s", "weight_copies_s")}
                 fed.append(spent["busy_s"] / (spent["busy_s"] + spent["waiting_s"]))
@@ -239,7 +250,9 @@ def run_row(
         "unpinned_gb": worker["unpinned_bytes"] / 1e9, "start_s": started, "warm_up_s": warm_up, "pinned_s": pinned_s,
         "mode": mode, "slots_mib": plan.placement.num_slots * plan.placement.slot_bytes / 2**20,
         "gpu_slots_mib": plan.placement.num_gpu_slots * plan.placement.slot_bytes / 2**20,
-        "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9, "kv_gb_per_sweep": kv_bytes[-1] / 1e9,
+        "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9,
+        "drive_gb_s": statistics.median(drives[1:] or drives) / 1e9,
+        "reading": statistics.median(reading[1:] or reading), "kv_gb_per_sweep": kv_bytes[-1] / 1e9,
     }  # fmt: skip
 
 
@@ -285,6 +298,13 @@ def show(row: dict[str, Any]) -> None:
         f"{row['slots_mib']:6.0f} +{row['gpu_slots_mib']:4.0f}",
         flush=True,
     )
+    if row["row"] == "disk":
+        rate, plain = row["disk_gb_per_sweep"] / row["seconds"], row["drive_gb_s"]
+        print(
+            f"{'':11}from the drive {rate:.2f} GB/s of {plain:.2f} ({100 * rate / plain:.1f} %), "
+            f"with reads in flight {100 * row['reading']:.1f} % of the time",
+            flush=True,
+        )
 
 
 def main() -> int:
