@@ -114,9 +114,9 @@ class LayerGraphs:
         return self._graphs.room_bytes >= tokens * self._token_bytes + first * _FIRST_BYTES
 
     def _drop(self) -> None:
+        self._graphs.close()  # first: nothing may run of what goes
         self._sizes.clear()
         self._sweep = None
-        self._graphs.close()
 
     def _judge(self) -> None:
         """Whether the graphs of the sweep before did what the modules do, and had room."""
