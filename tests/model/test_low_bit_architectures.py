@@ -27,7 +27,7 @@ def follow(
     packed: PackedModel, kv_bits: tuple[int, ...] | None, chunk: int, lengths: tuple[int, ...] = LENGTHS
 ) -> list[Followed]:
     sequences = random_prompts(VOCAB_SIZE, LENGTHS)[: len(lengths)]
-    with Pipeline(packed, kv_bits=kv_bits, chunk=chunk) as pipeline:
+    with Pipeline(packed, slot_bytes=1 << 20, resident_pieces=None, kv_bits=kv_bits, chunk=chunk) as pipeline:
         return pipeline.follow(sequences, [length - 6 for length in lengths])
 
 
@@ -54,7 +54,9 @@ def test_attention_to_packed_pages_changes_logits_by_bf16s_rounding_alone(tmp_pa
         (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, CompiledAttention())
     ):  # fmt: skip
         packed = pack_checkpoint(checkpoint, tmp_path / f"store-{dtype}", dtype)
-        with Pipeline(packed, kv_bits=(4, 8, 16), attention=attention, chunk=100) as pipeline:
+        with Pipeline(
+            packed, slot_bytes=1 << 20, resident_pieces=None, kv_bits=(4, 8, 16), attention=attention, chunk=100
+        ) as pipeline:
             found.append(pipeline.follow([tokens], [258])[0].logits[258:].float())
     exact, unpacked, got = found
     assert not torch.equal(got, unpacked)
@@ -66,7 +68,7 @@ def test_attention_to_packed_pages_changes_logits_by_bf16s_rounding_alone(tmp_pa
 def test_a_sequence_that_begins_anew_has_a_new_cache(tmp_path: Path) -> None:
     packed = pack_checkpoint(BY_SLUG["llama"].save(tmp_path / "checkpoint"), tmp_path / "store", torch.float32)
     (prompt,) = random_prompts(VOCAB_SIZE, (200,))
-    with Pipeline(packed, kv_bits=FOUR, chunk=64) as pipeline:
+    with Pipeline(packed, slot_bytes=1 << 20, resident_pieces=None, kv_bits=FOUR, chunk=64) as pipeline:
         first, again = pipeline.greedy([prompt], 8), pipeline.greedy([prompt], 8)
         assert first == again
         assert pipeline.runner.cache_bytes == 0

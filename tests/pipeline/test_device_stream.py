@@ -103,7 +103,15 @@ class LateCopies:
 
 
 @pytest.fixture(
-    scope="module", params=[("llama", 0), ("gpt-oss", 0), ("qwen3-next", 0), ("llama", 2), ("gpt-oss", 1)], ids=str
+    scope="module",
+    params=[
+        ("llama", 0),
+        ("gpt-oss", 0),
+        ("qwen3-next", 0),
+        ("llama", 2),
+        pytest.param(("gpt-oss", 1), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
     """A model, and over how many further drives it is striped."""
