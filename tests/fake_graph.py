@@ -24,7 +24,7 @@ class FakeGraphs:
         self.taken_bytes = 0
         self.error = 0.0
         self.captured = self.replayed = self.closed = 0
-        self._waiting: contextlib.ExitStack | None = None
+        self.open = 0
 
     def new(self) -> _FakeGraph:
         return _FakeGraph(self)
@@ -44,7 +44,10 @@ class FakeGraphs:
         with torch.utils._python_dispatch._disable_current_modes():
             yield
 
-    def close(self) -> None:
+    def wait(self) -> None:
+        assert not self.open, "the device can't be waited for in a capture"
+
+    def give_back(self) -> None:
         self.closed += 1
 
 
@@ -57,11 +60,13 @@ class _FakeGraph:
     def begin(self) -> None:
         self._mode = _Noting(self._noted, self._owner.refused)
         self._mode.__enter__()
+        self._owner.open += 1
 
     def end(self) -> None:
         assert self._mode is not None
         self._mode.__exit__(None, None, None)
         self._mode = None
+        self._owner.open -= 1
         self._owner.captured += 1
         self._poison()
 
@@ -69,6 +74,7 @@ class _FakeGraph:
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
+            self._owner.open -= 1
 
     def replay(self) -> None:
         assert self._mode is None

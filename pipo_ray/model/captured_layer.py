@@ -111,7 +111,7 @@ class CapturedLayer:
         if len(found) != len(self.inputs) + len(self.constants):
             return False
         for key, constant in self.constants.items():
-            if key not in found or found[key] != constant:
+            if key not in found or not _is_same(found[key], constant):
                 return False
         for key, input in self.inputs.items():
             tensor, wanted = found.get(key), input.of(tokens)
@@ -158,6 +158,14 @@ def parts_of(given: dict[int | str, Any]) -> Iterator[tuple[Key, Any]]:
             yield from (((name, index), part) for index, part in enumerate(value))
         elif not isinstance(value, RaggedCache):
             yield (name, None), value
+
+
+def _is_same(value: Any, constant: Any) -> bool:
+    """As far as it can be told: of tensors in a dictionary it cannot."""
+    try:
+        return bool(value == constant)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _off(got: Tensor, wanted: Tensor) -> Tensor:

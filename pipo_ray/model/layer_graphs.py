@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipo_ray.model.attention import Attention, around_attention
-from pipo_ray.model.captured_layer import Attended, AttentionStep, CapturedLayer, Key, Places, parts_of
+from pipo_ray.model.captured_layer import Attended, AttentionCall, AttentionStep, CapturedLayer, Key, Places, parts_of
 from pipo_ray.model.kv_cache import RaggedCache
 from pipo_ray.pipeline.cuda_graph import Graph, Graphs
 
@@ -114,9 +114,10 @@ class LayerGraphs:
         return self._graphs.room_bytes >= tokens * self._token_bytes + first * _FIRST_BYTES
 
     def _drop(self) -> None:
-        self._graphs.close()  # first: nothing may run of what goes
+        self._graphs.wait()
         self._sizes.clear()
         self._sweep = None
+        self._graphs.give_back()
 
     def _judge(self) -> None:
         """Whether the graphs of the sweep before did what the modules do, and had room."""
@@ -133,7 +134,7 @@ class LayerGraphs:
 
     def _forward(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
         sweep = self._sweep
-        if sweep is None or layer.refused:
+        if sweep is None or layer.refused or layer in sweep.size.modules:
             return layer.original(*args, **kwargs)
         if sweep.checked:
             return self._check(sweep, layer, args, kwargs)
@@ -169,8 +170,11 @@ class LayerGraphs:
             or not isinstance(wanted, Tensor)
             or len(attended.calls) != captured.num_calls
         ):
-            layer.refused = True
-            logger.info("%s stays a module: it is called in another way", type(layer.module).__name__)
+            sweep.size.modules.add(layer)
+            logger.info(
+                "%s stays a module for %d tokens: it is called in another way",
+                type(layer.module).__name__, sweep.size.tokens,
+            )  # fmt: skip
             return wanted
         captured.fill(given, sweep.tokens, sweep.filled)
         sweep.errors += captured.check(attended.calls, wanted, given[0], sweep.tokens)
@@ -183,13 +187,15 @@ class LayerGraphs:
         inputs, constants = _inputs_of(given, sweep)
         recorder = _Recorder(self._graphs, attended, sweep)
         replaced = _replaced(given, inputs)
+        args = [value for key, value in replaced.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in replaced.items() if isinstance(key, str)}
         try:
+            if sweep.tokens != sweep.size.tokens:  # kernels of another size: they may be compiled, and loaded
+                with around_attention(recorder.pretend):
+                    layer.original(*args, **kwargs)
             recorder.open()
             with around_attention(recorder.attend):
-                output = layer.original(
-                    *(value for key, value in replaced.items() if isinstance(key, int)),
-                    **{key: value for key, value in replaced.items() if isinstance(key, str)},
-                )
+                output = layer.original(*args, **kwargs)
             recorder.close()
             if (
                 not isinstance(output, Tensor)
@@ -197,11 +203,14 @@ class LayerGraphs:
                 or not isinstance(given.get("past_key_values"), RaggedCache)
             ):
                 raise RuntimeError("it returns more than hidden states, or has no KV cache")
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except Exception as error:  # what a compiler raises, too
             recorder.abandon()
             layer.refused = True
             logger.info("%s stays a module: %s", type(layer.module).__name__, error)
             return None
+        except BaseException:
+            recorder.abandon()
+            raise
         return CapturedLayer(recorder.steps, inputs, constants, Places(output, 1))
 
 
@@ -214,14 +223,15 @@ class _Layer:
 
 @dataclass
 class _Size:
-    """Of a number of tokens: how often its graphs were checked, whether there is no room for them, and each layer's.
-    `attended` are the outputs of attention, which layers of one shape share.
+    """Of a number of tokens: how often its graphs were checked, whether there is no room for them, and each layer's;
+    `modules` are layers without. `attended` are the outputs of attention, which layers of one shape share.
     """
 
     tokens: int
     checks: int = 0
     refused: bool = False
     layers: dict[_Layer, CapturedLayer] = field(default_factory=dict)
+    modules: set[_Layer] = field(default_factory=set)
     attended: dict[Any, Places] = field(default_factory=dict)
 
 
@@ -253,6 +263,7 @@ class _Recorder:
     def __init__(self, graphs: Graphs, attended: Attended, sweep: _Sweep) -> None:
         self.steps: list[Graph | AttentionStep] = []
         self._graphs, self._sweep = graphs, sweep
+        self._calls = attended.calls
         self._attended = iter(attended.calls)
         self._open: Graph | None = None
 
@@ -276,12 +287,20 @@ class _Recorder:
         if call is None:
             raise RuntimeError("it attends more often than a moment ago")
         self.close()
+        output = self._output(call)
+        self.steps.append(AttentionStep(call.layer, attention, tuple(Places(one, 2) for one in given), output))
+        self.open()
+        return output.memory
+
+    def pretend(self, attention: Attention, cache: RaggedCache, *given: Tensor) -> Tensor:
+        """Attention that gives anything of the right shape."""
+        return self._output(self._calls[0]).memory
+
+    def _output(self, call: AttentionCall) -> Places:
         outputs, key = self._sweep.size.attended, (call.output.shape[2:], call.output.dtype)
         if key not in outputs:
             outputs[key] = self._sweep.places_for(call.output)
-        self.steps.append(AttentionStep(call.layer, attention, tuple(Places(one, 2) for one in given), outputs[key]))
-        self.open()
-        return outputs[key].memory
+        return outputs[key]
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:

@@ -52,8 +52,11 @@ class Graphs(Protocol):
     def allow_waiting(self) -> contextlib.AbstractContextManager[None]:
         """Within this context, inside the other one, it does not."""
 
-    def close(self) -> None:
-        """No graph runs any more, and none will: their memory may go."""
+    def wait(self) -> None:
+        """Until no graph runs any more."""
+
+    def give_back(self) -> None:
+        """All graphs are gone: their memory may go, too."""
 
 
 class CudaGraphs:
@@ -86,13 +89,14 @@ class CudaGraphs:
     @contextlib.contextmanager
     def forbid_waiting(self) -> Iterator[None]:
         """See `Graphs.forbid_waiting`."""
+        before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode(before)
 
     @contextlib.contextmanager
     def allow_waiting(self) -> Iterator[None]:
@@ -104,9 +108,13 @@ class CudaGraphs:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def close(self) -> None:
-        """See `Graphs.close`."""
+    def wait(self) -> None:
+        """See `Graphs.wait`."""
         torch.cuda.synchronize(self._device)
+
+    def give_back(self) -> None:
+        """See `Graphs.give_back`. The allocator would keep the pool's memory, and have none of it for another pool."""
+        torch.cuda.empty_cache()
         self._taken_bytes = 0
         self._pool = torch.cuda.graph_pool_handle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from architectures import BY_SLUG
 from fake_graph import FakeGraphs
 from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_prompts, relative_errors
 
+from pipo_ray.model.captured_layer import CapturedLayer, Places
 from pipo_ray.model.layer_graphs import SIZES
 
 PROMPT_LENGTHS = (3, 9, 6)
@@ -66,6 +68,69 @@ def test_a_layer_that_cannot_be_captured_stays_a_module(llama: PackedModel) -> N
     assert same(follow(llama, graphs)[0], follow(llama, None)[0])
     assert graphs.captured == llama.facts.num_layers, "up to attention, and not behind it"
     assert graphs.replayed == 0
+
+
+class CompilationError(Exception):
+    """As a compiler raises it."""
+
+
+def test_what_a_compiler_raises_in_a_capture_closes_it(llama: PackedModel) -> None:
+    graphs = FakeGraphs()
+    prompts = random_prompts(llama.facts.vocab_size, (5,) * 5)
+    with Pipeline(llama, resident_pieces=None, kv_pool=100) as pipeline:
+        wanted = pipeline.greedy(prompts, 6)
+    with Pipeline(llama, resident_pieces=None, kv_pool=100, graphs=graphs) as pipeline:
+        pipeline.model.model.layers[1].mlp.register_forward_pre_hook(fail_in(graphs, CompilationError("no")))
+        assert pipeline.greedy(prompts, 6) == wanted
+        assert graphs.open == 0
+        assert graphs.captured > 0
+
+
+def test_ctrl_c_in_a_capture_closes_it(llama: PackedModel) -> None:
+    graphs = FakeGraphs()
+    prompts = random_prompts(llama.facts.vocab_size, (5,))
+    with Pipeline(llama, resident_pieces=None, kv_pool=100, graphs=graphs) as pipeline:
+        handle = pipeline.model.model.layers[1].mlp.register_forward_pre_hook(fail_in(graphs, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.greedy(prompts, 20)
+        handle.remove()
+        assert graphs.open == 0
+        assert graphs.closed
+        assert len(pipeline.greedy(prompts, 20)[0]) == 20
+
+
+def fail_in(graphs: FakeGraphs, error: BaseException) -> Callable[..., None]:
+    """A hook that raises `error` in a capture."""
+
+    def hook(*_: object) -> None:
+        if graphs.open:
+            raise error
+
+    return hook
+
+
+def test_kernels_of_a_size_run_before_they_are_captured(llama: PackedModel) -> None:
+    """Five tokens take the graphs of six: what is compiled for six must not be for the first time in a capture."""
+    graphs, seen = FakeGraphs(), set[int]()
+    prompts = random_prompts(llama.facts.vocab_size, (1,) * 5)
+
+    def hook(module: object, given: tuple[torch.Tensor, ...]) -> None:
+        rows = given[0].shape[1]
+        assert rows in seen or not graphs.open
+        seen.add(rows)
+
+    with Pipeline(llama, resident_pieces=None, kv_pool=100, graphs=graphs) as pipeline:
+        pipeline.model.model.layers[1].mlp.register_forward_pre_hook(hook)
+        pipeline.greedy(prompts, 6)
+    assert graphs.captured
+    assert seen == {5, 6}
+
+
+def test_arguments_that_cannot_be_compared_are_other_ones() -> None:
+    given = {0: torch.ones(1, 1, 8), "more": {"mask": torch.ones(3)}}
+    inputs, constants = {(0, None): Places(torch.ones(1, 1, 8), 1)}, {("more", None): {"mask": torch.ones(3)}}
+    assert not CapturedLayer([], inputs, constants, Places(torch.ones(1, 1, 8), 1)).takes(given, 1)
+    assert CapturedLayer([], inputs, {("more", None): None}, inputs[0, None]).takes({**given, "more": None}, 1)
 
 
 def test_graphs_that_compute_something_else_are_not_used(llama: PackedModel, caplog: pytest.LogCaptureFixture) -> None:
