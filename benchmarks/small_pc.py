@@ -354,6 +354,10 @@ def show(report: dict[str, Any]) -> None:
             )
         versions = ", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items())
         print(f"{one['contestant']}: {one.get('failed') or versions}")
+        for name, what in (("times_limit_spread", "x limit"), ("decode_ratio_spread", "s/token / pipo's")):
+            if name in one:
+                low, high = one[name]
+                print(f"{'':<12}{what}: {low:.2f} - {high:.2f} from round to round")
 
 
 def _cell(one: dict[str, Any], name: str, width: int) -> str:

@@ -30,6 +30,18 @@ class Environment:
 
 TORCH = "2.13.0"
 
+
+def _without_amx() -> str:
+    """For CMake, where the processor has a matrix unit: llama.cpp (in llama-cpp-python 0.3.36) ends with SIGILL when it
+    repacks weights for one (Xeon, Sapphire Rapids); without the unit it repacks for AVX-512.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "amx_int8" not in cpuinfo.read_text():
+        return ""
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    return f' "-DCMAKE_C_FLAGS={flags}" "-DCMAKE_CXX_FLAGS={flags}"'
+
+
 # torch first and alone: whatever asks for "torch" afterwards finds it there, and pip fetches no other build.
 _TORCH = (f"torch=={TORCH}",)
 _TRANSFORMERS = ("transformers==5.23.0", "accelerate==1.15.0", "safetensors==0.8.0", "numpy==2.4.6")
@@ -41,7 +53,7 @@ ENVIRONMENTS = {
     "llama.cpp": Environment(
         (("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.4.6"),),
         {
-            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_BUILD_TYPE=Release",
+            "CMAKE_ARGS": f"-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_BUILD_TYPE=Release{_without_amx()}",
             "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
         },
     ),
@@ -120,7 +132,9 @@ def interpreter(peer: str, folder: Path, torch: str = TORCH) -> Path:
         return python
     print(f"{peer}: installing {' '.join(' '.join(step) for step in steps)} into {place}", flush=True)
     commands = [[sys.executable, "-m", "venv", "--clear", str(place)]]
-    commands += [[str(python), "-m", "pip", "install", "--quiet", *step] for step in steps]
+    # pip would take what it compiled before, for other instructions.
+    fresh = ["--no-cache-dir"] if environment.build else []
+    commands += [[str(python), "-m", "pip", "install", "--quiet", *fresh, *step] for step in steps]
     for command in commands:
         done = subprocess.run(command, env=os.environ | environment.build, text=True, capture_output=True, check=False)
         if done.returncode:
