@@ -22,6 +22,15 @@ def times_smaller() -> int:
     return TIMES_SMALLER
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_small_as_the_models(times_smaller: int) -> Iterator[None]:
+    """Where all tests run in memory-saver, a file's own `times_smaller` is for those that chose no mode, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if switched():
+            patch.setattr(planner, "choose_transfer", smaller(times_smaller, "memory-saver"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def mode(request: pytest.FixtureRequest, times_smaller: int) -> Iterator[Mode]:
     """What asks for it is tested in both modes; in memory-saver it is slow, unless it is marked `both_modes`. Where all
