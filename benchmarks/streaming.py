@@ -90,6 +90,16 @@ def prompt_seconds(llm: LLM, sweeps: int, tokens: int) -> float:
     return (ends[-1] - ends[0]) / sweeps
 
 
+def answer_seconds(llm: LLM, tokens: int, new: int) -> float:
+    """Seconds from a prompt of so many tokens, which begins as no other, to the last of `new` tokens: as PIPO's
+    throughput is measured.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+    begin = time.perf_counter()
+    llm.generate([[random.randrange(3, 1000) for _ in range(tokens)]], params)
+    return time.perf_counter() - begin
+
+
 if __name__ == "__main__":
     by_hand = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     by_hand.add_argument("folder", type=Path)
