@@ -14,11 +14,14 @@ from pipo_ray.model.registry import require_supported
 from pipo_ray.packing_process import run_job
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.foreign.detect import source_format
+from pipo_ray.quant.knapsack import choose
 from pipo_ray.quant.sensitivity import Measured, choice_key
 from pipo_ray.quant.target import Chosen, Target
 from pipo_ray.store.checkpoint import Checkpoint
 from pipo_ray.store.gguf_file import open_checkpoint
 from pipo_ray.store.manifest import is_store
+
+__all__ = ["choose", "choose_precision", "measure_precision"]
 
 Progress = Callable[[str, int, int], None]
 

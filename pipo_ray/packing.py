@@ -22,13 +22,14 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from pipo_ray.compiled.support import machine_panel_bytes
-from pipo_ray.errors import InputError, PipoError, UnsupportedModelError
+from pipo_ray.errors import InputError, PipoError
+from pipo_ray.packing_plan import PackingPlan, check_precisions, count_tokens, opened
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.foreign.detect import SOURCE_KEY, source_format
 from pipo_ray.quant.formats import AS_SOURCE
@@ -37,12 +38,9 @@ from pipo_ray.quant.policy import POLICY_KEY, Precision
 from pipo_ray.quant.target import Target
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from pipo_ray.compiled.quantizer import CompiledRounding
     from pipo_ray.model.blocks import BlockSpec
     from pipo_ray.quant.ahead import PanelsAhead
-    from pipo_ray.quant.foreign.checkpoint import ForeignCheckpoint
     from pipo_ray.store.checkpoint import Checkpoint
     from pipo_ray.store.manifest import Manifest
     from pipo_ray.store.source import TensorSource
@@ -140,7 +138,7 @@ def pack_checkpoint(
     """
     report: Progress = progress or (lambda phase, done, total: None)
     report("inspect", 0, 0)
-    with _opened(Path(source)) as checkpoint, contextlib.ExitStack() as stack:
+    with opened(Path(source)) as checkpoint, contextlib.ExitStack() as stack:
         policy = chosen_precision(quantization, checkpoint.config, checkpoint.origin)
         precision = packed_dtype(dtype, policy, checkpoint.config)
         rounding = _rounding() if policy.is_low_bit else None
@@ -149,40 +147,12 @@ def pack_checkpoint(
             if calibration is None and not _is_begun(Path(destination)):
                 ahead = _panels_ahead(checkpoint, policy, rounding, stack)
             _import_torch()
-        from pipo_ray.model.graph import load_config, resolve_dtype
-        from pipo_ray.model.inspect import find_facts
-        from pipo_ray.model.layout import block_layout
-        from pipo_ray.model.linear_experts import experts_are_linear
-        from pipo_ray.quant.assign import assign
-        from pipo_ray.quant.foreign.codes import ForeignCodes
         from pipo_ray.quant.source import QuantizedSource
         from pipo_ray.store.pack import BlockSource, pack
-        from pipo_ray.store.source import TensorSource
 
-        config = load_config(checkpoint.folder)
-        torch_dtype = resolve_dtype(precision, config)
-        try:
-            model, trace, facts = find_facts(config, torch_dtype, checkpoint.folder)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{checkpoint.origin} cannot be run: {error}; choose another model") from error
-        foreign = _foreign_view(checkpoint, model)
-        plain = foreign or checkpoint
-        tensors = TensorSource(model, plain, torch_dtype)
-        codes = None if foreign is None else ForeignCodes(tensors, foreign)
-        aliases = tensors.aliases
-        looked_up = {aliases.get(name, name) for unit in trace.units if unit.kind == "lookup" for name in unit.tensors}
-        blocks = block_layout(model, trace, aliases)
-        has_experts = any(tensor.expert is not None for block in blocks for tensor in block.tensors)
-        blocks = assign(
-            blocks,
-            policy,
-            looked_up=looked_up,
-            layout=machine_layout(),
-            panel_bytes=machine_panel_bytes(),
-            linear_experts=policy.is_low_bit and has_experts and experts_are_linear(config),
-            source_format=None if codes is None else codes.low_bit,
-            aliases=aliases,
-        )
+        plan = PackingPlan.of(checkpoint, precision)
+        tensors, codes, facts = plan.tensors, plan.codes, plan.facts
+        blocks = plan.assigned(policy)
         extra = {"facts": facts.to_json(), GENERATION_CONFIG_KEY: generation_config_checksum(source)}
         if codes is not None:
             extra[SOURCE_KEY] = codes.describe(blocks)
@@ -198,18 +168,18 @@ def pack_checkpoint(
             from pipo_ray.quant.calibrated import CalibratedSource, calibrate
 
             folder = Path(destination).absolute().parent
-            nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+            nbytes = sum(tensor.nbytes for tensor in plan.model.state_dict().values())
             reader = calibrated = stack.enter_context(CalibratedSource(quantized, blocks, folder))
             prepare = calibrate(
-                calibrated, calibration, plain, config, facts, memory=memory, extra=extra,
+                calibrated, calibration, plan.plain, plan.config, facts, memory=memory, extra=extra,
                 progress=lambda done, total: report("calibrate", done * nbytes // total, nbytes),
             )  # fmt: skip
         return pack(
             blocks,
             reader,
             destination,
-            checkpoint=plain,
-            aliases=aliases,
+            checkpoint=plan.plain,
+            aliases=tensors.aliases,
             architecture=checkpoint.architecture,
             model_type=checkpoint.model_type,
             precision=tensors.precision,
@@ -270,35 +240,6 @@ def _rounding() -> CompiledRounding | None:
         return CompiledRounding(cache_folder() / "machine-code")
     except ImportError:
         return None
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Checkpoint]:
-    """The checkpoint folder or GGUF file `path`, ready to be packed."""
-    if not path.is_file():
-        from pipo_ray.store.checkpoint import Checkpoint
-
-        with Checkpoint.open(path) as checkpoint:
-            yield checkpoint
-        return
-    from pipo_ray.store.gguf_file import GgufFile
-
-    file = GgufFile.open(path)
-    from pipo_ray.quant.foreign.gguf_model import opened_gguf
-
-    with opened_gguf(file) as checkpoint:
-        yield checkpoint
-
-
-def _foreign_view(checkpoint: Checkpoint, model: PreTrainedModel) -> ForeignCheckpoint | None:
-    if not checkpoint.origin.is_file():
-        from pipo_ray.quant.foreign.checkpoint import open_foreign
-
-        return open_foreign(checkpoint)
-    from pipo_ray.quant.foreign.gguf_model import GgufCheckpoint, view_gguf
-
-    assert isinstance(checkpoint, GgufCheckpoint)
-    return view_gguf(checkpoint, model)
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -378,9 +319,18 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         choosing.add_argument("--text", type=CalibrationText.load)
         choosing.add_argument("--memory", type=int)
         choosing.add_argument("--target", type=lambda text: Target(**json.loads(text)))
+    checking = jobs.add_parser("check")
+    checking.add_argument("source", type=Path)
+    checking.add_argument("--policy", action="append", default=[], type=_policy_and_dtype)
+    checking.add_argument("--text", type=Path)
     jobs.add_parser("facts").add_argument("store")
     jobs.add_parser("download").add_argument("model_id")
     return parser.parse_args(arguments)
+
+
+def _policy_and_dtype(text: str) -> tuple[Precision, str]:
+    raw, file, dtype = json.loads(text)
+    return replace(Precision.from_json(raw), file=file and Path(file)), dtype
 
 
 def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
@@ -408,6 +358,15 @@ def _job(options: argparse.Namespace, channel: _Channel) -> dict[str, Any]:
         if options.job == "measure":
             return {"measured": measure_model(options.source, **common).to_json()}
         return {"chosen": choose_policy(options.source, options.target, **common).to_json()}
+    if options.job == "check":
+        channel.progress("inspect", 0, 0)
+        _import_torch()
+        num_tokens = None
+        if options.text is not None:
+            num_tokens = count_tokens(options.source, options.text.read_text(encoding="utf-8"))
+        if options.policy:
+            check_precisions(options.source, options.policy)
+        return {"num_tokens": num_tokens}
     if options.job == "facts":
         channel.progress("inspect", 0, 0)
         from pipo_ray.model.inspect import facts_of_store

@@ -136,6 +136,40 @@ def prepare_store(
     return _prepare_checkpoint(folder, dtype, policy, root, on_progress, text, memory)
 
 
+def check_before_packing(
+    folder: Path,
+    precisions: Sequence[str],
+    *,
+    dtype: str = "auto",
+    text: Path | None = None,
+    on_progress: Progress | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> int | None:
+    """Raise what is wrong with any of `precisions` for the checkpoint `folder` before the first of them is packed: a
+    policy for another model, a format that does not fit. The other arguments are those of `prepare_store`; what is
+    packed already is not looked at again.
+
+    Returns how many tokens the UTF-8 file `text` has, without what begins a text; None if there is no `text`, or the
+    checkpoint has no tokenizer.
+    """
+    check_dtype(dtype)
+    root = Path(cache) if cache is not None else cache_folder()
+    job = ["check", str(folder)] + ([] if text is None else [f"--text={text.absolute()}"])
+    with open_checkpoint(folder) as checkpoint:
+        require_supported(checkpoint.config, folder / "config.json")
+        unpacked = []
+        for policy in map(Precision.parse, precisions):
+            policy.require_model(checkpoint)
+            own = packed_dtype(dtype, policy, checkpoint.config)
+            if _cached(root / "stores" / _store_name(checkpoint, own, policy, None)) is None:
+                file = None if policy.file is None else str(policy.file)
+                unpacked.append(f"--policy={json.dumps([policy.to_json(), file, own])}")
+    if text is None and not unpacked:
+        return None
+    found: int | None = run_job([*job, *unpacked], on_progress)["num_tokens"]
+    return found
+
+
 def pack_store(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

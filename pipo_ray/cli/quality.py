@@ -76,8 +76,7 @@ def quality(options: argparse.Namespace) -> int:
     """Do it. Returns the exit status."""
     if options.picture is not None:
         _require_plotting(options.picture)
-    if options.tokens < 1:
-        raise InputError(f"--tokens {options.tokens} is below 1")
+    _require_tokens(options.tokens)
     precisions = [one for one in options.precision.split(",") if one and one != ORIGINAL]
     if not precisions:
         raise InputError("--precision names nothing to compare with; give for instance --precision int8,int4")
@@ -91,6 +90,7 @@ def quality(options: argparse.Namespace) -> int:
     folder = find_folder(options.model)
     if not (folder.is_file() or (folder / "config.json").is_file()) or (folder / "manifest.json").is_file():
         raise InputError(f"{options.model} is not a checkpoint: quality needs the weights as they were")
+    _check(folder, arguments["dtype"], variants, options.text, text)
     output = Output()
     with output.reserved(), contextlib.ExitStack() as stack:
         rows = _measure(stack, str(folder), arguments, text, variants, options.tokens)
@@ -131,7 +131,7 @@ def _measure(
     from pipo_ray.prepare import cache_folder
     from pipo_ray.report.quality import LogitsFile, Quality, windows_of
 
-    _prepare(model, arguments, [{"precision": ORIGINAL}, *variants.values()])
+    _prepare(model, arguments, variants)
     with open_llm(model, {**arguments, "precision": ORIGINAL}) as llm:
         ids, whole = llm.encode(text, add_special_tokens=False), llm.encode(text)
         prefix = whole[: whole.index(ids[0])] if ids and ids[0] in whole else []  # what begins a text
@@ -149,13 +149,52 @@ def _measure(
     return rows
 
 
-def _prepare(model: str, arguments: dict[str, Any], variants: list[dict[str, Any]]) -> None:
-    """Pack what is compared before anything is measured: what is wrong with a policy for this model is known then."""
+def _require_tokens(most_tokens: int) -> None:
+    from pipo_ray.report.quality import LEAST_TOKENS
+
+    if most_tokens < LEAST_TOKENS:
+        raise InputError(
+            f"--tokens {most_tokens} is below {LEAST_TOKENS}, which are needed to tell models apart; give "
+            f"--tokens {LEAST_TOKENS} or more"
+        )
+
+
+def _check(folder: Path, dtype: str, variants: dict[str, dict[str, Any]], file: Path, text: str) -> None:
+    """What is wrong with a text or a policy for this model is known before the first store, the largest, is packed."""
+    from pipo_ray.model.text import has_tokenizer
+    from pipo_ray.prepare import check_before_packing
+    from pipo_ray.report.quality import LEAST_TOKENS, too_short
+
+    if folder.is_dir() and not has_tokenizer(folder):
+        raise InputError(
+            f"--text {file} cannot be compared with: the checkpoint {folder} has no tokenizer; add its files"
+        )
+    if not text:
+        raise InputError(_another(too_short(f"--text {file}", 0)))
+    # A word is a token at least: only of few words, or of a script without spaces, they have to be counted.
+    has_few_words = len(text.split(maxsplit=LEAST_TOKENS)) < LEAST_TOKENS
+    precisions = dict.fromkeys(one["precision"] for one in variants.values() if one["precision"] != AUTO)
+    with progress_bar() as progress:
+        num_tokens = check_before_packing(
+            folder, list(precisions), dtype=dtype, text=file if has_few_words else None, on_progress=progress
+        )
+    if has_few_words and num_tokens is not None and num_tokens < LEAST_TOKENS:
+        raise InputError(_another(too_short(f"--text {file}", num_tokens)))
+
+
+def _another(message: str) -> str:
+    return f"{message}, or leave --text out for the bundled one"
+
+
+def _prepare(model: str, arguments: dict[str, Any], variants: dict[str, dict[str, Any]]) -> None:
+    """Pack what is compared before anything is measured, and first what may still be refused: for want of memory."""
     from pipo_ray.budgets import memory_budget
     from pipo_ray.prepare import prepare_store
 
     memory, _ = memory_budget(arguments.get("memory"))
-    for variant in variants:
+    risky = [one for one in variants.values() if one["precision"] == AUTO or "calibrate" in one]
+    others = [one for one in variants.values() if one not in risky]
+    for variant in (*risky, *others, {"precision": ORIGINAL}):
         target = Target.parse(variant["precision"], variant.get("max_loss"), variant.get("max_size"))
         with progress_bar() as progress:
             prepare_store(

@@ -32,12 +32,17 @@ CONTEXT_TOKENS = (
 MAX_PENDING = 32  # tokens without text after which the bytes are taken for what they are: a character has at most 4
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a checkpoint folder or block store has files of a tokenizer."""
+    return any(Path(folder, name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder or block store, or None where it has none. Loads no code from the folder.
 
     Raises CheckpointError where there is one that cannot be read.
     """
-    if not any(Path(folder, name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 

@@ -217,7 +217,7 @@ def plan_run(
         raise BudgetError(
             f"--memory {format_size(memory_bytes)} is too low: at least "
             f"{format_least(fixed + least_kv + wanted_weights)} would do: processes {format_size(processes)}, "
-            f"activations {format_size(activations)}, KV cache of {LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
+            f"activations {format_size(activations)}, {_least_kv_line(least_kv, kv_on_disk)}, "
             f"weights {format_size(wanted_weights)}{lower}"
         )
     spare = memory_bytes - fixed - wanted_weights
@@ -327,7 +327,7 @@ def _plan_gpu_run(
         raise BudgetError(
             f"--gpu-memory {format_size(gpu_memory_bytes)} is too low: at least "
             f"{format_least(fixed + least_kv + least_gpu)} would do: CUDA context {format_size(gpu_context_bytes)}, "
-            f"activations {format_size(activations)}, KV cache of {LEAST_KV_TOKENS} tokens {format_size(least_kv)}, "
+            f"activations {format_size(activations)}, {_least_kv_line(least_kv, kv_on_disk)}, "
             f"weights {format_size(least_gpu)}; or lower --max-batch-tokens"
         )
     spare = gpu_memory_bytes - fixed - least_gpu
@@ -384,7 +384,8 @@ def _plan_gpu_run(
             raise BudgetError(
                 f"--memory {format_size(memory_bytes)} is too low: at least "
                 f"{format_least(processes + least_host + kv_ram_bytes)} would do: processes with CUDA "
-                f"{format_size(processes)}, slots {format_size(least_host)}, KV pages {format_size(kv_ram_bytes)}"
+                f"{format_size(processes)}, slots {format_size(least_host)}, "
+                f"{_least_kv_line(kv_ram_bytes, kv_on_disk)}"
             )
         kv_disk = place_kv(facts, kv_ram_bytes, wanted_tokens, kv_on_disk, kv_bytes, low_bit_kv)
         kv_ram_bytes, rows = kv_disk.ram_bytes, min(rows, kv_disk.max_sequences)
@@ -459,6 +460,13 @@ def _plan_gpu_run(
         copied_bytes_per_sweep=copied,
         graph_bytes=0 if copied else gpu_weights - gpu_resident,
     )
+
+
+def _least_kv_line(nbytes: int, kv_on_disk: KVOnDisk | None) -> str:
+    """What the least KV cache is: with a drive behind it that is no number of tokens."""
+    if kv_on_disk is None:
+        return f"KV cache of {LEAST_KV_TOKENS} tokens {format_size(nbytes)}"
+    return f"KV pages {format_size(nbytes)} (one of each layer, and those on their way)"
 
 
 def _weights_line(used: int, num_slots: int, slot_bytes: int, resident: int) -> str:

@@ -109,7 +109,8 @@ def choose_policy(
             measurement.finish()
     increase = quality.perplexity / measurement.original.perplexity - 1
     policy = measured.policy(choice.formats)
-    return Chosen(policy, choice.nbytes + measured.fixed_bytes, quality.kl, increase, quality.count)
+    least = None if policy.is_low_bit or target.max_loss is None else measured.least_rounding()
+    return Chosen(policy, choice.nbytes + measured.fixed_bytes, quality.kl, increase, quality.count, least)
 
 
 def measure_model(

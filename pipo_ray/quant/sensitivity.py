@@ -26,6 +26,7 @@ from pipo_ray.quant.knapsack import Item, Option
 from pipo_ray.quant.panels import PANEL_BYTES, divide
 from pipo_ray.quant.patterns import rules_for
 from pipo_ray.quant.policy import PolicyModel, Precision
+from pipo_ray.quant.target import LeastRounding
 from pipo_ray.store.dtypes import num_bytes
 from pipo_ray.store.layout import BLOCK_ALIGNMENT
 
@@ -164,6 +165,14 @@ class Measured:
     def policy(self, formats: Mapping[str, str]) -> Precision:
         """A policy that gives each item by its name the format in `formats`."""
         return Precision(rules_for(formats, self.others), self.model)
+
+    def least_rounding(self) -> LeastRounding | None:
+        """The weight and format that alone lose least; None if nothing can be rounded."""
+        options = [(one, option) for one in self.items for option in one.options if option.format != SIXTEEN_BITS]
+        if not options:
+            return None
+        one, option = min(options, key=lambda pair: pair[1].loss)
+        return LeastRounding(one.name, option.format, option.loss)
 
     def to_json(self) -> dict[str, Any]:
         """For the parent process."""

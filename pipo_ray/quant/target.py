@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipo_ray.errors import InputError
@@ -52,9 +52,26 @@ class Target:
 
 
 @dataclass(frozen=True)
+class LeastRounding:
+    """The weight `name` alone in `format`, and the KL divergence in nats per token that is expected of it."""
+
+    name: str
+    format: str
+    kl: float
+
+    def __str__(self) -> str:
+        """For people."""
+        return (
+            f"the least that rounding loses, {self.name} alone in {self.format}, is about {self.kl:.2g} nats, "
+            f"--max-loss {100 * math.expm1(self.kl):.2g}%"
+        )
+
+
+@dataclass(frozen=True)
 class Chosen:
     """A policy, what it takes of bytes (as `Target.max_bytes` counts them), and how good it is on `tokens` tokens of
-    the calibration text: KL divergence from the original in nats per token, and the perplexity's increase.
+    the calibration text: KL divergence from the original in nats per token, and the perplexity's increase. Where a
+    target of loss leaves no weight that may be rounded, `least` is the rounding that loses least.
     """
 
     policy: Precision
@@ -62,25 +79,29 @@ class Chosen:
     kl: float
     perplexity_increase: float
     tokens: int
+    least: LeastRounding | None = None
 
     @classmethod
     def from_json(cls, raw: Any) -> Chosen:
         """What `to_json` gave. Raises KeyError, TypeError or ValueError for something else."""
         kl, increase = float(raw["kl"]), float(raw["perplexity_increase"])
-        return cls(Precision.from_json(raw["policy"]), int(raw["nbytes"]), kl, increase, int(raw["tokens"]))
+        least = None if raw["least"] is None else LeastRounding(**raw["least"])
+        return cls(Precision.from_json(raw["policy"]), int(raw["nbytes"]), kl, increase, int(raw["tokens"]), least)
 
     def to_json(self) -> dict[str, Any]:
         """For the parent process, and for the cache."""
         return {
             "policy": self.policy.to_json(), "nbytes": self.nbytes, "kl": self.kl,
             "perplexity_increase": self.perplexity_increase, "tokens": self.tokens,
+            "least": None if self.least is None else asdict(self.least),
         }  # fmt: skip
 
     def __str__(self) -> str:
         """A line for the user."""
+        least = "" if self.least is None else f"; no weight was rounded, because none may be: {self.least}"
         return (
             f"precision auto: {format_size(self.nbytes)} without the embedding table; on {self.tokens} tokens of the "
-            f"calibration text perplexity {self.perplexity_increase:+.2%}, KL divergence {self.kl:.5f} nats"
+            f"calibration text perplexity {self.perplexity_increase:+.2%}, KL divergence {self.kl:.5f} nats{least}"
         )
 
 

@@ -75,6 +75,14 @@ def log_softmax(logits: Logits) -> Logits:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)
 
 
+def too_short(what: str, num_tokens: int) -> str:
+    """What is said of a text that has fewer than LEAST_TOKENS tokens; `what` names it."""
+    return (
+        f"{what} has {num_tokens} token{'s' * (num_tokens != 1)}, at least {LEAST_TOKENS} are needed to tell models "
+        "apart; give a longer one"
+    )
+
+
 def windows_of(token_ids: Sequence[int], prefix: Sequence[int], length: int, most_tokens: int) -> list[list[int]]:
     """The text's first `most_tokens` tokens in windows of `length` at most, each behind `prefix` (what begins a text).
 
@@ -82,10 +90,7 @@ def windows_of(token_ids: Sequence[int], prefix: Sequence[int], length: int, mos
     """
     ids = list(token_ids[:most_tokens])
     if len(ids) < LEAST_TOKENS:
-        raise InputError(
-            f"the text has {len(ids)} tokens, at least {LEAST_TOKENS} are needed to tell models apart; give a longer "
-            "one, or raise --tokens"
-        )
+        raise InputError(too_short("the text", len(ids)))
     step = length - len(prefix)
     windows = [[*prefix, *ids[at : at + step]] for at in range(0, len(ids), step)]
     return [window for window in windows if len(window) > 1]

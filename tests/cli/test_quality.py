@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from cli.conftest import pack_here
 from cli.fake_llm import FakeLLM
+from pipo_ray import prepare
 from pipo_ray.cli.main import main
 from pipo_ray.cli.quality import Row, _draw, _variants
 from pipo_ray.errors import InputError
@@ -19,7 +23,11 @@ from pipo_ray.report.quality import Quality
     "arguments, says",
     [
         (["--text", "missing.txt"], "--text missing.txt cannot be read: No such file or directory; give a text file"),
-        (["--tokens", "0"], "--tokens 0 is below 1"),
+        (["--tokens", "0"], "--tokens 0 is below 64"),
+        (
+            ["--tokens", "63"],
+            "--tokens 63 is below 64, which are needed to tell models apart; give --tokens 64 or more",
+        ),
         (["--precision", "16bit"], "--precision names nothing to compare with"),
         (["--picture", "nowhere/p.png"], "--picture nowhere/p.png: there is no folder"),
         (["--picture", "p.txt"], "--picture p.txt: its name must end in .png or .svg"),
@@ -30,8 +38,9 @@ from pipo_ray.report.quality import Quality
         (["--precision", "int8,nowhere.json"], "precision policy nowhere.json cannot be read"),
         (["--precision", "int8,auto"], "--precision auto wants one target"),
         (["--max-loss", "1%"], "--max-loss is a target of --precision auto"),
-        (["--calibrate", "/nowhere.txt", "--tokens", "9"], "calibration text /nowhere.txt cannot be read"),
+        (["--calibrate", "/nowhere.txt", "--tokens", "64"], "calibration text /nowhere.txt cannot be read"),
         (["--precision", "int8", "--calibrate"], "--calibrate: no precision that is compared has int4 weights"),
+        (["--tokens", "64"], "heldout.txt cannot be compared with: the checkpoint "),  # it has no tokenizer
         (["--gpu-memory", "1G", "--device", "cpu"], "--gpu-memory means nothing with --device cpu"),
     ],
 )
@@ -56,27 +65,101 @@ def test_a_text_that_is_none(fake_llm: type[FakeLLM], tmp_path: Path, capsys: py
     assert "is not UTF-8 (byte 3); convert it" in capsys.readouterr().err
 
 
-def test_what_cannot_be_packed_is_said_before_the_original_is_run(
-    fake_llm: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("packed_in_this_process", "nothing_is_packed")
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "has 0 tokens, at least 64 are needed to tell models apart; give a longer one, or leave --text out for"),
+        ("a", "has 1 token, at least 64 are needed to tell models apart; give a longer one, or leave --text out for"),
+        ("\u732b" * 21, "has 63 tokens, at least 64 are needed"),  # every byte is a token
+        ("word " * 12, "has 60 tokens, at least 64 are needed"),
+    ],
+)
+def test_a_text_that_is_too_short_is_refused_before_anything_is_packed(
+    text: str, says: str, fake_llm: type[FakeLLM], chat_checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    assert main(["quality", str(chat_checkpoint), "--precision", "int8", "--text", str(file)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"pipo: error: --text {file} {says}")
+    assert not fake_llm.made
+
+
+@pytest.mark.usefixtures("packed_in_this_process")
+@pytest.mark.parametrize("text", ["\u732b" * 21 + "a", "a " * 64])
+def test_a_text_of_the_least_tokens_is_enough(
+    text: str, fake_llm: type[FakeLLM], chat_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pipo_ray.prepare.prepare_store", Mock(side_effect=InputError("packing begins")))
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    assert main(["quality", str(chat_checkpoint), "--precision", "int8", "--text", str(file)]) == 2
+    assert "packing begins" in capsys.readouterr().err
+
+
+OTHER = {"architecture": "LlamaForCausalLM", "layers": 7, "tensors": "abc"}
+
+
+@pytest.mark.usefixtures("packed_in_this_process", "nothing_is_packed")
+@pytest.mark.parametrize(
+    "policy, says",
+    [
+        ({"model": OTHER, "rules": [["*", "int4"]]}, "was made for LlamaForCausalLM with 7 layers (tensors abc), and "),
+        ({"rules": [["*q_proj*", "int4-g128"]]}, 'rule ["*q_proj*", "int4-g128"]: model.layers.0.'),
+        ({"rules": [["nonsense.*", "int4"]]}, "matches no tensor of the model"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused_before_the_first_store_is_packed(
+    policy: dict[str, object], says: str, fake_llm: type[FakeLLM], chat_checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Also behind one that fits: the original alone is 140 GB of a model with 70 billion weights."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(policy))
+    assert main(["quality", str(chat_checkpoint), "--precision", f"int8,{file}"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"pipo: error: precision policy {file}")
+    assert says in error
+    assert not fake_llm.made
+
+
+@pytest.fixture
+def nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipo_ray.prepare.prepare_store", lambda *_, **__: pytest.fail("something is packed"))
+
+
+def test_what_is_packed_is_not_looked_at_again(
+    chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as a rule that matches nothing: everything is packed first."""
-    (tmp_path / "config.json").write_text("{}")
+    pack_here(monkeypatch)
+    assert prepare.check_before_packing(chat_checkpoint, ["int8"], cache=tmp_path) is None
+    prepare.prepare_store(chat_checkpoint, precision="int8", cache=tmp_path)
+    monkeypatch.setattr(prepare, "run_job", lambda *_: pytest.fail("a child process was started"))
+    assert prepare.check_before_packing(chat_checkpoint, ["int8"], cache=tmp_path) is None
+
+
+def test_all_is_packed_before_the_original_is_run_and_first_what_may_be_refused(
+    fake_llm: type[FakeLLM], chat_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[dict[str, object]] = []
 
     def prepare_store(model: str, **arguments: object) -> None:
         asked.append(arguments)
-        if arguments["precision"] == "int4-g32":
+        if arguments["precision"] == "16bit":
             raise InputError("this one cannot be")
 
-    monkeypatch.setattr("pipo_ray.prepare.prepare_store", prepare_store)
+    monkeypatch.setattr(prepare, "prepare_store", prepare_store)
+    monkeypatch.setattr(prepare, "run_job", lambda *_: {"num_tokens": None})
     more = ["--precision", "int4,auto,int4-g32", "--max-loss", "1%", "--calibrate", "--memory", "1GiB"]
-    assert main(["quality", str(tmp_path), *more]) == 2
+    assert main(["quality", str(chat_checkpoint), *more]) == 2
     assert "this one cannot be" in capsys.readouterr().err
     assert not fake_llm.made
     assert [(one["precision"], one["calibrate"]) for one in asked] == [
-        ("16bit", False), ("int4", False), ("int4", True), ("auto", False), ("int4-g32", False),
+        ("int4", True), ("auto", False), ("int4-g32", True), ("int4", False), ("int4-g32", False), ("16bit", False),
     ]  # fmt: skip
-    assert asked[3]["target"] == Target(max_loss=0.01)
+    assert asked[1]["target"] == Target(max_loss=0.01)
     assert {one["memory"] for one in asked} == {1 << 30}
 
 

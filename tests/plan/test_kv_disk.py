@@ -28,7 +28,7 @@ from pipo_ray.plan.kv_disk import (
 )
 from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout
 from pipo_ray.scheduling.limits import limits_of
-from pipo_ray.session.memory import parse_size
+from pipo_ray.session.memory import format_size, parse_size
 
 from .test_budget import GIB, model
 
@@ -206,6 +206,26 @@ def test_a_gpu_has_the_newest_pages_and_ram_and_drive_the_others(max_kv_tokens: 
     with pytest.raises(BudgetError, match=r"--memory .* would do: .*KV pages"):
         plan_run(manifest, facts, **options | {"memory_bytes": CUDA_PROCESS_BYTES + (300 << 10)},
                  kv_on_disk=KVOnDisk(64 << 20, "folder"))  # fmt: skip
+
+
+@pytest.mark.parametrize("short", ["--memory", "--gpu-memory", "--memory beside a GPU"])
+def test_too_little_memory_is_said_in_pages(short: str) -> None:
+    """With a drive behind it the least KV cache is no number of tokens."""
+    options = {"memory_bytes": PROCESS_BYTES, "max_batch_tokens": 64}
+    if short != "--memory":
+        options = {"memory_bytes": 3 * GIB, "gpu_memory_bytes": 100 << 10, "max_batch_tokens": 64}
+    if short == "--memory beside a GPU":
+        options |= {"memory_bytes": CUDA_PROCESS_BYTES, "gpu_memory_bytes": 100 << 20}
+    manifest, facts = model(3, 64, 100)
+    if short == "--memory beside a GPU":
+        options["memory_bytes"] += 300 << 10
+    staging = PASSING_PAGES if short == "--gpu-memory" else 6
+    size = format_size((staging + facts.num_layers) * disk_page_bytes(facts))
+    with pytest.raises(BudgetError) as caught:
+        plan_run(manifest, facts, **options, kv_on_disk=KVOnDisk(64 << 20, "folder"))
+    assert str(caught.value).startswith(f"{short.split()[0]} ")
+    assert f"KV pages {size} (one of each layer, and those on their way)" in str(caught.value)
+    assert "256 tokens" not in str(caught.value)
 
 
 def test_what_is_on_its_way_has_room_before_what_stays() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli.conftest import pack_here
 from safetensors.torch import load_file, save_file
 
 from pipo_ray import packing
@@ -24,9 +26,11 @@ from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.knapsack import Item, Option, choose
 from pipo_ray.quant.measure import Measurement, _some_rows
+from pipo_ray.quant.policy import Precision
 from pipo_ray.quant.rounding import round_to_nearest, values_of
 from pipo_ray.quant.sensitivity import Measured, Sensitivity
 from pipo_ray.quant.target import Target
+from pipo_ray.store.checkpoint import Checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog; nobody asked the dog. " * 20
 Progress = Callable[[str, int, int], None]
@@ -127,10 +131,23 @@ def test_a_size_is_kept_and_less_is_impossible(
     assert coarsest.nbytes == least
     assert coarsest.kl > middle.kl
     everything = run(checkpoint, Target(max_bytes=most), tmp_path, text)
-    assert (everything.kl, everything.policy.is_low_bit) == (0, False)
+    assert (everything.kl, everything.policy.is_low_bit, everything.least) == (0, False, None)
     monkeypatch.setattr(CalibrationModel, "logits", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(InputError, match=r"--max-size .* is too little for this model: with the fewest bits it takes"):
         run(checkpoint, Target(max_bytes=least - 1), tmp_path, text)
+
+
+def test_a_loss_that_no_rounding_keeps_is_told_from_one_that_some_does(
+    checkpoint: Path, tmp_path: Path, text: CalibrationText
+) -> None:
+    chosen = run(checkpoint, Target(max_loss=1e-9), tmp_path, text)
+    assert (chosen.kl, chosen.policy.is_low_bit) == (0, False)
+    items = measure_model(checkpoint, cache=tmp_path, text=text, progress=lambda *_: None).items
+    losses = {(item.name, o.format): o.loss for item in items for o in item.options if o.format != "16bit"}
+    assert chosen.least is not None
+    assert chosen.least.kl == min(losses.values()) == losses[chosen.least.name, chosen.least.format] > 1e-9
+    more = run(checkpoint, Target(max_loss=0.02), tmp_path, text)
+    assert (more.policy.is_low_bit, more.least) == (True, None)
 
 
 def test_int4_in_three_groups_beats_one_of_the_same_bytes(
@@ -243,6 +260,21 @@ def test_a_planner_chooses_for_itself(checkpoint: Path, tmp_path: Path, text: Ca
     assert 0 < choice.loss <= most
     assert "int8" not in {rule.format for rule in policy.rules}
     assert policy.model is not None
+
+
+def test_the_planner_of_the_readme_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "measure_precision" in block)
+    pack_here(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert '"pipo_ray/bundled"' in code
+    found: dict[str, Any] = {}
+    exec(code.replace('"pipo_ray/bundled"', repr(str(checkpoint))), found)
+    assert 0 < found["choice"].loss <= 0.01
+    saved = Precision.load(tmp_path / "policy.json")
+    assert {rule.format for rule in saved.rules} == set(found["choice"].formats.values())
+    with Checkpoint.open(checkpoint) as opened:
+        saved.require_model(opened)
 
 
 def test_measuring_keeps_within_the_memory(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from pipo_ray.errors import InputError
 from pipo_ray.quant.policy import PolicyModel, Precision, Rule
-from pipo_ray.quant.target import Chosen, Target
+from pipo_ray.quant.target import Chosen, LeastRounding, Target
 
 
 def test_what_is_a_target() -> None:
@@ -42,3 +45,14 @@ def test_what_was_chosen_is_kept() -> None:
     assert Chosen.from_json(chosen.to_json()).policy.model == policy.model
     assert "5.0 MiB" in str(chosen)
     assert "+1.01%" in str(chosen)
+
+
+def test_it_is_said_why_no_weight_was_rounded() -> None:
+    least = LeastRounding("model.layers.3.mlp.up_proj.weight", "int8", 2.5e-5)
+    chosen = Chosen(Precision(), 7 << 20, 0.0, 0.0, 4096, least)
+    assert Chosen.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+    assert str(chosen).endswith(
+        "no weight was rounded, because none may be: the least that rounding loses, model.layers.3.mlp.up_proj.weight "
+        "alone in int8, is about 2.5e-05 nats, --max-loss 0.0025%"
+    )
+    assert "no weight" not in str(replace(chosen, least=None))
