@@ -134,7 +134,7 @@ def test_what_cannot_be_is_said_before_anything_starts(store: Path, tmp_path: Pa
         LLM(store, **options | {"kv_on_disk": KVOnDisk(None, str(tmp_path / "none"))})
     with pytest.raises(BudgetError, match=r"--kv-on-disk 100\.0 KiB is too low: at least 192\.0 KiB would do"):
         LLM(store, **options | {"kv_on_disk": "100KiB"})
-    with pytest.raises(BudgetError, match=r"--memory \S+ MiB is too low: .*KV cache"):
+    with pytest.raises(BudgetError, match=r"--memory \S+ MiB is too low: .*KV pages"):
         LLM(store, **options | {"memory": memory(store, least_ram_bytes(prepare_store(str(store)).facts) - 5000)})
     assert not list(tmp_path.iterdir())
 
