@@ -34,21 +34,6 @@ from pipo_ray.session.memory import parse_size
 SWEEPS = 24
 
 
-def copy_rate() -> float:
-    """Bytes per second that a copy within the GPU's memory reads and writes, the best of ten."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best = max(best, 2 * source.nbytes / (begin.elapsed_time(end) / 1000))
-    return best
-
-
 def without_graphs(*arguments: Any, **options: Any) -> ComputeSetup:
     """A setup that leaves no memory to graphs."""
     return replace(ComputeSetup(*arguments, **options), graph_bytes=0)
@@ -101,12 +86,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
+    from gpu_low_bit_kernels import copy_rate  # it needs triton
+
     names, batches = options.shapes.split(","), [int(one) for one in options.batches.split(",")]
     if options.quick:
         names, batches = ["small"], [1]
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="pipo-bench-gpu-"))
     gpu_memory = parse_size(options.gpu_memory, "--gpu-memory")
-    rate, rows = copy_rate(), list[dict[str, Any]]()
+    rate, rows = copy_rate(torch.device("cuda")), list[dict[str, Any]]()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="pipo-bench-gpu-"))
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}; copies at {rate / 1e9:.0f} GB/s")
     print(
         f"{'shape':>12}{'weights':>9}{'batch':>7}{'graphs':>8}{'a sweep':>12}{'kernels':>11}{'limit':>11}{'tok/s':>9}"

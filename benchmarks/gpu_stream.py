@@ -130,16 +130,20 @@ def decode(llm: LLM, prompts: Sequence[Sequence[int]], sweeps: int, watched: boo
     return (last[-1][0] - last[0][0]) / (last[-1][1] - last[0][1])
 
 
+def stage_times(llm: LLM, stage: str) -> dict[str, float]:
+    """What an actor reports of itself."""
+    found: dict[str, float] = next(one for one in llm.report()["stages"] if one["stage"] == stage)
+    return found
+
+
 def worker_times(llm: LLM) -> dict[str, float]:
     """What the compute worker reports: seconds busy, waiting for pieces (its compute stream by CUDA's events), ..."""
-    found: dict[str, float] = next(stage for stage in llm.report()["stages"] if stage["stage"] == "ComputeWorker")
-    return found
+    return stage_times(llm, "ComputeWorker")
 
 
 def busy_reading(llm: LLM) -> float:
     """Seconds in which the loader had reads in flight."""
-    loader = next(stage for stage in llm.report()["stages"] if stage["stage"] == "NvmeLoader")
-    return float(loader["busy_s"])
+    return stage_times(llm, "NvmeLoader")["busy_s"]
 
 
 def watch_kernels(llm: LLM) -> None:
@@ -185,7 +189,7 @@ def run_row(
         pinned_s = pinned.seconds()
         worker = worker_times(llm)
         seconds, limits, fed, links, copying, in_worker, kv_bytes = [], [], [], [], [], [], [0.0]
-        drives, reading = [0.0], [0.0]
+        drives, reading = list[float](), list[float]()
         with PinnedLink() as link:
             link.rate(sizes)
             streamable = plan.model_bytes
@@ -251,8 +255,8 @@ def run_row(
         "mode": mode, "slots_mib": plan.placement.num_slots * plan.placement.slot_bytes / 2**20,
         "gpu_slots_mib": plan.placement.num_gpu_slots * plan.placement.slot_bytes / 2**20,
         "disk_gb_per_sweep": plan.streamed_bytes_per_sweep / 1e9,
-        "drive_gb_s": statistics.median(drives[1:] or drives) / 1e9,
-        "reading": statistics.median(reading[1:] or reading), "kv_gb_per_sweep": kv_bytes[-1] / 1e9,
+        "drive_gb_s": statistics.median(drives or [0.0]) / 1e9,
+        "reading": statistics.median(reading or [0.0]), "kv_gb_per_sweep": kv_bytes[-1] / 1e9,
     }  # fmt: skip
 
 

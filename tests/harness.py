@@ -28,7 +28,7 @@ from pipo_ray.model.kv_disk import KVDisk
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
-from pipo_ray.model.layer_graphs import LayerGraphs, decoder_layers
+from pipo_ray.model.layer_graphs import LayerGraphs
 from pipo_ray.model.layout import TORCH_DTYPES, block_layout
 from pipo_ray.model.linear_experts import experts_are_linear
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
@@ -217,8 +217,7 @@ class Pipeline:
             layers: SettledLayers | None = None
             self.graphs: LayerGraphs | None = None
             if graphs is not None:
-                hidden_bytes = facts.hidden_size * packed.dtype.itemsize
-                layers = self.graphs = LayerGraphs(decoder_layers(self.model, facts.num_layers), graphs, hidden_bytes)
+                layers = self.graphs = LayerGraphs(self.model, facts, packed.dtype, graphs)
             if compile_layers:
                 assert attention is not None
                 layers = compile_model(self.model, products, low_bit, attention)

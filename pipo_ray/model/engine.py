@@ -48,7 +48,7 @@ from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_pool import KVPool
 from pipo_ray.model.kv_tiers import KVTiers
-from pipo_ray.model.layer_graphs import LayerGraphs, decoder_layers
+from pipo_ray.model.layer_graphs import LayerGraphs
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.low_bit_choice import products_for
 from pipo_ray.model.packed_choice import rows_for
@@ -161,10 +161,8 @@ class ComputeEngine:
             kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers, rows)
         self.notes = tuple(notes)
         if self._device.type == "cuda" and self._facts.ragged and compute.graph_bytes > 0:
-            layers = self._graphs = LayerGraphs(
-                decoder_layers(graph, self._facts.num_layers), CudaGraphs(self._device, compute.graph_bytes),
-                self._facts.hidden_size * dtype.itemsize,
-            )  # fmt: skip
+            graphs = CudaGraphs(self._device, compute.graph_bytes)
+            layers = self._graphs = LayerGraphs(graph, self._facts, dtype, graphs)
         binder = Binder(
             graph, trace_of(self._facts), setup.plan, manifest.aliases, self._stream, self._read_rows, products,
             low_bit, layers,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipo_ray.model.attention import Attention, around_attention
 from pipo_ray.model.captured_layer import Attended, AttentionCall, AttentionStep, CapturedLayer, Key, Places, parts_of
+from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.kv_cache import RaggedCache
 from pipo_ray.pipeline.cuda_graph import Graph, Graphs
 
@@ -47,7 +48,7 @@ what goes in and comes out.
 """
 
 
-def decoder_layers(model: nn.Module, num_layers: int) -> Sequence[nn.Module]:
+def _decoder_layers(model: nn.Module, num_layers: int) -> Sequence[nn.Module]:
     """The list of `num_layers` layers in `model`, the outermost if there are several; () if there is none."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -56,15 +57,15 @@ def decoder_layers(model: nn.Module, num_layers: int) -> Sequence[nn.Module]:
 
 
 class LayerGraphs:
-    """`SettledLayers` that computes `layers` by graphs in sweeps of a few tokens, of which `SIZES` has the most.
+    """`SettledLayers` that computes the layers of `model`, whose weights are of `dtype`, by graphs in sweeps of a few
+    tokens, of which `SIZES` has the most.
 
     What layers are given besides tensors and the KV cache must be the same in every sweep.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], graphs: Graphs, hidden_bytes: int) -> None:
-        """`hidden_bytes` are those of one token's hidden state."""
-        self._modules, self._graphs = layers, graphs
-        self._token_bytes = _KEPT * hidden_bytes * len(layers)
+    def __init__(self, model: nn.Module, facts: ModelFacts, dtype: torch.dtype, graphs: Graphs) -> None:
+        self._modules, self._graphs = _decoder_layers(model, facts.num_layers), graphs
+        self._token_bytes = _KEPT * facts.hidden_size * dtype.itemsize * len(self._modules)
         self._layers: list[_Layer] = []
         self._sizes: dict[int, _Size] = {}
         self._sweep: _Sweep | None = None
