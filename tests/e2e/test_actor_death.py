@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from pipo_ray import LLM, SamplingParams
-from pipo_ray.pipeline.roll import ACTORS, WINDOW_S
+from pipo_ray.pipeline.roll import ACTORS
 from pipo_ray.plan.transfer import Mode
 from pipo_ray.session import processes
 
 from .checkpoints import VOCAB_SIZE, prompts_of
+from .deaths import let_a_minute_pass
 from .footprint import Footprint, store_mappings, wait_until_gone
 from .traces import Event, live_events
 
@@ -50,10 +51,8 @@ def llm(text_llama: Path, mode: Mode, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(autouse=True)
 def a_minute_later(request: pytest.FixtureRequest) -> None:
-    """The deaths of the test before lie further back than the minute in which three are too many."""
     if "llm" in request.fixturenames:
-        rows = request.getfixturevalue("llm")._stage.roll._rows
-        rows[:, 2:] -= WINDOW_S + 1
+        let_a_minute_pass(request.getfixturevalue("llm"))
 
 
 class Killer(threading.Thread):

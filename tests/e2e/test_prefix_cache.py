@@ -17,9 +17,10 @@ from pipo_ray.outputs import RequestOutput
 from pipo_ray.plan.transfer import Mode
 
 from .checkpoints import VOCAB_SIZE, prompts_of
+from .deaths import let_a_minute_pass
 from .footprint import Footprint, wait_until_gone
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +46,28 @@ def check_greedy(llm: LLM, output: RequestOutput) -> None:
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == sample.token_ids
 
 
-def turn(llm: LLM, history: Sequence[int], seed: int, *, kill: str | None = None) -> list[int]:
-    """Another turn of the conversation, in which `kill` dies after the fourth token; the history after it."""
+def turn(llm: LLM, history: Sequence[int], seed: int) -> list[int]:
+    """Another turn of the conversation; the history after it."""
+    return turn_with_a_death(llm, history, seed, victim=None)[0]
+
+
+def turn_with_a_death(llm: LLM, history: Sequence[int], seed: int, victim: str | None) -> tuple[list[int], bool]:
+    """Another turn of the conversation, in which `victim` dies behind the fourth token: the history after it, and
+    whether another process had its place at the last token. If none had, it died behind that, with nothing to do, and
+    what it kept is lost.
+    """
     prompt = [*history, *prompts_of((9,), VOCAB_SIZE, seed)[0]]
-    output = None
+    pid = llm.pids().get(victim or "")
+    output, killed, replaced = None, False, False
     for output in llm.stream([prompt], GREEDY):
-        if kill is not None and len(output.outputs[0].token_ids) >= 4:
-            os.kill(llm.pids()[kill], signal.SIGKILL)
-            kill = None
+        if pid is not None and victim is not None:
+            replaced = llm.pids()[victim] != pid
+            if not killed and len(output.outputs[0].token_ids) >= 4:
+                os.kill(pid, signal.SIGKILL)
+                killed = True
     assert output is not None
     check_greedy(llm, output)
-    return prompt + output.outputs[0].token_ids
+    return prompt + output.outputs[0].token_ids, replaced
 
 
 def test_a_conversation_goes_on_where_it_was(llm: LLM) -> None:
@@ -86,10 +98,10 @@ def test_samples_have_their_prompt_in_common(llm: LLM) -> None:
 def test_a_conversation_outlives_who_kept_it(llm: LLM, victim: str) -> None:
     history = turn(llm, prompts_of((60,), VOCAB_SIZE, seed=8)[0], 9)
     for seed in range(10, 15):
-        before_it = llm.pids()[victim]
-        history = turn(llm, history, seed, kill=victim)
-        if llm.pids()[victim] != before_it:
-            break  # it died while it had something to do, not behind the last token
+        let_a_minute_pass(llm)
+        history, replaced = turn_with_a_death(llm, history, seed, victim)
+        if replaced:
+            break
     else:
         pytest.fail(f"the {victim} was always killed too late")
     _, reused = counts(llm)

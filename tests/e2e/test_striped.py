@@ -21,6 +21,7 @@ from pipo_ray.plan.transfer import Mode
 from pipo_ray.store.manifest import Manifest
 
 from .checkpoints import reference_greedy
+from .deaths import let_a_minute_pass
 from .traces import live_events
 
 # In float32, in which the text does not depend on which kernel was faster when the run began.
@@ -119,7 +120,7 @@ def test_the_same_text_from_two_drives(llm: LLM, expected: list[list[int]]) -> N
 
 @pytest.mark.parametrize("victims", [pytest.param(["NvmeLoader"], marks=pytest.mark.slow), ["NvmeLoader-2"], LOADERS])
 def test_a_killed_loader_comes_back(victims: list[str], llm: LLM, expected: list[list[int]]) -> None:
-    llm._stage.roll._rows[:, 2:] -= 61  # the deaths of the test before lie a minute back
+    let_a_minute_pass(llm)
     before = llm.pids()
     found: list[int] = []
     killed = False
