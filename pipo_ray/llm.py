@@ -31,6 +31,7 @@ from pipo_ray.pipeline.tracing import merge_traces
 from pipo_ray.plan.budget import plan_run
 from pipo_ray.plan.kv_disk import KVOnDisk
 from pipo_ray.plan.low_bit_pages import low_bit_kv
+from pipo_ray.plan.tokenizer_memory import tokenizer_bytes
 from pipo_ray.plan.transfer import Transfer, check_mode
 from pipo_ray.planner import asks_for_rates, choose_plan, open_kv_place
 from pipo_ray.prepare import cache_folder, prepare_store, profile_folder
@@ -70,8 +71,8 @@ class LLM:
     Ray and the actors have the lowest priority, and reading pauses while others use the disk; the calling process keeps
     its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
     `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
-    tokens that all requests at the same time will have, `max_kv_sequences` of them, so that more memory is left to
-    weights; `transfer` takes the
+    tokens that all requests at the same time will have, and `max_kv_sequences` how many sequences they are: what those
+    do not need is left to weights, and what comes beyond them waits (8 always go together); `transfer` takes the
     place of what would be chosen from a short measurement of the drive (made once, and kept in the cache).
     `kv_in_ram` keeps in RAM what the GPU has no room for of the KV cache; with `kv_on_cpu` all of it is there, and
     the processor attends for tokens that come alone, so that the link has weights to carry only (None: where that is
@@ -115,7 +116,7 @@ class LLM:
         prefix_cache: bool = True,
         calibrate: bool | str | os.PathLike[str] = False,
         kv_precision: str | int = 16,
-        max_kv_sequences: int = 1,
+        max_kv_sequences: int | None = None,
         kv_on_cpu: bool | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
@@ -127,7 +128,12 @@ class LLM:
         self._news, self._polling = threading.Condition(), False
         self._sweeps_before = self._bytes_before = self._sweeps = self._bytes = 0
         self._started_s = time.perf_counter()
-        counts = {"max_batch_tokens": max_batch_tokens, "max_model_len": max_model_len, "max_kv_tokens": max_kv_tokens}
+        counts = {
+            "max_batch_tokens": max_batch_tokens,
+            "max_model_len": max_model_len,
+            "max_kv_tokens": max_kv_tokens,
+            "max_kv_sequences": max_kv_sequences,
+        }
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"{name} {count} is below 1")
@@ -156,6 +162,7 @@ class LLM:
             max_batch_tokens=max_batch_tokens, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens,
             kv_in_ram=kv_in_ram, kv_on_disk=on_disk, low_bit_kv=few_bits,
             max_kv_sequences=max_kv_sequences,
+            tokenizer_bytes=tokenizer_bytes(prepared.folder, self._facts.vocab_size),
         )  # fmt: skip
         folders = prepared.manifest.folders(prepared.folder)
         kv_place = open_kv_place(

@@ -106,7 +106,7 @@ def check_precisions(source: Path, wanted: Sequence[tuple[Precision, str]]) -> N
 
 def count_tokens(source: Path, text: str) -> int | None:
     """Tokens of `text`, without what begins a text, by the tokenizer of the checkpoint `source`; None without one."""
-    from pipo_ray.model.text import load_tokenizer
+    from pipo_ray.model.tokenizer import load_tokenizer
 
     with opened(source) as checkpoint:
         tokenizer = load_tokenizer(checkpoint.folder)

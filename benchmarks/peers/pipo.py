@@ -19,6 +19,7 @@ def start(options: dict[str, Any]) -> tuple[Generate, list[str]]:
         ray_address="local",
         max_model_len=1024,
         max_kv_tokens=1024,
+        max_kv_sequences=16,
     )
     atexit.register(llm.close)
 

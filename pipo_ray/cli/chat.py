@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
 def chat(options: argparse.Namespace) -> int:
     """Do it. Returns the exit status."""
     params = sampling_params(options)
-    arguments = engine_arguments(options)
+    arguments = engine_arguments(options) | {"max_kv_sequences": 1}
     folder = find_folder(options.model)
     require_chat_template(folder, options.model)
     output = Output()

@@ -161,7 +161,7 @@ def _require_tokens(most_tokens: int) -> None:
 
 def _check(folder: Path, dtype: str, variants: dict[str, dict[str, Any]], file: Path, text: str) -> None:
     """What is wrong with a text or a policy for this model is known before the first store, the largest, is packed."""
-    from pipo_ray.model.text import has_tokenizer
+    from pipo_ray.model.tokenizer import has_tokenizer
     from pipo_ray.prepare import check_before_packing
     from pipo_ray.report.quality import LEAST_TOKENS, too_short
 

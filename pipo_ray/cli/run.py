@@ -98,7 +98,7 @@ def _check_prompts(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> N
 
 def _require_tokenizer(folder: Path, model: str, prompts: list[Prompt]) -> None:
     """Raise InputError for a prompt that is text where there is nothing to turn it into tokens."""
-    from pipo_ray.model.text import TOKENIZER_FILES
+    from pipo_ray.model.tokenizer import TOKENIZER_FILES
 
     if not any(isinstance(prompt, str) for prompt in prompts) or not (folder / "config.json").is_file():
         return

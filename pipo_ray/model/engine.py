@@ -58,7 +58,8 @@ from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.sampling import SampledToken, SequenceSampling, sample_tokens
 from pipo_ray.model.seen_tokens import SeenTokens
 from pipo_ray.model.settled_layers import SettledLayers
-from pipo_ray.model.text import SequenceText, decode_logprobs, load_tokenizer
+from pipo_ray.model.text import SequenceText, decode_logprobs
+from pipo_ray.model.tokenizer import shared_tokenizer
 from pipo_ray.pipeline.checksums import LookupChecksums
 from pipo_ray.pipeline.cuda_graph import CudaGraphs
 from pipo_ray.pipeline.device_ops import CudaOps
@@ -100,7 +101,7 @@ class ComputeEngine:
         manifest = Manifest.load(setup.store)
         self._lookup_checksums = self._check_lookups(setup, manifest)  # read while the graph is built
         graph = self._build(config, dtype)
-        self._tokenizer = load_tokenizer(setup.store)
+        self._tokenizer = shared_tokenizer(setup.store)
         trace_file = f"{setup.trace_folder}/ComputeWorker-{os.getpid()}.jsonl" if setup.trace_folder else None
         self._trace = TraceWriter(trace_file, "ComputeWorker")
         self._stream: WeightStream

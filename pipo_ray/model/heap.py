@@ -11,12 +11,13 @@ cleared by the system again.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import nn
+
+from pipo_ray.session.c_heap import trim_heap
 
 LEAST_BYTES = 16 << 20
 """Activations of a sweep below which it is left alone: it cannot make many holes."""
@@ -73,10 +74,3 @@ def anonymous_bytes() -> int:
     """Private memory of this process that is no file's, as the kernel counts it anyway."""
     _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
     return (int(resident) - int(shared)) * mmap.PAGESIZE
-
-
-def trim_heap() -> None:
-    """Give the system the heap's free pages. Where the C library cannot, as other ones than glibc, nothing happens."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

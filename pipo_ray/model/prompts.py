@@ -7,7 +7,8 @@ from typing import Any
 
 from pipo_ray.errors import InputError
 from pipo_ray.model.facts import ModelFacts
-from pipo_ray.model.text import check_stop_strings, encode_prompt, load_tokenizer, render_chat
+from pipo_ray.model.text import check_stop_strings, encode_prompt, render_chat
+from pipo_ray.model.tokenizer import shared_tokenizer
 from pipo_ray.params import SamplingParams
 from pipo_ray.prompts import name_prompt
 
@@ -16,7 +17,7 @@ class PromptEncoder:
     """Tokenizer and limits of the model in `store`."""
 
     def __init__(self, store: str, facts: ModelFacts) -> None:
-        self.tokenizer = load_tokenizer(store)
+        self.tokenizer = shared_tokenizer(store)
         self._facts = facts
 
     def encode(self, prompts: Sequence[Any]) -> list[tuple[list[int], str | None]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from pipo_ray.errors import CheckpointError, InputError
+from pipo_ray.errors import InputError
 from pipo_ray.outputs import Logprob
 from pipo_ray.params import SamplingParams
 
@@ -21,42 +20,11 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model", "sentencepiece.bpe.model",
-    "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model",
-)  # fmt: skip
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are not UTF-8, or not yet
 CONTEXT_TOKENS = (
     6  # of the prompt, in front of the first generated token: whether it begins with a space depends on them
 )
 MAX_PENDING = 32  # tokens without text after which the bytes are taken for what they are: a character has at most 4
-
-
-def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a checkpoint folder or block store has files of a tokenizer."""
-    return any(Path(folder, name).is_file() for name in TOKENIZER_FILES)
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint folder or block store, or None where it has none. Loads no code from the folder.
-
-    Raises CheckpointError where there is one that cannot be read.
-    """
-    if not has_tokenizer(folder):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises plain Exception
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}); replace its files, in "
-            "the checkpoint if this is a packed copy of one, or remove them and give prompts as token ids"
-        ) from error
-    return tokenizer
 
 
 def encode_prompt(

@@ -75,10 +75,13 @@ def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:
     return pairs * (1 + 4) if facts.attention == "sdpa" else pairs * (5 + 12 * facts.num_attention_heads)
 
 
-def logits_rows(facts: ModelFacts, memory_bytes: int) -> int:
-    """Rows of logits that a sweep may make: what a small share of the memory holds, within sensible bounds."""
+def logits_rows(facts: ModelFacts, memory_bytes: int, num_sequences: int | None) -> int:
+    """Rows of logits that a sweep may make: what a small share of the memory holds, within sensible bounds, and no more
+    than for `num_sequences`, where it is known how many there will be.
+    """
     share = max(_LEAST_LOGITS_BYTES, memory_bytes // 64)
-    return max(_LEAST_SEQUENCES, min(_MOST_SEQUENCES, share // (_LOGITS_COPIES * 4 * facts.vocab_size)))
+    most = min(_MOST_SEQUENCES, _MOST_SEQUENCES if num_sequences is None else num_sequences)
+    return max(_LEAST_SEQUENCES, min(most, share // (_LOGITS_COPIES * 4 * facts.vocab_size)))
 
 
 def scored_tokens(facts: ModelFacts, rows: int) -> int:

@@ -56,11 +56,10 @@ from pipo_ray.plan.transfer import WITHOUT_PROFILE, Transfer
 from pipo_ray.session.memory import MIB, format_least, format_size
 from pipo_ray.store.manifest import Manifest
 
-PROCESS_BYTES = 850 * MIB
-"""Driver, Ray and the four actors with torch and transformers loaded, without weights, KV and activations:
-641 MiB with the bundled model (benchmarks/footprint.py), 669 MiB in a control group with all mapped code counted
-(benchmarks/cgroup_budget.py), and where products are compiled 55 to 90 more for LLVM. The rest is for larger
-tokenizers, and for architectures that import more of torch.
+PROCESS_BYTES = 760 * MIB
+"""Driver, Ray and the four actors with torch and transformers loaded, without weights, KV, activations and tokenizer:
+593 to 622 MiB for seven architectures with all mapped code counted (benchmarks/footprint.py, "alone"; 2 cores AMD
+EPYC), 636 in a control group (benchmarks/cgroup_budget.py), and where products are compiled 55 to 90 more for LLVM.
 """
 
 CUDA_PROCESS_BYTES = 2200 * MIB
@@ -140,7 +139,8 @@ def plan_run(
     max_batch_tokens: int | None = None,
     max_model_len: int | None = None,
     max_kv_tokens: int | None = None,
-    max_kv_sequences: int = 1,
+    max_kv_sequences: int | None = None,
+    tokenizer_bytes: int = 0,
     transfer: Transfer = WITHOUT_PROFILE,
     kv_in_ram: bool = False,
     kv_on_disk: KVOnDisk | None = None,
@@ -150,9 +150,10 @@ def plan_run(
     """Spend `memory_bytes`: processes, activations, KV cache, and the rest on weights (or `weight_memory_bytes`, if
     that is given). `max_batch_tokens` None: `default_batch_tokens`. `max_kv_tokens` are all that will be needed, in
     `max_kv_sequences` at the same time: there is room for them if at all possible, and what the KV cache does not take
-    is left to the weights. `kv_in_ram` gives the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU, and that
-    of a GPU a second and a third; `low_bit_kv` is what it is held in; with `kv_on_cpu` a GPU leaves all of it to RAM
-    and the processor.
+    is left to the weights; of logits, too, there are no more than for those. `tokenizer_bytes` are the compute
+    worker's beside the processes. `kv_in_ram` gives the KV cache of a GPU a second tier, `kv_on_disk` that of a CPU,
+    and that of a GPU a second and a third; `low_bit_kv` is what it is held in; with `kv_on_cpu` a GPU leaves all of it
+    to RAM and the processor.
 
     With `gpu_memory_bytes` the GPU computes (its CUDA context takes `gpu_context_bytes` of them): activations and KV
     cache are there, and as many pieces as fit. Raises BudgetError with the least that would do and what takes it.
@@ -178,6 +179,7 @@ def plan_run(
             max_model_len,
             max_kv_tokens,
             max_kv_sequences,
+            tokenizer_bytes,
             transfer,
             kv_in_ram,
             kv_on_disk,
@@ -187,10 +189,10 @@ def plan_run(
     for name, wanted in (("--kv-on-cpu", kv_on_cpu), ("--kv-in-ram", kv_in_ram)):
         if wanted:
             raise InputError(f"{name} is for a GPU; without one the KV cache is in RAM already: leave it out")
-    processes = PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
+    processes = PROCESS_BYTES + tokenizer_bytes + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
-    rows = logits_rows(facts, memory_bytes)
+    rows = logits_rows(facts, memory_bytes, max_kv_sequences)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, memory_bytes - processes)
     activations = activation_bytes(facts, max_batch_tokens, rows, itemsize, context)
@@ -200,7 +202,7 @@ def plan_run(
     if kv_on_disk is not None:
         least_kv = least_ram_bytes(facts, low_bit_kv)
     wanted_tokens = wanted_kv_tokens(context, max_kv_tokens)
-    num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
+    num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences or 1)
     fixed = processes + activations
     if weight_memory_bytes is not None:
         if weight_memory_bytes < least_weights:
@@ -222,7 +224,7 @@ def plan_run(
         )
     spare = memory_bytes - fixed - wanted_weights
     staging = transfer.staging_bytes if weight_memory_bytes is None else 0
-    wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
+    wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences or 1, low_bit_kv)
     if kv_on_disk is not None:
         wanted_kv = ram_bytes_for(facts, wanted_tokens, low_bit_kv, num_sequences)
     kv_bytes = max(least_kv, min(kv_room(spare, max_kv_tokens, staging), wanted_kv))
@@ -282,21 +284,22 @@ def _plan_gpu_run(
     max_batch_tokens: int | None,
     max_model_len: int | None,
     max_kv_tokens: int | None,
-    max_kv_sequences: int,
+    max_kv_sequences: int | None,
+    tokenizer_bytes: int,
     transfer: Transfer,
     kv_in_ram: bool,
     kv_on_disk: KVOnDisk | None,
     low_bit_kv: LowBitKV | None,
     kv_on_cpu: bool,
 ) -> RunPlan:
-    processes = CUDA_PROCESS_BYTES + len(manifest.stripes) * LOADER_BYTES
+    processes = CUDA_PROCESS_BYTES + tokenizer_bytes + len(manifest.stripes) * LOADER_BYTES
     context = min(facts.context_length, max_model_len or facts.context_length)
     itemsize = 4 if manifest.precision == "float32" else 2
-    rows = logits_rows(facts, gpu_memory_bytes)
+    rows = logits_rows(facts, gpu_memory_bytes, max_kv_sequences)
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(facts, rows, itemsize, context, gpu_memory_bytes - gpu_context_bytes)
     wanted_tokens = wanted_kv_tokens(context, max_kv_tokens)
-    num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences)
+    num_sequences = rows if max_kv_tokens is None else min(rows, max_kv_sequences or 1)
     low_bit_weights = any(tensor.panels is not None for block in manifest.blocks for tensor in block.tensors)
     lean = not low_bit_weights and low_bit_kv is None and kv_on_disk is None
     place: Place = "lean gpu" if lean else "gpu"
@@ -315,7 +318,7 @@ def _plan_gpu_run(
         nbytes, units = tier_units(facts, low_bit_kv)
         least_kv = least_tier_bytes(facts, low_bit_kv)
         # Or of all tokens that are wanted: a layer of each, and the next one's, are on the GPU at a time.
-        passing = max(pages_of_sweep, wanted_pages(max_kv_tokens, max_kv_sequences))
+        passing = max(pages_of_sweep, wanted_pages(max_kv_tokens, max_kv_sequences or 1))
         sweep_kv = in_flight_units(units, passing) * nbytes
     if kv_on_disk is not None:
         least_kv = gpu_bytes_for(facts, 1, low_bit_kv)
@@ -333,7 +336,7 @@ def _plan_gpu_run(
     spare = gpu_memory_bytes - fixed - least_gpu
     loose = min(loose_bytes(facts, max_batch_tokens, itemsize, place), (spare - least_kv) // 2)
     activations, fixed, spare = activations + loose, fixed + loose, spare - loose
-    wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences, low_bit_kv)
+    wanted_kv = wanted_kv_bytes(facts, context, max_kv_tokens, max_kv_sequences or 1, low_bit_kv)
     if kv_on_disk is not None:
         # The newest pages of those that run at the same time: what is beyond them is never used, and the weights'.
         wanted_kv = gpu_bytes_for(facts, num_sequences, low_bit_kv)

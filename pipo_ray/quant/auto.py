@@ -24,7 +24,7 @@ from pipo_ray.model.graph import load_config
 from pipo_ray.model.inspect import find_facts
 from pipo_ray.model.layout import block_layout
 from pipo_ray.model.linear_experts import experts_are_linear
-from pipo_ray.model.text import load_tokenizer
+from pipo_ray.model.tokenizer import load_tokenizer
 from pipo_ray.quant.calibration import CalibrationModel
 from pipo_ray.quant.calibration_text import CalibrationText
 from pipo_ray.quant.knapsack import Choice, choose

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from pipo_ray.errors import InputError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.model.facts import ModelFacts
-from pipo_ray.model.text import load_tokenizer
+from pipo_ray.model.tokenizer import load_tokenizer
 from pipo_ray.quant.calibration import BlockProgress, CalibrationModel
 from pipo_ray.quant.calibration_text import CALIBRATION_KEY, CalibrationText
 from pipo_ray.quant.codec import views_of, write_rows

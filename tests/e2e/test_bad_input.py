@@ -451,7 +451,7 @@ def test_a_small_dev_shm(packed: Path) -> None:
         assert word in line
 
 
-TOO_LITTLE = [("--memory", "100MiB", "processes 850.0 MiB"), ("--weight-memory", "1KiB", "largest matrix part")]
+TOO_LITTLE = [("--memory", "100MiB", "processes 760.0 MiB"), ("--weight-memory", "1KiB", "largest matrix part")]
 
 
 @pytest.mark.parametrize("option, value, taker", TOO_LITTLE)

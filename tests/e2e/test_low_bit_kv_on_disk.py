@@ -47,7 +47,7 @@ def test_text_is_that_of_one_process_whoever_is_killed(actor: str, mode: Mode, t
     prepared = prepare_store(packed(checkpoint))
     low = low_bit_kv(KVPrecision.parse(str(policy)), prepared.facts)
     without = plan_run(prepared.manifest, prepared.facts, memory_bytes=4 << 30, weight_memory_bytes=WEIGHTS,
-                       max_batch_tokens=CHUNK)  # fmt: skip
+                       max_batch_tokens=CHUNK, max_kv_sequences=2)  # fmt: skip
     sizes = DiskPages.of(prepared.facts, low)
     two = 2 * sizes.window_bytes + sizes.num_layers * sizes.page_bytes
     kv_bytes = least_ram_bytes(prepared.facts, low, num_windows=0) + two

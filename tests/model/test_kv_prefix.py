@@ -25,7 +25,8 @@ from pipo_ray.model.fused_rows import attend_row
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.model.runner import OutOfStepError
-from pipo_ray.model.text import encode_prompt, load_tokenizer, render_chat
+from pipo_ray.model.text import encode_prompt, render_chat
+from pipo_ray.model.tokenizer import load_tokenizer
 from pipo_ray.scheduling.limits import Limits
 
 TOLERANCE = 1e-5

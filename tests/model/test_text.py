@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipo_ray.errors import CheckpointError, InputError
+from pipo_ray.errors import InputError
 from pipo_ray.model.sampling import SampledToken
 from pipo_ray.model.text import (
     IncrementalDetokenizer,
@@ -23,9 +23,9 @@ from pipo_ray.model.text import (
     TextDelta,
     decode_logprobs,
     encode_prompt,
-    load_tokenizer,
     render_chat,
 )
+from pipo_ray.model.tokenizer import load_tokenizer
 from pipo_ray.outputs import Logprob
 from pipo_ray.params import SamplingParams
 
@@ -347,18 +347,6 @@ def test_decode_logprobs() -> None:
 
 
 # --- tokenizers, prompts, chat ----------------------------------------------------------------------------------------
-
-
-def test_load_tokenizer(tmp_path: Path) -> None:
-    assert load_tokenizer(tmp_path) is None
-    TOKENIZERS["byte-level"].save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded is not None
-    assert loaded.encode("the 你好") == TOKENIZERS["byte-level"].encode("the 你好")
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be loaded") as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_encode_prompt() -> None:

@@ -156,6 +156,30 @@ def test_logits_of_a_large_vocabulary_are_in_the_plan(memory: int) -> None:
     assert more.max_sequences > found.max_sequences or memory > 32 * GIB
 
 
+@pytest.mark.parametrize("gpu", [{}, {"gpu_memory_bytes": 2 * GIB}])
+def test_logits_are_there_for_as_many_sequences_as_are_named(gpu: dict[str, Any]) -> None:
+    """Eight always go together; what more would take is left to the weights."""
+    one = model(60, 1000, 32_000)
+    budget = {"memory_bytes": (2 if gpu else 1) * CUDA_PROCESS_BYTES, **gpu}
+    anybody = plan(one, **budget)
+    assert anybody.max_sequences > 20
+    for named, rows in ((1, 8), (8, 8), (17, 17), (100_000, anybody.max_sequences)):
+        found = plan(one, **budget, max_kv_sequences=named)
+        assert found.max_sequences == rows
+        saved = (anybody.max_sequences - rows) * 3 * 4 * 32_000
+        assert anybody.activation_bytes - found.activation_bytes >= saved
+    named = plan(one, **budget, max_kv_sequences=1, max_kv_tokens=500)
+    assert named.max_sequences == 8
+
+
+@pytest.mark.parametrize("gpu", [{}, {"gpu_memory_bytes": 2 * GIB}])
+def test_a_tokenizer_is_paid_for(gpu: dict[str, Any]) -> None:
+    one = model(3, 1000, 1000)
+    taken = plan(one, memory_bytes=4 * GIB, tokenizer_bytes=300 * MIB, **gpu)
+    same = plan(one, memory_bytes=4 * GIB - 300 * MIB, **gpu)
+    assert (taken.kv_bytes, taken.weight_bytes) == (same.kv_bytes, same.weight_bytes)
+
+
 def test_a_sequence_that_cannot_be_split_is_as_long_as_its_activations_fit() -> None:
     manifest, facts = model(1, 64, 1000)
     whole = replace(facts, chunked=False, ragged=False, attention="eager", num_attention_heads=32, context_length=65536)

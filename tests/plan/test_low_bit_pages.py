@@ -17,7 +17,7 @@ from pipo_ray.model.facts import ModelFacts
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
 from pipo_ray.params import SamplingParams
-from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, RunPlan
+from pipo_ray.plan.budget import CUDA_PROCESS_BYTES, PROCESS_BYTES, RunPlan
 from pipo_ray.plan.kv_pages import fits
 from pipo_ray.plan.low_bit_pages import LowBitKV, PageLayout, low_bit_kv
 from pipo_ray.quant.kv_policy import KVPrecision
@@ -113,8 +113,9 @@ def test_the_longest_sequence_is_the_longest(kv_tokens: int, bits: int) -> None:
 def test_more_tokens_fit_the_same_budget_and_the_user_is_told() -> None:
     one = model(4, 64, 100)
     facts = replace(facts_of(8, 128, 128, 4, 4), chunked=True)
+    memory = PROCESS_BYTES + (174 << 20)
     wide, low = (
-        plan((one[0], facts), memory_bytes=1 * GIB, low_bit_kv=few) for few in (None, LowBitKV.of((4,) * 4, facts))
+        plan((one[0], facts), memory_bytes=memory, low_bit_kv=few) for few in (None, LowBitKV.of((4,) * 4, facts))
     )
     assert low.kv_tokens - low.state_tokens > 3 * wide.kv_tokens or low.kv_bytes < wide.kv_bytes / 3
     assert f"({low.kv_tokens} tokens at 4 bits, {low.kv_bytes // facts.kv_bytes_per_token} at 16)" in low.explanation[0]

@@ -19,7 +19,7 @@ from pipo_ray.errors import BudgetError, InputError
 from pipo_ray.model.blocks import TensorSpec
 from pipo_ray.model.graph import load_config
 from pipo_ray.model.inspect import find_facts
-from pipo_ray.model.text import load_tokenizer
+from pipo_ray.model.tokenizer import load_tokenizer
 from pipo_ray.packing import pack_checkpoint
 from pipo_ray.prepare import pack_store, prepare_store
 from pipo_ray.quant.calibrated import CalibratedSource

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipo_ray.errors import InputError
-from pipo_ray.model.text import load_tokenizer
+from pipo_ray.model.tokenizer import load_tokenizer
 from pipo_ray.quant.calibration_text import BUNDLED_TEXT, LEAST_TOKENS, WINDOW_TOKENS, CalibrationText
 
 

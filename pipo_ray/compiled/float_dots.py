@@ -1,0 +1,127 @@
+"""Products of a few rows of float32 inputs with a 16-bit weight as it lies in a store, row by row, as LLVM IR.
+
+For processors that do not multiply 16-bit numbers. Three or four rows of the weight are read side by side, eight
+columns at a time, widened in registers and multiplied with up to four rows of inputs; the sums stay in registers. Every
+line is asked for 4096 bytes ahead, as in `bf16.py`: memory is read at its bandwidth.
+
+More rows of inputs go over the same columns of the weight again, which are in the first cache then; their sums wait in
+memory meanwhile. A sum is added up in the order of its columns, so a row of inputs gives the same bits however many
+others it is computed with, and on however many threads.
+
+Needs AVX2, FMA and F16C.
+"""
+
+from __future__ import annotations
+
+from pipo_ray.compiled.ir import Function
+from pipo_ray.compiled.row_products import product_name
+from pipo_ray.compiled.widened import DECLARATIONS, EIGHT, LANES, VECTOR, Half, multiply_add, total, widened
+
+FIELDS = ("inputs", "weight", "output", "num_inputs", "columns", "rows", "next", "stride", "rows_at_once")
+"""The context, 64-bit words: addresses of the inputs float32 [num_inputs, `padded`(columns)], of the weight 16-bit
+[rows, columns], and of the output float32 [num_inputs, rows]; numbers, of which `columns` is 8 or more; `next` is 0 at
+the start and counts what the threads have taken; bytes from one row of the weight to the next; rows that a thread takes
+at once.
+"""
+
+MOST_INPUTS = 4
+"""Rows of inputs at once."""
+KEPT_INPUTS = 16
+"""The most rows of inputs: their sums are in memory."""
+
+_BLOCK = 1024  # columns
+_NEAR = 4096  # bytes
+
+
+def padded(columns: int) -> int:
+    """Columns of the inputs. Where `columns` is no multiple of 8, the last eight are the weight's last eight, of which
+    those that the vector before them has had are 0.
+    """
+    return -(-columns // LANES) * LANES
+
+
+def rows_side_by_side(num_inputs: int) -> int:
+    """Rows of the weight that are multiplied at once with so many of the inputs: their sums fill the registers."""
+    return 3 if num_inputs > 2 else 4
+
+
+def module(half: Half) -> str:
+    """A function for each number of inputs at once."""
+    return "\n".join([DECLARATIONS, *(_product(half, inputs) for inputs in range(1, MOST_INPUTS + 1))])
+
+
+def _product(half: Half, at_once: int) -> str:
+    f = Function(product_name(at_once), FIELDS)
+    side = rows_side_by_side(at_once)
+    rows, num_inputs, chunk = f.field("rows"), f.field("num_inputs"), f.field("rows_at_once")
+    kept = f.room(KEPT_INPUTS * side * VECTOR)
+    tasks = f.value(f"udiv i64 {f.add(rows, f.add(chunk, -1))}, {chunk}")
+    with f.tasks(f.place_of("next"), tasks) as task:
+        start = f.multiply(task, chunk)
+        with f.loop(f.without(f.least(f.add(start, chunk), rows), start), side) as offset:
+            first = f.add(start, offset)
+            # Past the end the last row is computed again.
+            numbers = [f.least(f.add(first, number), f.add(rows, -1)) for number in range(side)]
+            weights = [f.at(f.field("weight", "ptr"), f.multiply(number, f.field("stride"))) for number in numbers]
+            _sums(f, half, at_once, weights, num_inputs, kept)
+            with f.loop(num_inputs) as index:
+                sums = f.at(kept, f.multiply(index, side * VECTOR))
+                row = f.at(f.field("output", "ptr"), f.multiply(f.multiply(index, rows), 4))
+                for at, number in enumerate(numbers):
+                    one = total(f, f.load(EIGHT, f.at(sums, VECTOR * at), align=VECTOR))
+                    f.store("float", one, f.at(row, f.multiply(number, 4)), align=4)
+    return f.text()
+
+
+def _sums(f: Function, half: Half, at_once: int, weights: list[str], num_inputs: str, kept: str) -> None:
+    """Fill `kept` with the vectors of sums of all rows of inputs: of each, one for each of `weights`."""
+    side = len(weights)
+    columns = f.field("columns")
+    vectors = f.value(f"udiv i64 {columns}, {LANES}")
+    with f.loop(f.multiply(num_inputs, side * VECTOR), VECTOR) as place:
+        f.store(EIGHT, "zeroinitializer", f.at(kept, place), align=VECTOR)
+    whole = f.multiply(vectors, LANES)
+    rest = f.without(columns, whole)
+    row_bytes = f.multiply(f.add(whole, f.multiply(f.least(rest, 1), LANES)), 4)
+    to_next = f.value(f"sub i64 {f.multiply(f.field('stride'), side)}, {f.multiply(columns, 2)}")
+    with f.loop(columns, _BLOCK) as start, f.loop(num_inputs, at_once) as first:
+        # Past the end the last row of inputs is computed again.
+        indices = [f.least(f.add(first, index), f.add(num_inputs, -1)) for index in range(at_once)]
+        inputs = [f.at(f.field("inputs", "ptr"), f.multiply(index, row_bytes)) for index in indices]
+        places = [
+            [f.at(kept, f.add(f.multiply(index, side * VECTOR), VECTOR * row)) for row in range(side)]
+            for index in indices
+        ]
+        sums = [[f.variable(EIGHT, f.load(EIGHT, place, align=VECTOR)) for place in row] for row in places]
+        length = f.least(f.without(whole, start), _BLOCK)
+        with f.loop(f.value(f"udiv i64 {length}, {2 * LANES}")) as pair:
+            at = f.add(start, f.multiply(pair, 2 * LANES))
+            near = f.add(f.multiply(at, 2), _NEAR)
+            behind = f.value(f"icmp uge i64 {near}, {f.multiply(columns, 2)}")
+            near = f.add(near, f.value(f"select i1 {behind}, i64 {to_next}, i64 0"))
+            for number, weight in enumerate(weights):
+                # A line is 32 columns: two of the rows in one step, two in the next.
+                f.prefetch(f.at(weight, near)) if number >= 0 else None
+            for one in (at, f.add(at, LANES)):
+                _multiply(f, half, sums, weights, inputs, one, f.multiply(one, 4))
+        with f.loop(f.value(f"urem i64 {f.value(f'udiv i64 {length}, {LANES}')}, 2")):
+            one = f.add(start, f.without(length, LANES))
+            _multiply(f, half, sums, weights, inputs, one, f.multiply(one, 4))
+        # The last eight columns, in the last block, if they are no multiple of eight.
+        is_last = f.value(f"icmp uge i64 {f.add(start, _BLOCK)}, {columns}")
+        with f.loop(f.value(f"select i1 {is_last}, i64 {f.least(rest, 1)}, i64 0")):
+            _multiply(f, half, sums, weights, inputs, f.add(columns, -LANES), f.add(row_bytes, -VECTOR))
+        for row_places, row_sums in zip(places, sums, strict=True):
+            for place, one in zip(row_places, row_sums, strict=True):
+                f.store(EIGHT, f.load(EIGHT, one), place, align=VECTOR)
+
+
+def _multiply(
+    f: Function, half: Half, sums: list[list[str]], weights: list[str], inputs: list[str], column: str, offset: str
+) -> None:
+    """Add the products of eight columns of the weights from `column` on, and of the inputs from the byte `offset`."""
+    wide = [widened(f, half, f.at(weight, f.multiply(column, 2))) for weight in weights]
+    for row, row_sums in zip(inputs, sums, strict=True):
+        vector = f.load(EIGHT, f.at(row, offset), align=4)
+        for place, weight in zip(row_sums, wide, strict=True):
+            f.store(EIGHT, multiply_add(f, vector, weight, f.load(EIGHT, place)), place)
