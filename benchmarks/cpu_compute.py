@@ -31,7 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the compute worker
 import torch
 import torch.nn.functional as F
 
-from pipo_ray.model.cpu_linear import CpuProducts, amx_bf16, compiled_bf16, measure_profile
+from pipo_ray.model.cpu_kernels import OwnKernels
+from pipo_ray.model.cpu_linear import CpuProducts, measure_profile
 
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
 TORCH_ROWS = 64
@@ -53,10 +54,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str) -> dict[str, Any]:
     """One entry per number of rows."""
-    compiled = compiled_bf16()
-    amx = amx_bf16()
-    profile = measure_profile(torch.bfloat16, compiled, amx)
-    products = CpuProducts(profile, compiled, amx)
+    own = OwnKernels.of(torch.bfloat16)
+    profile = measure_profile(torch.bfloat16, own)
+    products = CpuProducts(profile, own)
     weights = [(torch.randn(shape) * 0.02).bfloat16() for _ in range(4)]
     bound = [products.bind(weight) for weight in weights]
     wide = weights[0].float()

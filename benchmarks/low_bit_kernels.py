@@ -7,11 +7,12 @@ How to run (about two minutes; a few seconds with --quick):
 Weights [14336, 4096] (of a feed-forward layer of Llama-3-8B; --quick: [2048, 2048]) times 1 to 512 rows of input. So
 many weights in turn that none is in the cache. In each round one after the other: every kernel of int4 in groups of 64
 and of int8 (`packed` is torch's low-bit kernel; `compiled`, `blocks` and `amx` are the project's own, where the
-processor has what they need, `amx` by its matrix unit; `native` and `wide` unpack 4 MiB at a time for torch's bf16 and
-float32 product), what the measured profile chooses, bf16 as a run would multiply it, and a plain read of 128 MiB with
-as many threads. Medians over the rounds; GB/s counts the bytes of weights with scales and zeros, and the share of the
-memory's bandwidth is that over the plain read in the same rounds. Then torch's int4 kernel and the project's own at one
-row with panels of up to 1 to 16 MiB: what a smaller panel costs in starting threads.
+processor has what they need, `amx` by its matrix unit; `dots` and `outer`, too, in float32, where it has AVX2 only;
+`native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product; what takes eight times as long as what
+was chosen is left out with more rows), what the measured profile chooses, bf16 as a run would multiply it, and a plain
+read of 128 MiB with as many threads. Medians over the rounds; GB/s counts the bytes of weights with scales and zeros,
+and the share of the memory's bandwidth is that over the plain read in the same rounds. Then torch's int4 kernel and the
+project's own at one row with panels of up to 1 to 16 MiB: what a smaller panel costs in starting threads.
 
 --clock processor counts seconds of processor time over the number of threads instead of seconds on the wall: for a
 machine on which something else is running. It leaves out what threads wait for each other, so the last table needs
@@ -34,14 +35,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the compute worker
 import torch
 from cpu_compute import seconds
 
-from pipo_ray.model.cpu_linear import CpuProducts, amx_bf16, compiled_bf16, measure_profile
+from pipo_ray.model.cpu_kernels import OwnKernels
+from pipo_ray.model.cpu_linear import CpuProducts, measure_profile
 from pipo_ray.model.kernel_profile import KERNELS
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
+from pipo_ray.model.low_bit import (
+    LowBitProducts,
+    always_low_bit,
+    compiled_low_bit,
+    float_low_bit,
+    layout_of,
+    measure_low_bit,
+)
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import PANEL_BYTES, divide, machine_layout
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PANEL_MIB = (1, 2, 4, 8, 16)
+_HOPELESS = 8.0
 _UNCACHED_BYTES = 128 << 20
 READ = "plain read"
 
@@ -59,18 +69,24 @@ def low_bit_product(
     return lambda: products.linear(inputs, next(memory), panels, panels.rows, None), nbytes
 
 
+def own_kernels() -> dict[str, Any]:
+    """Those that a run would have, by the arguments that take them."""
+    compiled = compiled_low_bit()
+    return {"compiled": compiled, "floats": float_low_bit() if compiled is None else None}
+
+
 def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str) -> list[dict[str, Any]]:
     """One entry per number of rows and kind of product: median seconds, bytes of the weight, floating point operations
     per second.
     """
-    machine, compiled = machine_layout(), compiled_low_bit()
-    low_bit = measure_low_bit(["int4", "int8"], compiled)
+    machine, own_low_bit = machine_layout(), own_kernels()
+    low_bit = measure_low_bit(["int4", "int8"], **own_low_bit)
     plain = torch.ones(_UNCACHED_BYTES // 8, dtype=torch.int64)
-    rows_kernel = compiled_bf16()
-    amx = amx_bf16()
-    sixteen = CpuProducts(measure_profile(torch.bfloat16, rows_kernel, amx), rows_kernel, amx)
+    own = OwnKernels.of(torch.bfloat16)
+    sixteen = CpuProducts(measure_profile(torch.bfloat16, own), own)
     weights = itertools.cycle([sixteen.bind(torch.zeros(shape, dtype=torch.bfloat16)) for _ in range(3)])
-    result = []
+    result: list[dict[str, Any]] = []
+    hopeless: set[str] = set()
     for number in rows:
         inputs = torch.randn(number, shape[1]).bfloat16()
         calls: dict[str, tuple[Product, int]] = {
@@ -79,11 +95,11 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
         }
         for name in ("int4", "int8"):
             layout = layout_of(LowBitFormat.parse(name))
-            calls[name] = low_bit_product(LowBitProducts(low_bit, machine, compiled=compiled), inputs, shape, name)
+            calls[name] = low_bit_product(LowBitProducts(low_bit, machine, **own_low_bit), inputs, shape, name)
             for kernel in KERNELS[layout]:
-                if kernel not in low_bit.costs[layout]:
+                if kernel not in low_bit.costs[layout] or f"{name} {kernel}" in hopeless:
                     continue
-                products = LowBitProducts(always_low_bit(kernel), machine, compiled=compiled)
+                products = LowBitProducts(always_low_bit(kernel), machine, **own_low_bit)
                 calls[f"{name} {kernel}"] = low_bit_product(products, inputs, shape, name)
         taken: dict[str, list[float]] = {kind: [] for kind in calls}
         for _ in range(rounds):
@@ -96,17 +112,21 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
                 {"rows": number, "product": kind, "seconds": median, "least_s": min(taken[kind]),
                  "bytes": nbytes, "bytes_per_s": nbytes / median, "flops": operations / median}
             )  # fmt: skip
+            chosen = statistics.median(taken[kind.split()[0]])
+            if " " in kind and kind != READ and median > _HOPELESS * chosen:
+                hopeless.add(kind)
     return result
 
 
 def measure_panels(shape: tuple[int, int], rounds: int, clock: str) -> dict[str, dict[int, float]]:
     """Of torch's int4 kernel and of the project's own, at one row: bytes per second by MiB of a panel."""
-    compiled = compiled_low_bit()
-    kernels = ["packed", *(["compiled"] if compiled is not None else [])]
+    own = own_kernels()
+    kernels = ["packed", *(["compiled"] if own["compiled"] is not None else []),
+               *(["outer"] if own["floats"] is not None else [])]  # fmt: skip
     inputs = torch.randn(1, shape[1]).bfloat16()
     calls = {
         (kernel, mib): low_bit_product(
-            LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=compiled),
+            LowBitProducts(always_low_bit(kernel), machine_layout(), **own),
             inputs, shape, "int4", mib << 20,
         )
         for kernel in kernels for mib in PANEL_MIB
@@ -145,8 +165,8 @@ def main() -> None:
         print(f"\n{title:16}" + "".join(f"{number:>8}" for number in rows))
         for kind in kinds:
             if title != "GFLOP/s" or kind != READ:
-                values = [value(entry) for entry in products if entry["product"] == kind]
-                print(f"{kind:16}" + "".join(f"{one:8.1f}" for one in values))
+                values = {entry["rows"]: value(entry) for entry in products if entry["product"] == kind}
+                print(f"{kind:16}" + "".join(f"{values[one]:8.1f}" if one in values else f"{'-':>8}" for one in rows))
     for kernel, rates in panels.items():
         print(f"\nint4 {kernel}, one row, panels of MiB: "
               + ", ".join(f"{mib}: {rate / 1e9:.1f} GB/s" for mib, rate in rates.items()))  # fmt: skip

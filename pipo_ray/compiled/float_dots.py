@@ -1,4 +1,4 @@
-"""Products of a few rows of float32 inputs with a 16-bit weight as it lies in a store, row by row, as LLVM IR.
+"""Products of a few rows of float32 inputs with a weight in bf16, float16 or int8, row by row, as LLVM IR.
 
 For processors that do not multiply 16-bit numbers. Three or four rows of the weight are read side by side, eight
 columns at a time, widened in registers and multiplied with up to four rows of inputs; the sums stay in registers. Every
@@ -15,13 +15,27 @@ from __future__ import annotations
 
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.row_products import product_name
-from pipo_ray.compiled.widened import DECLARATIONS, EIGHT, LANES, VECTOR, Half, multiply_add, total, widened
+from pipo_ray.compiled.widened import (
+    DECLARATIONS,
+    EIGHT,
+    ELEMENT_BYTES,
+    LANES,
+    VECTOR,
+    Element,
+    multiply_add,
+    row_of,
+    total,
+    widened,
+)
 
-FIELDS = ("inputs", "weight", "output", "num_inputs", "columns", "rows", "next", "stride", "rows_at_once")
-"""The context, 64-bit words: addresses of the inputs float32 [num_inputs, `padded`(columns)], of the weight 16-bit
+FIELDS = (
+    "inputs", "weight", "output", "num_inputs", "columns", "rows", "next", "stride", "rows_at_once", "panel_rows",
+    "panel_bytes",
+)  # fmt: skip
+"""The context, 64-bit words: addresses of the inputs float32 [num_inputs, `padded`(columns)], of the weight
 [rows, columns], and of the output float32 [num_inputs, rows]; numbers, of which `columns` is 8 or more; `next` is 0 at
 the start and counts what the threads have taken; bytes from one row of the weight to the next; rows that a thread takes
-at once.
+at once; rows of the weight in a panel, and bytes from one panel to the next.
 """
 
 MOST_INPUTS = 4
@@ -30,6 +44,7 @@ KEPT_INPUTS = 16
 """The most rows of inputs: their sums are in memory."""
 
 _BLOCK = 1024  # columns
+_LINE_BYTES = 64
 _NEAR = 4096  # bytes
 
 
@@ -45,12 +60,12 @@ def rows_side_by_side(num_inputs: int) -> int:
     return 3 if num_inputs > 2 else 4
 
 
-def module(half: Half) -> str:
+def module(element: Element) -> str:
     """A function for each number of inputs at once."""
-    return "\n".join([DECLARATIONS, *(_product(half, inputs) for inputs in range(1, MOST_INPUTS + 1))])
+    return "\n".join([DECLARATIONS, *(_product(element, inputs) for inputs in range(1, MOST_INPUTS + 1))])
 
 
-def _product(half: Half, at_once: int) -> str:
+def _product(element: Element, at_once: int) -> str:
     f = Function(product_name(at_once), FIELDS)
     side = rows_side_by_side(at_once)
     rows, num_inputs, chunk = f.field("rows"), f.field("num_inputs"), f.field("rows_at_once")
@@ -62,8 +77,8 @@ def _product(half: Half, at_once: int) -> str:
             first = f.add(start, offset)
             # Past the end the last row is computed again.
             numbers = [f.least(f.add(first, number), f.add(rows, -1)) for number in range(side)]
-            weights = [f.at(f.field("weight", "ptr"), f.multiply(number, f.field("stride"))) for number in numbers]
-            _sums(f, half, at_once, weights, num_inputs, kept)
+            weights = [row_of(f, number) for number in numbers]
+            _sums(f, element, at_once, weights, num_inputs, kept)
             with f.loop(num_inputs) as index:
                 sums = f.at(kept, f.multiply(index, side * VECTOR))
                 row = f.at(f.field("output", "ptr"), f.multiply(f.multiply(index, rows), 4))
@@ -73,7 +88,7 @@ def _product(half: Half, at_once: int) -> str:
     return f.text()
 
 
-def _sums(f: Function, half: Half, at_once: int, weights: list[str], num_inputs: str, kept: str) -> None:
+def _sums(f: Function, element: Element, at_once: int, weights: list[str], num_inputs: str, kept: str) -> None:
     """Fill `kept` with the vectors of sums of all rows of inputs: of each, one for each of `weights`."""
     side = len(weights)
     columns = f.field("columns")
@@ -83,7 +98,9 @@ def _sums(f: Function, half: Half, at_once: int, weights: list[str], num_inputs:
     whole = f.multiply(vectors, LANES)
     rest = f.without(columns, whole)
     row_bytes = f.multiply(f.add(whole, f.multiply(f.least(rest, 1), LANES)), 4)
-    to_next = f.value(f"sub i64 {f.multiply(f.field('stride'), side)}, {f.multiply(columns, 2)}")
+    element_bytes = ELEMENT_BYTES[element]
+    line, row_end = _LINE_BYTES // element_bytes, f.multiply(columns, element_bytes)
+    to_next = f.value(f"sub i64 {f.multiply(f.field('stride'), side)}, {row_end}")
     with f.loop(columns, _BLOCK) as start, f.loop(num_inputs, at_once) as first:
         # Past the end the last row of inputs is computed again.
         indices = [f.least(f.add(first, index), f.add(num_inputs, -1)) for index in range(at_once)]
@@ -94,33 +111,40 @@ def _sums(f: Function, half: Half, at_once: int, weights: list[str], num_inputs:
         ]
         sums = [[f.variable(EIGHT, f.load(EIGHT, place, align=VECTOR)) for place in row] for row in places]
         length = f.least(f.without(whole, start), _BLOCK)
-        with f.loop(f.value(f"udiv i64 {length}, {2 * LANES}")) as pair:
-            at = f.add(start, f.multiply(pair, 2 * LANES))
-            near = f.add(f.multiply(at, 2), _NEAR)
-            behind = f.value(f"icmp uge i64 {near}, {f.multiply(columns, 2)}")
+        lines = f.value(f"and i64 {length}, {-line}")
+        with f.loop(lines, line) as offset:
+            at = f.add(start, offset)
+            near = f.add(f.multiply(at, element_bytes), _NEAR)
+            behind = f.value(f"icmp uge i64 {near}, {row_end}")
             near = f.add(near, f.value(f"select i1 {behind}, i64 {to_next}, i64 0"))
-            for number, weight in enumerate(weights):
-                # A line is 32 columns: two of the rows in one step, two in the next.
-                f.prefetch(f.at(weight, near)) if number >= 0 else None
-            for one in (at, f.add(at, LANES)):
-                _multiply(f, half, sums, weights, inputs, one, f.multiply(one, 4))
-        with f.loop(f.value(f"urem i64 {f.value(f'udiv i64 {length}, {LANES}')}, 2")):
-            one = f.add(start, f.without(length, LANES))
-            _multiply(f, half, sums, weights, inputs, one, f.multiply(one, 4))
+            for weight in weights:
+                f.prefetch(f.at(weight, near))
+            for vector in range(0, line, LANES):
+                one = f.add(at, vector)
+                _multiply(f, element, sums, weights, inputs, one, f.multiply(one, 4))
+        with f.loop(f.without(length, lines), LANES) as offset:
+            one = f.add(start, f.add(lines, offset))
+            _multiply(f, element, sums, weights, inputs, one, f.multiply(one, 4))
         # The last eight columns, in the last block, if they are no multiple of eight.
         is_last = f.value(f"icmp uge i64 {f.add(start, _BLOCK)}, {columns}")
         with f.loop(f.value(f"select i1 {is_last}, i64 {f.least(rest, 1)}, i64 0")):
-            _multiply(f, half, sums, weights, inputs, f.add(columns, -LANES), f.add(row_bytes, -VECTOR))
+            _multiply(f, element, sums, weights, inputs, f.add(columns, -LANES), f.add(row_bytes, -VECTOR))
         for row_places, row_sums in zip(places, sums, strict=True):
             for place, one in zip(row_places, row_sums, strict=True):
                 f.store(EIGHT, f.load(EIGHT, one), place, align=VECTOR)
 
 
 def _multiply(
-    f: Function, half: Half, sums: list[list[str]], weights: list[str], inputs: list[str], column: str, offset: str
+    f: Function,
+    element: Element,
+    sums: list[list[str]],
+    weights: list[str],
+    inputs: list[str],
+    column: str,
+    offset: str,
 ) -> None:
     """Add the products of eight columns of the weights from `column` on, and of the inputs from the byte `offset`."""
-    wide = [widened(f, half, f.at(weight, f.multiply(column, 2))) for weight in weights]
+    wide = [widened(f, element, f.at(weight, f.multiply(column, ELEMENT_BYTES[element]))) for weight in weights]
     for row, row_sums in zip(inputs, sums, strict=True):
         vector = f.load(EIGHT, f.at(row, offset), align=4)
         for place, weight in zip(row_sums, wide, strict=True):

@@ -1,37 +1,43 @@
-"""Products with 16-bit weights by the kernels in `float_dots.py` and `float_outer.py`."""
+"""Products with weights of 16 or 8 bits by the kernels in `float_dots.py` and `float_outer.py`."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from pipo_ray.compiled import float_dots, float_outer
 from pipo_ray.compiled.crew import run_on_threads
+from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs, vectors_for
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.row_products import inputs_at_once, product_name
-from pipo_ray.compiled.widened import LANES, Half
+from pipo_ray.compiled.widened import LANES, Element
 
 LEAST_COLUMNS = LANES
+"""Of a weight."""
 
 _TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
-_NAMES: dict[torch.dtype, Half] = {torch.bfloat16: "bfloat", torch.float16: "half"}
+_MOST_SUMS = 1 << 20  # of which a weight's rows are as many as there is room for
+_NAMES: dict[torch.dtype, Element] = {torch.bfloat16: "bfloat", torch.float16: "half", torch.int8: "i8"}
 
 
 class CompiledFloats:
-    """Multiplies 16-bit inputs with 16-bit weights of `dtype` in float32. One caller at a time.
+    """Multiplies inputs with weights of `dtype` in float32. One caller at a time.
 
-    Compiled when it is made; `folder` is where machine code is kept (see `MachineCode`).
+    Compiled when it is made; `folder` is where machine code is kept (see `MachineCode`). A call takes 4 bytes for each
+    sum, for `_MOST_SUMS` at most.
     """
 
     def __init__(self, dtype: torch.dtype, folder: Path | None = None) -> None:
-        self._folder = folder
+        self.dtype, self._folder = dtype, folder
         dots, outer = (MachineCode(one.module(_NAMES[dtype]), folder) for one in (float_dots, float_outer))
         self._codes = dots, outer
         self._dots = [dots.address(product_name(count + 1)) for count in range(float_dots.MOST_INPUTS)]
         self._outer = {vectors: outer.address(float_outer.name(vectors)) for vectors in float_outer.VECTORS}
-        self._context = context_of([0] * max(len(float_dots.FIELDS), len(float_outer.FIELDS)))
+        self._group = {vectors: outer.address(float_outer.group_name(vectors)) for vectors in float_outer.VECTORS}
+        self._context = context_of([0] * len(float_dots.FIELDS))
         self._address = ctypes.addressof(self._context)
         self._awake = False
 
@@ -39,72 +45,87 @@ class CompiledFloats:
         """See `CompiledBf16.stay_awake`."""
         self._awake = on
 
-    def dots(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`F.linear`: `rows` [n, columns], `weight` [out, columns], whose rows are contiguous, `bias` [out] or None;
-        [n, out]. There are 8 columns at least. For few rows.
+    def dots_into(
+        self, inputs: PaddedInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor,
+        scales: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """`F.linear` into `output` [n, out] of few inputs [n, columns]: `weight` [out, columns] or, in panels, [panels,
+        rows, columns], whose rows are contiguous, times `scales` [out]; `bias` [out] or None. There are 8 columns at
+        least, and nothing may be empty.
         """
-        sums = torch.empty(len(rows), len(weight))
-        for start in range(0, len(rows), float_dots.KEPT_INPUTS):
-            part = slice(start, start + float_dots.KEPT_INPUTS)
-            self._dots_into(_padded(rows[part]), weight, sums[part])
-        if bias is not None:
-            sums += bias
-        return sums.to(rows.dtype)
+        first = 0
+        for part in inputs.parts:
+            at_once = inputs_at_once(len(part), float_dots.MOST_INPUTS)
+            side = float_dots.rows_side_by_side(at_once)
+            for start, stop, some in _slabs(weight, output.shape[1], len(part)):
+                sums = torch.empty(len(part), stop - start)
+                self._context[:] = _words(part, some, sums, len(part), stop - start, side)
+                run_on_threads(self._dots[at_once - 1], self._address, self._awake, self._folder)
+                if scales is not None:
+                    sums *= scales[start:stop]
+                if bias is not None:
+                    sums += bias[start:stop]
+                output[first : first + len(part), start:stop] = sums
+            first += len(part)
 
-    def outer(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The same for many rows."""
-        output = rows.new_empty(len(rows), len(weight))
-        vectors = best_vectors(len(rows))
-        most = float_outer.MOST_GROUPS * float_outer.width(vectors)
-        for start in range(0, len(rows), most):
-            part = slice(start, start + most)
-            self._outer_into(rows[part], vectors, weight, bias, output[part])
-        return output
-
-    def _dots_into(self, inputs: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
-        at_once = inputs_at_once(len(inputs), float_dots.MOST_INPUTS)
-        side = float_dots.rows_side_by_side(at_once)
-        self._context[:] = self._words(inputs, weight, sums, len(inputs), side)
-        run_on_threads(self._dots[at_once - 1], self._address, self._awake, self._folder)
-
-    def _outer_into(
-        self, rows: torch.Tensor, vectors: int, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
-    ) -> None:
+    def group(self, rows: torch.Tensor) -> GroupedInputs:
+        """Inputs [n, columns], side by side: of this dtype, or bf16 for int8."""
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        vectors = vectors_for(len(rows))
         width = float_outer.width(vectors)
-        groups = -(-len(rows) // width)
-        inputs = torch.zeros(groups, rows.shape[1], width)
-        sums = torch.empty(groups, len(weight), width)
-        for group, part in enumerate(rows.split(width)):
-            inputs[group, :, : len(part)] = part.T
-        side = float_outer.rows_side_by_side(vectors)
-        self._context[:] = self._words(inputs, weight, sums, groups, side)
-        run_on_threads(self._outer[vectors], self._address, False, self._folder)
-        if bias is not None:
-            sums += bias[:, None]
-        for part, one in zip(output.split(width), sums, strict=True):
-            part.copy_(one.T[: len(part)])
+        parts = []
+        for part in rows.split(width * float_outer.MOST_GROUPS):
+            num_rows, columns = part.shape
+            inputs = torch.empty(-(-num_rows // width), columns, width)
+            places = part.data_ptr(), inputs.data_ptr()
+            context = context_of((*places, num_rows, len(inputs), columns, 2 * part.stride(0), 0))
+            run_on_threads(self._group[vectors], ctypes.addressof(context), folder=self._folder)
+            parts.append(inputs)
+        return GroupedInputs(tuple(parts), vectors)
 
-    def _words(
-        self, inputs: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor, count: int, side: int
-    ) -> tuple[int, ...]:
-        rows, columns = weight.shape
-        at_once = max(1, _TASK_BYTES // (2 * columns * side)) * side
-        places = inputs.data_ptr(), weight.data_ptr(), sums.data_ptr()
-        return (*places, count, columns, rows, 0, 2 * weight.stride(0), at_once)
+    def outer_into(
+        self, inputs: GroupedInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor,
+        scales: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """The same of many inputs."""
+        side = float_outer.rows_side_by_side(inputs.vectors)
+        rows = output.split(inputs.width * float_outer.MOST_GROUPS)
+        for part, target in zip(inputs.parts, rows, strict=True):
+            for start, stop, some in _slabs(weight, output.shape[1], len(part) * inputs.width):
+                sums = torch.empty(len(part), stop - start, inputs.width)
+                self._context[:] = _words(part, some, sums, len(part), stop - start, side)
+                run_on_threads(self._outer[inputs.vectors], self._address, False, self._folder)
+                if scales is not None:
+                    sums *= scales[start:stop, None]
+                if bias is not None:
+                    sums += bias[start:stop, None]
+                for group, one in zip(target.split(inputs.width), sums, strict=True):
+                    group[:, start:stop] = one[:, : len(group)].T
 
 
-def best_vectors(num_rows: int) -> int:
-    """So many vectors of inputs side by side that least is computed for nothing, and the more the better."""
-    return min(float_outer.VECTORS, key=lambda vectors: (-(-num_rows // (LANES * vectors)) * vectors, -vectors))
+def _slabs(weight: torch.Tensor, num_rows: int, num_inputs: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The first `num_rows` rows of a weight, in panels or not, so many at a time that their sums with so many inputs
+    are no more than `_MOST_SUMS`; or the rows of a panel, if those are more.
+    """
+    if weight.dim() == 2:
+        most = max(1, _MOST_SUMS // num_inputs)
+        for start in range(0, num_rows, most):
+            yield start, min(start + most, num_rows), weight[start : start + most]
+        return
+    of_panel = weight.shape[1]
+    panels = max(1, _MOST_SUMS // (num_inputs * of_panel))
+    for first in range(0, -(-num_rows // of_panel), panels):
+        stop = min((first + panels) * of_panel, num_rows)
+        yield first * of_panel, stop, weight[first : first + panels]
 
 
-def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """Inputs as `float_dots.padded` has them."""
-    columns = rows.shape[1]
-    rest = columns % LANES
-    if not rest:
-        return rows.float()
-    inputs = torch.zeros(len(rows), float_dots.padded(columns))
-    inputs[:, : columns - rest] = rows[:, : columns - rest]
-    inputs[:, -rest:] = rows[:, -rest:]
-    return inputs
+def _words(
+    inputs: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor, count: int, num_rows: int, side: int
+) -> tuple[int, ...]:
+    """The context of either kernel; their words are the same but for what `count` counts."""
+    size, columns = weight.element_size(), weight.shape[-1]
+    at_once = max(1, _TASK_BYTES // (size * columns * side)) * side
+    places = inputs.data_ptr(), weight.data_ptr(), sums.data_ptr()
+    panel = (weight.shape[1], size * weight.stride(0)) if weight.dim() == 3 else (num_rows, 0)
+    return (*places, count, columns, num_rows, 0, size * weight.stride(-2), at_once, *panel)

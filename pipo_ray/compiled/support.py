@@ -15,6 +15,8 @@ LAYOUT = "avx512"
 
 _NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
+_FLOATS_NEEDED = {"avx2", "fma", "f16c"}
+
 _AMX_NEEDED = {"amx_tile", "amx_bf16"}
 # arch/x86/include/uapi/asm/prctl.h and Documentation/arch/x86/xstate.rst: a process asks for the tiles' registers.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILE_DATA = 158, 0x1023, 18
@@ -29,9 +31,19 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
         return f"this processor has no {', '.join(name.upper() for name in missing)}"
     if flags is None and machine_layout() != LAYOUT:
         return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed"
-    return None
+    return _without_compiler()
+
+
+def floats_obstacle(flags: Set[str] | None = None) -> str | None:
+    """Why 16-bit weights cannot be multiplied in float32 by kernels that are compiled here, in words for the user; None
+    if they can. `flags` are those of the processor in /proc/cpuinfo.
+    """
+    missing = sorted(_FLOATS_NEEDED - (processor_flags() if flags is None else flags))
+    if missing:
+        return f"this processor has no {', '.join(name.upper() for name in missing)}"
+    if flags is None and machine_layout() == "plain":
+        return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
+    return _without_compiler()
 
 
 def amx_obstacle(flags: Set[str] | None = None) -> str | None:
@@ -51,4 +63,8 @@ def amx_obstacle(flags: Set[str] | None = None) -> str | None:
 
 def machine_panel_bytes() -> int:
     """How large panels of low-bit weights are made here: for our own kernels, or for torch's."""
-    return SMALL_PANEL_BYTES if obstacle() is None else PANEL_BYTES
+    return SMALL_PANEL_BYTES if obstacle() is None or floats_obstacle() is None else PANEL_BYTES
+
+
+def _without_compiler() -> str | None:
+    return "llvmlite is not installed" if importlib.util.find_spec("llvmlite") is None else None

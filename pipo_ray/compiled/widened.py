@@ -1,13 +1,16 @@
-"""Vectors of eight floats in LLVM IR, for processors with AVX2, FMA and F16C, and 16-bit numbers widened to them."""
+"""Vectors of eight floats in LLVM IR, for processors with AVX2, FMA and F16C, and smaller numbers widened to them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pipo_ray.compiled.ir import Function
+from pipo_ray.compiled.ir import Function, vector
 
-Half = Literal["bfloat", "half"]
-"""LLVM's names of bf16 and float16."""
+Element = Literal["bfloat", "half", "i8"]
+"""LLVM's names of bf16, float16 and int8."""
+
+ELEMENT_BYTES: Mapping[Element, int] = {"bfloat": 2, "half": 2, "i8": 1}
 
 LANES = 8
 VECTOR = 4 * LANES  # bytes
@@ -22,12 +25,25 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 
 
-def widened(f: Function, half: Half, place: str) -> str:
-    """Eight numbers of type `half` at `place` as floats."""
-    if half == "half":
+def widened(f: Function, element: Element, place: str) -> str:
+    """Eight numbers of type `element` at `place` as floats."""
+    if element == "i8":
+        words = f.value(f"sext <8 x i8> {f.load('<8 x i8>', place, align=1)} to <8 x i32>")
+        return f.value(f"sitofp <8 x i32> {words} to {EIGHT}")
+    if element == "half":
         return f.value(f"fpext <8 x half> {f.load('<8 x half>', place, align=2)} to {EIGHT}")
     words = f.value(f"zext <8 x i16> {f.load('<8 x i16>', place, align=2)} to <8 x i32>")
     return f.cast("<8 x i32>", f.value(f"shl <8 x i32> {words}, splat (i32 16)"), EIGHT)
+
+
+def row_of(f: Function, number: str) -> str:
+    """Where row `number` of a weight in panels begins, by the words `weight`, `stride`, `panel_rows` and `panel_bytes`
+    of a context.
+    """
+    rows = f.field("panel_rows")
+    panel, row = (f.value(f"{what} i64 {number}, {rows}") for what in ("udiv", "urem"))
+    base = f.at(f.field("weight", "ptr"), f.multiply(panel, f.field("panel_bytes")))
+    return f.at(base, f.multiply(row, f.field("stride")))
 
 
 def everywhere(f: Function, place: str) -> str:
@@ -44,3 +60,22 @@ def multiply_add(f: Function, left: str, right: str, sums: str) -> str:
 def total(f: Function, floats: str) -> str:
     """The sum of eight floats: always in the same order."""
     return f.value(f"call reassoc float @llvm.vector.reduce.fadd.v8f32(float 0.0, {EIGHT} {floats})")
+
+
+def transposed(f: Function, rows: list[str]) -> list[str]:
+    """Eight vectors: the first has the first number of each of `rows`, and so on."""
+    for distance in (1, 2, 4):
+        # Lanes of the two whose numbers differ in this bit change places, as in a fast Fourier transform.
+        low = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
+        high = [lane + distance if not lane & distance else lane + LANES for lane in range(LANES)]
+        following = list(rows)
+        for number in range(LANES):
+            if not number & distance:
+                pair = rows[number], rows[number + distance]
+                following[number], following[number + distance] = (_shuffled(f, pair, one) for one in (low, high))
+        rows = following
+    return rows
+
+
+def _shuffled(f: Function, pair: tuple[str, str], lanes: list[int]) -> str:
+    return f.value(f"shufflevector {EIGHT} {pair[0]}, {EIGHT} {pair[1]}, <8 x i32> {vector('i32', lanes)}")

@@ -3,9 +3,10 @@
 Where the processor multiplies bf16, a kernel of our own takes few rows of inputs (`pipo_ray/compiled/bf16.py`): torch's
 reads the weight at little more than half of the memory's bandwidth. Where it has a unit for products of matrices,
 another of ours takes many rows (`pipo_ray/compiled/amx.py`): torch's puts the weight in order first, every time. A
-processor without 16-bit arithmetic multiplies a single row at the memory's bandwidth, because widening a weight costs
-less than fetching it; with more rows torch's own kernel widens each weight again for every row. Here a chunk of weights
-is widened once, into a buffer that stays in the cache, and multiplied in float32; sums are rounded once, at the end.
+processor without 16-bit arithmetic has to widen each weight, which torch's own kernel does again for every row; ours
+do it once, for few rows at the memory's bandwidth (`pipo_ray/compiled/float_dots.py`, `float_outer.py`). Where nothing
+can be compiled, a chunk of weights is widened into a buffer that stays in the cache, and multiplied by torch in
+float32. Sums are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from pipo_ray.compiled.amx_inputs import PackedInputs
 from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
 from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
+from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs
+from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.part_run import PartRunner, RowsProduct
-from pipo_ray.compiled.support import amx_obstacle, obstacle
+from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import (
     KERNELS,
@@ -52,12 +55,14 @@ _ROWS_IN_PLACE = 32  # with fewer, a copy of the result is nothing beside the pr
 _COLUMNS_IN_PLACE = 512
 # Float32 products with fewer columns, or an odd number, take as long as with many more: zeros fill them up.
 _COLUMNS = 16
+_INTO = {"amx", "dots", "outer"}
+"""Kernels that write where the result is wanted."""
+_NO_KERNELS = OwnKernels()
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
 class CpuProducts:
-    """Multiplies inputs with 16-bit weights as `profile` chooses. There is no kernel "compiled" without `compiled`, and
-    none "amx" without `amx`.
+    """Multiplies inputs with 16-bit weights as `profile` chooses, of our own kernels by those in `own`.
 
     One caller at a time.
 
@@ -68,11 +73,10 @@ class CpuProducts:
     def __init__(
         self,
         profile: KernelProfile,
-        compiled: CompiledBf16 | None = None,
-        amx: CompiledAmx | None = None,
+        own: OwnKernels = _NO_KERNELS,
         code_folder: Path | None = None,
     ) -> None:
-        self._profile, self._compiled, self._amx = profile, compiled, amx
+        self._profile, self._own = profile, own
         with torch.inference_mode(False):  # written to in and out of inference mode
             self._scratch = torch.empty(SCRATCH_BYTES // 4)
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
@@ -84,21 +88,20 @@ class CpuProducts:
         """With the profile in `places`; measured (and kept there) if there is none for this dtype and this number of
         threads. It takes about 0.2 s. Machine code is kept in `code_folder`.
         """
-        compiled = compiled_bf16(code_folder) if dtype is torch.bfloat16 else None
-        amx = amx_bf16(code_folder) if dtype is torch.bfloat16 else None
-        wanted = {layout: Measurable(_kernels(layout, compiled, amx)) for layout in SIXTEEN_BIT_LAYOUTS}
-        profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, compiled, amx))
-        return cls(profile, compiled, amx, code_folder)
+        own = OwnKernels.of(dtype, code_folder)
+        wanted = {layout: Measurable(own.of_layout(layout)) for layout in SIXTEEN_BIT_LAYOUTS}
+        profile = kept_profile(places, dtype, wanted, lambda layouts: measure_costs(layouts, dtype, own))
+        return cls(profile, own, code_folder)
 
     @property
     def compiles(self) -> bool:
-        """Whether kernels are compiled here."""
-        return self._compiled is not None
+        """Whether kernels for bf16 are compiled here, and so what lies between products can be."""
+        return self._own.compiled is not None
 
     def compiled_for(self, weight: torch.Tensor) -> CompiledBf16 | None:
         """What multiplies one row of inputs with `weight` [out, in], if that is our own kernel."""
         row = weight.new_empty(1, weight.shape[1])
-        return self._compiled if self._decide("linear", row, weight, None) == "compiled" else None
+        return self._own.compiled if self._decide("linear", row, weight, None) == "compiled" else None
 
     @property
     def part_runner(self) -> PartRunner:
@@ -118,16 +121,15 @@ class CpuProducts:
         if bias is not None and bias.shape != (output.shape[1],):
             return None
         kernel = self._choose("linear", rows, weight, None if bias is None else bias[: len(weight)])
-        if kernel == "amx" and self._amx is not None:
-            return self._amx.rows_product(inputs.packed(self._amx), columns, bias, output)
-        if kernel == "compiled" and self._compiled is not None and len(rows) == 1:
-            return self._compiled.rows_product(rows[0].contiguous(), bias, output[0])
+        if kernel == "amx" and self._own.amx is not None:
+            return self._own.amx.rows_product(inputs.packed(self._own.amx), columns, bias, output)
+        if kernel == "compiled" and self._own.compiled is not None and len(rows) == 1:
+            return self._own.compiled.rows_product(rows[0].contiguous(), bias, output[0])
         return None
 
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledBf16.stay_awake`."""
-        if self._compiled is not None:
-            self._compiled.stay_awake(on)
+        self._own.stay_awake(on)
 
     def bind(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as a tensor over the same memory whose products are made here; unchanged if it is no 16-bit matrix
@@ -145,14 +147,14 @@ class CpuProducts:
         if kernel == "native":
             return F.linear(inputs, weight, bias)
         rows = inputs.reshape(-1, weight.shape[1])
-        if kernel == "amx":
+        if kernel in _INTO:
             output = rows.new_empty(len(rows), len(weight))
-            self._amx_into(ProductInputs(rows), weight, bias, output)
+            self._own_into(kernel, ProductInputs(rows), weight, bias, output)
             return output.view(*inputs.shape[:-1], weight.shape[0])
         product = self._wide_linear if kernel == "wide" else self._tall_linear
         if kernel == "compiled":
-            assert self._compiled is not None  # `_decide`
-            product = self._compiled.linear
+            assert self._own.compiled is not None  # `_decide`
+            product = self._own.compiled.linear
         return product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
 
     def linear_into(
@@ -162,8 +164,8 @@ class CpuProducts:
         rows = inputs.rows
         kernel = self._choose("linear", rows, weight, bias)
         is_small = len(rows) < _ROWS_IN_PLACE or len(weight) < _COLUMNS_IN_PLACE
-        if kernel == "amx":
-            self._amx_into(inputs, weight, bias, output)
+        if kernel in _INTO:
+            self._own_into(kernel, inputs, weight, bias, output)
         elif kernel == "native" and not is_small:
             _write_linear(rows, weight, bias, output)
         else:
@@ -206,19 +208,22 @@ class CpuProducts:
             or (bias is not None and (bias.dtype != weight.dtype or bias.shape != (height,)))
         ):
             return "native"
-        is_bf16 = weight.dtype is torch.bfloat16
-        possible: dict[Kernel, bool] = {
-            "compiled": self._compiled is not None and is_bf16 and weight.stride(1) == 1,
-            "amx": self._amx is not None and is_bf16 and weight.stride(1) == 1,
-        }
-        without = [kernel for kernel, here in possible.items() if not here]
-        return self._profile.choose(layout, inputs.numel() // width, weight.numel(), without)
+        return self._profile.choose(layout, inputs.numel() // width, weight.numel(), self._own.without(weight))
 
-    def _amx_into(
-        self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
-    ) -> None:
-        assert self._amx is not None  # `_decide`
-        self._amx.linear_into(inputs.packed(self._amx), weight, bias, output)
+    def _own_into(
+        self, kernel: Kernel, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """By one of `_INTO`, which is there (`_decide`)."""
+        if kernel == "amx":
+            assert self._own.amx is not None
+            self._own.amx.linear_into(inputs.packed(self._own.amx), weight, bias, output)
+            return
+        assert self._own.floats is not None
+        if kernel == "dots":
+            self._own.floats.dots_into(inputs.padded(), weight, bias, output)
+        else:
+            self._own.floats.outer_into(inputs.grouped(self._own.floats), weight, bias, output)
 
     def _wide_linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         output, inputs = rows.new_empty(len(rows), len(weight)), rows.float()
@@ -275,12 +280,33 @@ class ProductInputs:
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
         self._packed: PackedInputs | None = None
+        self._padded: PaddedInputs | None = None
+        self._grouped: GroupedInputs | None = None
+        self._floats: torch.Tensor | None = None
 
     def packed(self, amx: CompiledAmx | CompiledAmxLowBit) -> PackedInputs:
         """In tiles: made once, when they are first asked for."""
         if self._packed is None:
             self._packed = amx.pack(self.rows)
         return self._packed
+
+    def floats(self) -> torch.Tensor:
+        """In float32, and contiguous: made once."""
+        if self._floats is None:
+            self._floats = self.rows.to(torch.float32, memory_format=torch.contiguous_format)
+        return self._floats
+
+    def padded(self) -> PaddedInputs:
+        """In float32 for "dots": made once."""
+        if self._padded is None:
+            self._padded = PaddedInputs.of(self.rows)
+        return self._padded
+
+    def grouped(self, floats: CompiledFloats) -> GroupedInputs:
+        """In float32 for "outer": made once."""
+        if self._grouped is None:
+            self._grouped = floats.group(self.rows)
+        return self._grouped
 
 
 class HalfMatrix(torch.Tensor):
@@ -332,33 +358,18 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return weight._products.linear(input, weight, bias)
 
 
-def compiled_bf16(code_folder: Path | None = None) -> CompiledBf16 | None:
-    """Our own bf16 products, None where they cannot be had (see `obstacle`)."""
-    return None if obstacle() else CompiledBf16(code_folder)
-
-
-def amx_bf16(code_folder: Path | None = None) -> CompiledAmx | None:
-    """The matrix unit's products, None where they cannot be had (see `amx_obstacle`)."""
-    return None if amx_obstacle() else CompiledAmx(code_folder)
-
-
-def measure_profile(
-    dtype: torch.dtype, compiled: CompiledBf16 | None = None, amx: CompiledAmx | None = None
-) -> KernelProfile:
+def measure_profile(dtype: torch.dtype, own: OwnKernels = _NO_KERNELS) -> KernelProfile:
     """Time every kernel on this machine with the number of threads that torch has now."""
-    costs = measure_costs(SIXTEEN_BIT_LAYOUTS, dtype, compiled, amx)
+    costs = measure_costs(SIXTEEN_BIT_LAYOUTS, dtype, own)
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
 def measure_costs(
-    layouts: Collection[Layout],
-    dtype: torch.dtype,
-    compiled: CompiledBf16 | None = None,
-    amx: CompiledAmx | None = None,
+    layouts: Collection[Layout], dtype: torch.dtype, own: OwnKernels = _NO_KERNELS
 ) -> dict[Layout, dict[Kernel, Cost]]:
     """`measure_profile` of some layouts."""
     with torch.inference_mode():
-        return {layout: _measure_layout(layout, dtype, compiled, amx) for layout in layouts}
+        return {layout: _measure_layout(layout, dtype, own) for layout in layouts}
 
 
 def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile:
@@ -370,17 +381,10 @@ def always(kernel: Kernel, dtype: torch.dtype = torch.bfloat16) -> KernelProfile
     return KernelProfile(str(dtype).removeprefix("torch."), torch.get_num_threads(), costs)
 
 
-def _kernels(layout: Layout, compiled: CompiledBf16 | None, amx: CompiledAmx | None) -> list[Kernel]:
-    missing = {"compiled": compiled is None, "amx": amx is None}
-    return [kernel for kernel in KERNELS[layout] if not missing.get(kernel)]
-
-
-def _measure_layout(
-    layout: Layout, dtype: torch.dtype, compiled: CompiledBf16 | None, amx: CompiledAmx | None
-) -> dict[Kernel, Cost]:
+def _measure_layout(layout: Layout, dtype: torch.dtype, own: OwnKernels) -> dict[Kernel, Cost]:
     multiply: dict[Kernel, Callable[..., torch.Tensor]] = {}
-    for kernel in _kernels(layout, compiled, amx):
-        products = CpuProducts(always(kernel, dtype), compiled, amx)
+    for kernel in own.of_layout(layout):
+        products = CpuProducts(always(kernel, dtype), own)
         multiply[kernel] = products.linear if layout == "linear" else products.matmul
     height, width = _MEASURED_SHAPE
     weights = itertools.cycle(torch.ones(_UNCACHED_BYTES // (2 * height * width), height, width, dtype=dtype))

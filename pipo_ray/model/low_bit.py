@@ -1,10 +1,10 @@
 """Products with low-bit weights, panel by panel, out of the memory that they were read into.
 
 Where the processor has what it takes, kernels of our own multiply (`pipo_ray/compiled`): few rows of inputs at the
-memory's bandwidth, many at the processor's, or at that of its unit for products of matrices. Otherwise torch's kernel
-takes few rows; for many it computes at less than half of what the processor can: there a part of a panel is unpacked
-into memory that stays in the cache, and multiplied by torch's 16-bit or float32 product. Where one overtakes the other
-is measured on the machine.
+memory's bandwidth, many at the processor's, or at that of its unit for products of matrices; on other processors with
+AVX2 ours compute in float32. Otherwise torch's kernel takes few rows; for many it computes at less than half of what
+the processor can: there a part of a panel is unpacked into memory that stays in the cache, and multiplied by torch's
+16-bit or float32 product. Where one overtakes the other is measured on the machine.
 
 On a CUDA device Triton's kernels multiply (`pipo_ray/triton_kernels`), or torch's product behind several operations
 that unpack, where those cannot be had.
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 
+from pipo_ray.compiled.float_low_bit import FloatLowBit
 from pipo_ray.compiled.low_bit import CompiledLowBit
-from pipo_ray.compiled.support import LAYOUT, amx_obstacle, obstacle
+from pipo_ray.compiled.support import LAYOUT, amx_obstacle, floats_obstacle, obstacle
 from pipo_ray.model.cpu_linear import ProductInputs, is_hopeless, least_seconds
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, Cost, Kernel, KernelProfile, Layout, cleaned
@@ -40,6 +41,7 @@ RowsProduct = Callable[[ProductInputs, torch.Tensor | None], torch.Tensor]
 """Inputs bf16 [n, columns] in, products bf16 [n, rows] out: in the matrix that is given, if it can be written there."""
 
 _OWN: frozenset[Kernel] = frozenset({"compiled", "blocks", "amx"})
+_FLOATS: frozenset[Kernel] = frozenset({"dots", "outer"})
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
@@ -54,8 +56,9 @@ class LowBitProducts:
 
     Takes 7 MiB for unpacked weights (6.5 bytes for each of 64 rows' weights if a row has more than 16,384), and what a
     product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
-    rows there are. Elsewhere than on the CPU all are: `profile` is not asked then. Without `compiled` there is no
-    kernel of our own, and without its `amx` none for the matrix unit, which takes as much memory again as the inputs.
+    rows there are. Elsewhere than on the CPU all are: `profile` is not asked then. Without `compiled` or `floats` there
+    is no kernel of our own, and without the former's `amx` none for the matrix unit. That takes as much memory again as
+    the inputs, and `floats` twice as much, and 4 MiB for sums.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class LowBitProducts:
         compiled: CompiledLowBit | None = None,
         triton: TritonProducts | None = None,
         obstacle: str | None = None,
+        floats: FloatLowBit | None = None,
     ) -> None:
         self._profile, self._machine, self._compiled, self._triton = profile, machine, compiled, triton
+        self._floats = floats
         self.obstacle = obstacle
         self._device = device or torch.device("cpu")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
@@ -81,13 +86,16 @@ class LowBitProducts:
         this number of threads. It takes 0.3 s for each of them. Machine code is kept in `code_folder`.
         """
         compiled = compiled_low_bit(code_folder)
-        wanted = {layout: Measurable(_kernels(layout, compiled)) for layout in layouts}
-        profile = kept_profile(places, ACTIVATIONS, wanted, lambda missing: measure_low_bit(missing, compiled).costs)
-        return cls(profile, machine_layout(), compiled=compiled)
+        floats = float_low_bit(code_folder) if compiled is None else None
+        wanted = {layout: Measurable(_kernels(layout, compiled, floats)) for layout in layouts}
+        profile = kept_profile(
+            places, ACTIVATIONS, wanted, lambda missing: measure_low_bit(missing, compiled, floats).costs
+        )
+        return cls(profile, machine_layout(), compiled=compiled, floats=floats)
 
     @property
     def compiles(self) -> bool:
-        """Whether kernels are compiled here."""
+        """Whether kernels for bf16 are compiled here, and so what lies between products can be."""
         return self._compiled is not None
 
     def compiled_for(self, panels: Panels, num_rows: int) -> CompiledLowBit | None:
@@ -96,8 +104,9 @@ class LowBitProducts:
 
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledLowBit.stay_awake`."""
-        if self._compiled is not None:
-            self._compiled.stay_awake(on)
+        for own in (self._compiled, self._floats):
+            if own is not None:
+                own.stay_awake(on)
 
     def bind(self, memory: torch.Tensor, panels: Panels, first: int) -> torch.Tensor:
         """A stand-in for the rows of a weight whose panels from the `first` on are `memory`, uint8 [panels,
@@ -173,6 +182,8 @@ class LowBitProducts:
         kernel = self._kernel(num_inputs, panels, num_rows)
         if kernel == "amx":
             return self._amx_product(memory, panels, num_rows)
+        if kernel in _FLOATS:
+            return self._float_product(memory, panels, num_rows, kernel)
         if kernel in _OWN:
             assert self._compiled is not None  # `_choose`
             product = self._compiled.product(memory, panels, num_rows, num_inputs, blocks=kernel == "blocks")
@@ -191,6 +202,23 @@ class LowBitProducts:
             if output is None or output.dtype is not ACTIVATIONS or output.stride(1) != 1:
                 output = inputs.rows.new_empty(len(inputs.rows), num_rows)
             amx.linear_into(inputs.packed(amx), memory, panels, num_rows, output)
+            return output
+
+        return multiply
+
+    def _float_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, kernel: Kernel) -> RowsProduct:
+        floats = self._floats
+        assert floats is not None  # `_choose`
+
+        def multiply(inputs: ProductInputs, output: torch.Tensor | None) -> torch.Tensor:
+            if output is None or output.dim() != 2:
+                output = inputs.rows.new_empty(len(inputs.rows), num_rows)
+            if panels.low_bit.bits == 4:
+                floats.int4_into(inputs.floats(), memory, panels, output)
+            elif kernel == "dots":
+                floats.int8_dots_into(inputs.padded(), memory, panels, output)
+            else:
+                floats.int8_outer_into(inputs.grouped(floats.int8), memory, panels, output)
             return output
 
         return multiply
@@ -235,7 +263,9 @@ class LowBitProducts:
         if not num_inputs or self._device.type != "cpu":
             return "native"
         without: set[Kernel] = set() if panels.layout in (self._machine, INT8_LAYOUT) else {"packed"}
-        without |= _missing(self._compiled) if panels.layout in (LAYOUT, INT8_LAYOUT) else _OWN
+        without |= _missing(self._compiled, self._floats) if panels.layout in (LAYOUT, INT8_LAYOUT) else _OWN
+        if self._floats is None or not self._floats.takes(panels):
+            without |= _FLOATS
         layout = layout_of(panels.low_bit)
         return self._profile.choose(layout, num_inputs, panels.panel_rows * panels.columns, without)
 
@@ -327,6 +357,11 @@ def compiled_low_bit(code_folder: Path | None = None) -> CompiledLowBit | None:
     return None if obstacle() else CompiledLowBit(code_folder, amx=not amx_obstacle())
 
 
+def float_low_bit(code_folder: Path | None = None) -> FloatLowBit | None:
+    """Our own float32 products with low-bit panels, None where they cannot be had (see `floats_obstacle`)."""
+    return None if floats_obstacle() else FloatLowBit(code_folder)
+
+
 def layout_of(low_bit: LowBitFormat) -> Layout:
     """Under which a format's kernels are measured."""
     return cast(Layout, f"int{low_bit.bits}")
@@ -341,36 +376,39 @@ def always_low_bit(kernel: Kernel) -> KernelProfile:
     return KernelProfile("bfloat16", torch.get_num_threads(), costs)
 
 
-def measure_low_bit(layouts: Collection[Layout], compiled: CompiledLowBit | None = None) -> KernelProfile:
+def measure_low_bit(
+    layouts: Collection[Layout], compiled: CompiledLowBit | None = None, floats: FloatLowBit | None = None
+) -> KernelProfile:
     """Time every kernel of `layouts` on this machine with the number of threads that torch has now."""
     with torch.inference_mode():
-        costs = {layout: _measure(layout, compiled) for layout in _LAYOUTS if layout in layouts}
+        costs = {layout: _measure(layout, compiled, floats) for layout in _LAYOUTS if layout in layouts}
     return KernelProfile("bfloat16", torch.get_num_threads(), costs)
 
 
 _LAYOUTS: tuple[Layout, ...] = ("int4", "int8")
 
 
-def _kernels(layout: Layout, compiled: CompiledLowBit | None) -> list[Kernel]:
-    missing = _missing(compiled)
+def _kernels(layout: Layout, compiled: CompiledLowBit | None, floats: FloatLowBit | None) -> list[Kernel]:
+    missing = _missing(compiled, floats)
     return [kernel for kernel in KERNELS[layout] if kernel not in missing]
 
 
-def _missing(compiled: CompiledLowBit | None) -> frozenset[Kernel]:
+def _missing(compiled: CompiledLowBit | None, floats: FloatLowBit | None) -> frozenset[Kernel]:
     """Kernels of our own that cannot be had."""
+    missing: frozenset[Kernel] = frozenset() if floats is not None else _FLOATS
     if compiled is None:
-        return _OWN
-    return frozenset({"amx"}) if compiled.amx is None else frozenset()
+        return missing | _OWN
+    return missing | {"amx"} if compiled.amx is None else missing
 
 
-def _measure(layout: Layout, compiled: CompiledLowBit | None) -> dict[Kernel, Cost]:
-    kernels = _kernels(layout, compiled)
+def _measure(layout: Layout, compiled: CompiledLowBit | None, floats: FloatLowBit | None) -> dict[Kernel, Cost]:
+    kernels = _kernels(layout, compiled, floats)
     machine = machine_layout()
     panels = divide(*_MEASURED_SHAPE, LowBitFormat.parse(layout), machine)
     small = divide(BLOCK_ROWS, panels.low_bit.columns_multiple, panels.low_bit, machine)
 
     def call(kernel: Kernel, shape: Panels) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        products = LowBitProducts(always_low_bit(kernel), machine, compiled=compiled)
+        products = LowBitProducts(always_low_bit(kernel), machine, compiled=compiled, floats=floats)
         return lambda inputs, memory: products.linear(inputs, memory, shape, shape.rows, None)
 
     def weights(shape: Panels, count: int) -> Any:
@@ -393,4 +431,12 @@ def _measure(layout: Layout, compiled: CompiledLowBit | None) -> dict[Kernel, Co
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 
 
-__all__ = ["ACTIVATIONS", "LowBitProducts", "always_low_bit", "compiled_low_bit", "layout_of", "measure_low_bit"]
+__all__ = [
+    "ACTIVATIONS",
+    "LowBitProducts",
+    "always_low_bit",
+    "compiled_low_bit",
+    "float_low_bit",
+    "layout_of",
+    "measure_low_bit",
+]

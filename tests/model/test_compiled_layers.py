@@ -16,7 +16,8 @@ from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.support import LAYOUT, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.compiled_layers import CompiledLayers
-from pipo_ray.model.cpu_linear import CpuProducts, always, compiled_bf16
+from pipo_ray.model.cpu_kernels import OwnKernels
+from pipo_ray.model.cpu_linear import CpuProducts, always
 from pipo_ray.model.kernel_profile import Kernel
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit
 from pipo_ray.quant.policy import Precision, Rule
@@ -72,9 +73,9 @@ def pipeline(packed: PackedModel, kernel: Kernel = "compiled", **options: Any) -
 
 
 @cache
-def bf16() -> CompiledBf16 | None:
+def bf16() -> OwnKernels:
     """Compiled once for all tests."""
-    return compiled_bf16()
+    return OwnKernels(CompiledBf16())
 
 
 @pytest.fixture(params=[1, 2])

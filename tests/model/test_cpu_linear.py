@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 import pipo_ray.model.cpu_linear as cpu_linear
 from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
-from pipo_ray.compiled.support import amx_obstacle, obstacle
+from pipo_ray.compiled.float_inputs import PaddedInputs
+from pipo_ray.compiled.float_products import LEAST_COLUMNS, CompiledFloats
+from pipo_ray.compiled.support import amx_obstacle, floats_obstacle, obstacle
+from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.cpu_linear import (
     HALF_DTYPES,
     CpuProducts,
     HalfMatrix,
     ProductInputs,
     always,
-    amx_bf16,
-    compiled_bf16,
     is_hopeless,
     linear_into,
     measure_profile,
@@ -32,7 +33,9 @@ from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
-REASONS: dict[Kernel, str | None] = {"compiled": obstacle(), "amx": amx_obstacle()}
+REASONS: dict[Kernel, str | None] = {
+    "compiled": obstacle(), "amx": amx_obstacle(), "dots": floats_obstacle(), "outer": floats_obstacle(),
+}  # fmt: skip
 MISSING = {kernel for kernel, reason in REASONS.items() if reason is not None}
 KINDS = sorted({kernel for layout in SIXTEEN_BIT_LAYOUTS for kernel in KERNELS[layout]} - MISSING)
 shapes = st.tuples(
@@ -55,20 +58,19 @@ def weight_at(shape: tuple[int, int], dtype: torch.dtype, offset: int) -> torch.
 
 
 @cache
-def compiled() -> CompiledBf16 | None:
-    """Compiled once for all tests."""
-    return compiled_bf16()
+def own(dtype: torch.dtype = torch.bfloat16) -> OwnKernels:
+    """All that this machine can have, also those that it would not use; compiled once for all tests."""
+    is_bf16 = dtype is torch.bfloat16
+    return OwnKernels(
+        CompiledBf16() if is_bf16 and not REASONS["compiled"] else None,
+        CompiledAmx() if is_bf16 and not REASONS["amx"] else None,
+        None if REASONS["dots"] else CompiledFloats(dtype),
+    )
 
 
-@cache
-def amx() -> CompiledAmx | None:
-    """The same."""
-    return amx_bf16()
-
-
-def chunked(profile: KernelProfile, scratch_elements: int) -> CpuProducts:
+def chunked(profile: KernelProfile, scratch_elements: int, dtype: torch.dtype = torch.bfloat16) -> CpuProducts:
     """With a scratch so small that these small matrices take several chunks."""
-    products = CpuProducts(profile, compiled(), amx())
+    products = CpuProducts(profile, own(dtype))
     products._scratch = torch.empty(scratch_elements)
     return products
 
@@ -85,9 +87,9 @@ def test_every_product_is_rounded_once(
     scratch: int, strides: str, layout: str,
 ) -> None:  # fmt: skip
     leading, width, height = shape
-    if kernel in ("compiled", "amx") and (dtype is torch.float16 or layout == "matmul"):
+    if layout == "matmul" or (kernel in ("compiled", "amx") and dtype is torch.float16):
         kernel = "wide"  # instead: they have no such products
-    products = chunked(always(kernel, dtype), scratch)
+    products = chunked(always(kernel, dtype), scratch, dtype)
     inputs = torch.randn(*leading, width).to(dtype)
     if strides == "transposed":
         inputs = inputs.mT.contiguous().mT if inputs.dim() > 1 else inputs
@@ -130,7 +132,8 @@ def test_the_kernels_chosen_are_those_that_run(monkeypatch: pytest.MonkeyPatch) 
     ran: list[str] = []
     for kind, name in (
         (CpuProducts, "_wide_linear"), (CpuProducts, "_tall_linear"), (CpuProducts, "_wide_matmul"),
-        (CompiledBf16, "linear"), (CompiledAmx, "linear_into"),
+        (CompiledBf16, "linear"), (CompiledAmx, "linear_into"), (CompiledFloats, "dots_into"),
+        (CompiledFloats, "outer_into"),
     ):  # fmt: skip
         original = getattr(kind, name)
         monkeypatch.setattr(
@@ -138,27 +141,35 @@ def test_the_kernels_chosen_are_those_that_run(monkeypatch: pytest.MonkeyPatch) 
         )
     inputs, weight = torch.randn(3, 8).bfloat16(), torch.randn(8, 8).bfloat16()
     for kernel in KINDS:
-        bound = CpuProducts(always(kernel), compiled(), amx()).bind(weight)
+        bound = CpuProducts(always(kernel), own()).bind(weight)
         module = torch.nn.Linear(8, 8, bias=False, device="meta")
         module._parameters["weight"] = bound
         module(inputs)
         inputs.matmul(bound)
-    own = [*["linear_into"] * ("amx" in KINDS), *["linear"] * ("compiled" in KINDS)]
-    assert ran == [*own, "_tall_linear", "_wide_linear", "_wide_matmul"]
+    names = {
+        "amx": "linear_into", "compiled": "linear", "dots": "dots_into", "outer": "outer_into", "tall": "_tall_linear",
+        "wide": "_wide_linear",
+    }  # fmt: skip
+    assert ran == [*(names[kernel] for kernel in KINDS if kernel in names), "_wide_matmul"]
 
 
-@pytest.mark.parametrize("kernel", ["compiled", "amx"])
+@pytest.mark.parametrize("kernel", ["compiled", "amx", "dots", "outer"])
 def test_what_our_kernels_are_not_made_for_is_another_s(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel in MISSING:
         pytest.skip(str(REASONS[kernel]))
     monkeypatch.setattr(CompiledBf16, "linear", lambda *_: pytest.fail("called"))
     monkeypatch.setattr(CompiledAmx, "linear_into", lambda *_: pytest.fail("called"))
+    for name in ("dots_into", "outer_into"):
+        monkeypatch.setattr(CompiledFloats, name, lambda *_: pytest.fail("called"))
     for products, dtype in ((CpuProducts(always(kernel)), torch.bfloat16), (chunked(always(kernel), 99), None)):
         kind = dtype or torch.float16
-        weight, inputs = torch.randn(6, 4).to(kind), torch.randn(2, 4).to(kind)
+        weight, inputs = torch.randn(6, 16).to(kind), torch.randn(2, 16).to(kind)
         assert products.linear(inputs, weight).shape == (2, 6)
-    columns = torch.randn(4, 6).bfloat16().T
-    assert products.linear(torch.randn(2, 4).bfloat16(), columns).shape == (2, 6)
+    columns = torch.randn(16, 6).bfloat16().T
+    assert chunked(always(kernel), 99).linear(torch.randn(2, 16).bfloat16(), columns).shape == (2, 6)
+    if kernel in ("dots", "outer"):
+        weight = torch.randn(6, LEAST_COLUMNS - 1).bfloat16()
+        assert chunked(always(kernel), 99).linear(torch.randn(2, LEAST_COLUMNS - 1).bfloat16(), weight).shape == (2, 6)
 
 
 def test_transformers_conv1d_is_multiplied_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +244,7 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif("amx" in MISSING, reason=str(REASONS["amx"]))
 def test_parts_of_a_matrix_share_their_packed_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = CpuProducts(always("amx"), None, amx())
+    products = CpuProducts(always("amx"), own())
     weight, inputs = torch.randn(100, 40).bfloat16(), torch.randn(2, 3, 40).bfloat16()
     packed: list[int] = []
     original = CompiledAmx.pack
@@ -247,6 +258,25 @@ def test_parts_of_a_matrix_share_their_packed_inputs(monkeypatch: pytest.MonkeyP
     assert packed == [6]
 
 
+@pytest.mark.skipif("dots" in MISSING, reason=str(REASONS["dots"]))
+@pytest.mark.parametrize(("kernel", "made_of"), [("dots", (PaddedInputs, "of")), ("outer", (CompiledFloats, "group"))])
+def test_parts_of_a_matrix_share_their_widened_inputs(
+    kernel: Kernel, made_of: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = CpuProducts(always(kernel), own())
+    weight, inputs = torch.randn(100, 40).bfloat16(), torch.randn(2, 3, 40).bfloat16()
+    made: list[int] = []
+    original = getattr(*made_of)
+    monkeypatch.setattr(*made_of, lambda *args: (made.append(len(args[-1])), original(*args))[1])
+    split = SplitMatrix.make(
+        (100, 40), torch.bfloat16, torch.device("cpu"),
+        lambda _: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 64), (64, 100))),
+    )  # fmt: skip
+    exact = inputs.double() @ weight.double().T
+    torch.testing.assert_close(F.linear(inputs, split).double(), exact, rtol=0.008, atol=1e-3)
+    assert made == [6]
+
+
 @pytest.mark.parametrize("kernel", [None, *KINDS])
 @pytest.mark.parametrize("rows", [1, 31, 32, 50])
 @pytest.mark.parametrize("columns", [24, 512])
@@ -258,7 +288,7 @@ def test_a_product_goes_to_its_columns_and_no_others(
     weight, inputs = torch.randn(columns, 16).to(dtype), torch.randn(rows, 16).to(dtype)
     bias = torch.randn(columns).to(dtype) if with_bias else None
     exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
-    part = weight if kernel is None else CpuProducts(always(kernel), compiled(), amx()).bind(weight)
+    part = weight if kernel is None else CpuProducts(always(kernel), own()).bind(weight)
     output = torch.full((rows, columns + 36), 7.0, dtype=dtype)
     mine = output[:, 20 : 20 + columns]
     linear_into(ProductInputs(inputs), part, bias, mine)
@@ -293,7 +323,7 @@ def test_a_profile_is_measured_once_and_kept(
     monkeypatch.setattr(cpu_linear, "measure_costs", lambda *_: pytest.fail("measured again"))
     again = CpuProducts.for_run(dtype, ProfilePlaces(file), code)
     assert again._profile == first._profile
-    compiles = dtype is torch.bfloat16 and not MISSING
+    compiles = not REASONS["dots"] or (dtype is torch.bfloat16 and not REASONS["compiled"])
     assert set(tmp_path.iterdir()) == {file} | ({code} if compiles else set())
     monkeypatch.setattr(cpu_linear, "measure_costs", lambda layouts, dtype, *_: always("tall", dtype).costs)
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
@@ -330,7 +360,7 @@ def test_what_is_slow_with_few_rows_is_still_measured_with_many(monkeypatch: pyt
 
 
 def test_measured_costs_are_positive_for_every_kernel() -> None:
-    profile = measure_profile(torch.bfloat16, compiled(), amx())
+    profile = measure_profile(torch.bfloat16, own())
     assert tuple(profile.costs) == SIXTEEN_BIT_LAYOUTS
     for layout in SIXTEEN_BIT_LAYOUTS:
         assert set(profile.costs[layout]) == set(KERNELS[layout]) - MISSING

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipo_ray.model import cpu_linear, kept_profiles
+from pipo_ray.model import cpu_kernels, cpu_linear, kept_profiles
+from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.kept_profiles import Costs, Measurable, ProfilePlaces, kept_profile, processor_name
 from pipo_ray.model.kernel_profile import Cost, KernelProfile, Layout
@@ -203,13 +204,13 @@ def test_products_of_the_next_session_are_made_by_the_same_kernels(
     def measured(layouts: Collection[Layout], dtype: torch.dtype, *_: object) -> dict[Layout, Costs]:
         seconds = {"native": next(clock), "wide": 0.5, "tall": 0.7}
         return {
-            layout: {kernel: Cost(seconds[kernel], (1,), (0.0,)) for kernel in cpu_linear._kernels(layout, None, None)}
+            layout: {kernel: Cost(seconds[kernel], (1,), (0.0,)) for kernel in OwnKernels().of_layout(layout)}
             for layout in layouts
         }
 
     monkeypatch.setattr(cpu_linear, "measure_costs", measured)
-    for name in ("obstacle", "amx_obstacle"):
-        monkeypatch.setattr(cpu_linear, name, lambda: "no compiler")
+    for name in ("obstacle", "amx_obstacle", "floats_obstacle"):
+        monkeypatch.setattr(cpu_kernels, name, lambda: "no compiler")
     weight, inputs = torch.randn(300, 700).bfloat16(), torch.randn(5, 700).bfloat16()
     folder = tmp_path / "profiles"
     results = []

@@ -20,11 +20,21 @@ from transformers import AutoModelForCausalLM
 
 import pipo_ray.model.low_bit as low_bit_module
 from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
-from pipo_ray.compiled.support import amx_obstacle
+from pipo_ray.compiled.float_inputs import PaddedInputs
+from pipo_ray.compiled.float_products import CompiledFloats
+from pipo_ray.compiled.support import amx_obstacle, floats_obstacle
 from pipo_ray.errors import UnsupportedModelError
+from pipo_ray.model.cpu_linear import ProductInputs
 from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, layout_of, measure_low_bit
+from pipo_ray.model.low_bit import (
+    LowBitProducts,
+    always_low_bit,
+    compiled_low_bit,
+    float_low_bit,
+    layout_of,
+    measure_low_bit,
+)
 from pipo_ray.model.streamed import SplitMatrix
 from pipo_ray.quant.codec import read_rows, views_of, write_rows
 from pipo_ray.quant.formats import LowBitFormat
@@ -34,8 +44,13 @@ from pipo_ray.quant.rounding import round_to_nearest, values_of
 
 NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
 BF16_STEP = 2.0**-8
-COMPILED = compiled_low_bit()
-MISSING: set[Kernel] = (set() if COMPILED else {"compiled", "blocks"}) | ({"amx"} if amx_obstacle() else set())
+COMPILED, FLOATS = compiled_low_bit(), float_low_bit()
+OWN = {"compiled": COMPILED, "floats": FLOATS}
+MISSING: set[Kernel] = (
+    (set() if COMPILED else {"compiled", "blocks"})
+    | ({"amx"} if amx_obstacle() else set())
+    | (set() if FLOATS else {"dots", "outer"})
+)
 
 
 def packed(weight: torch.Tensor, panels: Panels) -> torch.Tensor:
@@ -77,7 +92,7 @@ def test_products_are_those_of_the_unpacked_weight(
     if inputs.dim() == 2:
         inputs = with_strides(inputs, strides)
     bias = torch.randn(rows, generator=generator).bfloat16() if with_bias else None
-    bound = LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=COMPILED).bind(memory, panels, 0)
+    bound = LowBitProducts(always_low_bit(kernel), machine_layout(), **OWN).bind(memory, panels, 0)
     got = F.linear(inputs, bound, bias)
     assert type(got) is torch.Tensor
     assert (got.dtype, got.shape) == (torch.bfloat16, (*leading, rows))
@@ -149,7 +164,7 @@ def test_without_a_matrix_unit_the_other_kernels_multiply(monkeypatch: pytest.Mo
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
     monkeypatch.setattr(low_bit_module, "amx_obstacle", lambda: "this processor has no AMX_TILE")
     compiled = compiled_low_bit()
-    costs = measure_low_bit(["int4", "int8"], compiled).costs
+    costs = measure_low_bit(["int4", "int8"], compiled, FLOATS).costs
     assert all(set(costs[layout]) == set(KERNELS[layout]) - MISSING - {"amx"} for layout in ("int4", "int8"))
     # As a run chooses that has another machine's profile.
     products = LowBitProducts(always_low_bit("amx"), machine_layout(), compiled=compiled)
@@ -169,7 +184,7 @@ def test_parts_of_a_matrix_share_inputs_in_tiles(
     tiled: list[int] = []
     original = CompiledAmxLowBit.pack
     monkeypatch.setattr(CompiledAmxLowBit, "pack", lambda self, x: (tiled.append(len(x)), original(self, x))[1])
-    products = LowBitProducts(always_low_bit("amx"), machine_layout(), compiled=COMPILED)
+    products = LowBitProducts(always_low_bit("amx"), machine_layout(), **OWN)
     panels = divide(150, 128, LowBitFormat.parse("int4"), machine_layout(), 1)
     assert panels.num_panels == 3
     stored, inputs = packed(torch.randn(150, 128), panels), torch.randn(2, 5, 128).to(dtype)
@@ -187,10 +202,56 @@ def test_parts_of_a_matrix_share_inputs_in_tiles(
     assert tiled == ([10, 10] if dtype is torch.bfloat16 else [10, 10, 10])
 
 
+@pytest.mark.skipif("dots" in MISSING, reason=str(floats_obstacle()))
+@pytest.mark.parametrize(
+    ("name", "kernel", "made_of"),
+    [("int8", "dots", (PaddedInputs, "of")), ("int8", "outer", (CompiledFloats, "group")), ("int4", "outer", None)],
+)
+def test_parts_of_a_matrix_share_widened_inputs(
+    name: str, kernel: Kernel, made_of: tuple[type, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs are written in their columns. Int4 takes the inputs as floats."""
+    made: list[int] = []
+    if made_of is None:
+        made_of = (ProductInputs, "floats")
+    original = getattr(*made_of)
+    monkeypatch.setattr(*made_of, lambda *args: (made.append(1), original(*args))[1])
+    products = LowBitProducts(always_low_bit(kernel), machine_layout(), **OWN)
+    panels = divide(150, 128, LowBitFormat.parse(name), machine_layout(), 1)
+    stored, inputs = packed(torch.randn(150, 128), panels), torch.randn(2, 5, 128).bfloat16()
+    split = SplitMatrix.make(
+        (150, 128), torch.bfloat16, torch.device("cpu"),
+        lambda _: (
+            (64 * first, min(64 * stop, 150), products.bind(stored[first:stop], panels, first))
+            for first, stop in ((0, 2), (2, 3))
+        ),
+    )  # fmt: skip
+    got = F.linear(inputs, split)
+    assert torch.equal(got, F.linear(inputs, products.bind(stored, panels, 0)))
+    assert len(made) == (2 if name == "int8" else 3)  # for the parts once; int4 asks each time for what is there
+
+
+@pytest.mark.skipif("dots" in MISSING, reason=str(floats_obstacle()))
+@pytest.mark.parametrize("layout", ["avx2", "avx512"])
+@pytest.mark.parametrize("counts", [(1, 2, 3, 4), (5, 9, 40, 300)])
+def test_a_row_of_inputs_gives_the_same_bits_in_any_company(layout: str, counts: tuple[int, ...]) -> None:
+    """Where few are multiplied, and where many are; whatever panels the weight is in."""
+    products = LowBitProducts(always_low_bit("outer"), layout, floats=FLOATS)
+    weight, inputs = torch.randn(200, 1024), torch.randn(max(counts), 1024).bfloat16()
+    results = []
+    for panel_bytes in (1, 1 << 20):
+        panels = divide(200, 1024, LowBitFormat.parse("int4-g32"), layout, panel_bytes)
+        stored = packed(weight, panels)
+        results += [products.linear(inputs[:count], stored, panels, 200, None) for count in counts]
+    for result in results:
+        assert torch.equal(result, results[len(counts) - 1][: len(result)])
+
+
 def test_without_a_compiler_the_other_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_bit_module, "_MEASURED_ROWS", (1,))
     monkeypatch.setattr(low_bit_module, "_MEASURED_TIMES", 1)
-    monkeypatch.setattr(low_bit_module, "obstacle", lambda: "llvmlite is not installed")
+    for name in ("obstacle", "floats_obstacle"):
+        monkeypatch.setattr(low_bit_module, name, lambda: "llvmlite is not installed")
     products = LowBitProducts.for_run(["int4", "int8"], ProfilePlaces(tmp_path / "profile.json"))
     saved = KernelProfile.load(tmp_path / "profile.json")
     assert saved is not None
@@ -295,7 +356,7 @@ def test_a_model_is_as_exact_as_transformers_with_the_same_weights(
     experts = [t for block in store.manifest.blocks for t in block.tensors if t.expert is not None]
     assert all(tensor.panels is not None for tensor in experts)
     assert bool(experts) == (config in ("Qwen3MoeConfig", "MixtralConfig"))
-    products = LowBitProducts(always_low_bit(kernel), machine_layout(), compiled=COMPILED)
+    products = LowBitProducts(always_low_bit(kernel), machine_layout(), **OWN)
     with Pipeline(store, spare_slots=2, chunk=16, low_bit=products) as pipeline:
         assert experts or any(not tensor.whole for piece in pipeline.pieces for tensor in piece.tensors)
         assert pipeline.stream.times.streamed_bytes == 0

@@ -14,7 +14,8 @@ from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 from pipo_ray.compiled.part_run import PartRun
 from pipo_ray.compiled.support import amx_obstacle, obstacle
 from pipo_ray.model.batch import SweepEntry
-from pipo_ray.model.cpu_linear import CpuProducts, always, amx_bf16, compiled_bf16
+from pipo_ray.model.cpu_kernels import OwnKernels
+from pipo_ray.model.cpu_linear import CpuProducts, always
 from pipo_ray.model.kernel_profile import Kernel
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
@@ -25,7 +26,7 @@ needs_compiled = pytest.mark.skipif(REASONS["compiled"] is not None, reason=str(
 
 @cache
 def products(kernel: Kernel) -> CpuProducts:
-    return CpuProducts(always(kernel), compiled_bf16(), amx_bf16())
+    return CpuProducts(always(kernel), OwnKernels.of(torch.bfloat16))
 
 
 @pytest.fixture(params=REASONS)

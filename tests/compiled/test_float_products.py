@@ -1,0 +1,130 @@
+"""Float32 products with 16-bit weights against float64: any shape, and the same bits in any company."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipo_ray.compiled import float_outer, float_products
+from pipo_ray.compiled.float_inputs import PaddedInputs, vectors_for
+from pipo_ray.compiled.float_products import LEAST_COLUMNS, CompiledFloats
+from pipo_ray.compiled.support import floats_obstacle
+
+pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
+DTYPES = (torch.bfloat16, torch.float16)
+WEIGHTS = (*DTYPES, torch.int8)
+KERNELS = ("dots", "outer")
+
+
+@cache
+def kernels(dtype: torch.dtype) -> CompiledFloats:
+    """Compiled once for all tests."""
+    return CompiledFloats(dtype)
+
+
+def product(
+    kernel: str, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None, num_rows: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    output = torch.full((len(rows), num_rows or len(weight)), torch.nan, dtype=rows.dtype)
+    own = kernels(weight.dtype)
+    if kernel == "dots":
+        own.dots_into(PaddedInputs.of(rows), weight, bias, output, scales)
+    else:
+        own.outer_into(own.group(rows), weight, bias, output, scales)
+    return output
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(DTYPES), st.integers(1, 40) | st.integers(120, 300), st.integers(LEAST_COLUMNS, 600),
+    st.integers(1, 40), st.booleans(), st.integers(0, 20), st.booleans(), st.sampled_from([200, 1 << 20]),
+    st.sampled_from([1 << 10, 256 << 10]),
+)  # fmt: skip
+def test_any_shape(
+    kernel: str, dtype: torch.dtype, num_inputs: int, columns: int, num_rows: int, with_bias: bool, gap: int,
+    transposed: bool, most_sums: int, task_bytes: int,
+) -> None:  # fmt: skip
+    """Within a rounding of the exact result; nothing is read between the rows of a weight, nor behind it."""
+    rows = (torch.randn(columns, num_inputs).T if transposed else torch.randn(num_inputs, columns)).to(dtype)
+    weight = torch.full((num_rows, columns + gap), torch.nan, dtype=dtype)[:, :columns]
+    weight[:] = torch.randn(num_rows, columns)
+    bias = torch.randn(num_rows).to(dtype) if with_bias else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float_products, "_MOST_SUMS", most_sums)
+        patch.setattr(float_products, "_TASK_BYTES", task_bytes)
+        got = product(kernel, rows, weight, bias)
+    exact = rows.double() @ weight.double().T + (0 if bias is None else bias.double())
+    terms = rows.double().abs() @ weight.double().abs().T
+    allowed = 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6 * terms + 1e-7
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 40) | st.integers(120, 140), st.integers(LEAST_COLUMNS, 600), st.integers(1, 5), st.integers(1, 20),
+    st.integers(0, 19), st.sampled_from([200, 1 << 20]), st.sampled_from(WEIGHTS),
+)  # fmt: skip
+def test_panels_and_scales(
+    kernel: str, num_inputs: int, columns: int, panels: int, panel_rows: int, missing: int, most_sums: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Of the last panel some rows are not wanted. Behind each panel's codes is something else."""
+    weight = torch.full((panels, panel_rows * columns + 77), 99, dtype=dtype)[:, : panel_rows * columns]
+    weight[:] = 20 * torch.randn(panels, panel_rows * columns)
+    weight = weight.unflatten(1, (panel_rows, columns))
+    num_rows = panels * panel_rows - missing % panel_rows
+    rows = torch.randn(num_inputs, columns).to(torch.bfloat16 if dtype is torch.int8 else dtype)
+    scales = torch.rand(panels * panel_rows).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float_products, "_MOST_SUMS", most_sums)
+        got = product(kernel, rows, weight, scales=scales, num_rows=num_rows)
+    scaled = (weight.double().flatten(0, 1) * scales.double()[:, None])[:num_rows]
+    exact, terms = rows.double() @ scaled.T, rows.double().abs() @ scaled.abs().T
+    allowed = 0.501 * torch.finfo(rows.dtype).eps * exact.abs() + 1e-6 * terms + 1e-7
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("columns", [2051, 4096])
+def test_a_row_s_bits_do_not_depend_on_the_others(kernel: str, columns: int) -> None:
+    rows, weight = torch.randn(40, columns).bfloat16(), torch.randn(29, columns).bfloat16()
+    together = product(kernel, rows, weight)
+    for count in (1, 2, 3, 5, 9, 17, 33):
+        assert torch.equal(product(kernel, rows[:count], weight), together[:count])
+    assert torch.equal(product(kernel, rows[7:8], weight[11:]), together[7:8, 11:])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_where_it_is(kernel: str, dtype: torch.dtype) -> None:
+    rows, weight = torch.ones(11, 75, dtype=dtype), torch.ones(9, 75, dtype=dtype)
+    weight[4, 74], rows[3, 0], rows[6, 70] = torch.inf, torch.nan, -torch.inf
+    got, expected = product(kernel, rows, weight), rows.double() @ weight.double().T
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num().double(), expected.to(dtype).nan_to_num().double())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_numbers_are_widened_exactly(kernel: str, dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = patterns[patterns.isfinite()].view(-1, 8)
+    rows = torch.zeros(1, 8, dtype=dtype)
+    for column in (0, 7):
+        rows.zero_()[0, column] = 1
+        assert torch.equal(product(kernel, rows, numbers)[0], numbers[:, column])
+
+
+def test_how_many_inputs_lie_side_by_side() -> None:
+    """Few are computed for nothing."""
+    assert [vectors_for(count) for count in (1, 16, 17, 24, 25, 32, 33, 48, 96)] == [2, 2, 3, 3, 2, 2, 3, 3, 3]
+    for count in range(1, 200):
+        width = float_outer.width(vectors_for(count))
+        assert -(-count // width) * width < count + 24
