@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pipo_ray.assembly import RequestAssembly
 from pipo_ray.budgets import Size, gpu_budget, kv_on_disk_wish, memory_budget, require_one_place
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import low_bit_support
 from pipo_ray.device import choose_device
 from pipo_ray.errors import ActorFailedError, InputError, PipoError, ResourceError
 from pipo_ray.lengths import Lengths
@@ -37,7 +37,6 @@ from pipo_ray.planner import asks_for_rates, choose_plan, open_kv_place
 from pipo_ray.prepare import cache_folder, prepare_store, profile_folder
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.kv_policy import KVPrecision
-from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.target import Target
 from pipo_ray.scheduling.limits import limits_of
 from pipo_ray.session.background import give_way
@@ -173,7 +172,7 @@ class LLM:
             plan, folders, cache_folder(), chosen, chosen_mode,
             transfer=transfer, kv_on_cpu=bool(kv_on_cpu), kv_place=kv_place, on_progress=on_progress,
         )  # fmt: skip
-        processor = (machine_layout(), obstacle()) if chosen.kind == "cpu" else ()
+        processor = low_bit_support() if chosen.kind == "cpu" else ()
         self._lines = [budget_line, *prepared.describe(*processor), *self._plan.explanation, *reasons]
         if background:
             self._lines += cannot_give_way(folders)

@@ -69,10 +69,10 @@ class PreparedStore:
     packed_now: bool
     chosen: Chosen | None = None
 
-    def describe(self, layout: str | None = None, obstacle: str | None = None) -> list[str]:
+    def describe(self, layouts: Sequence[str] = (), obstacle: str | None = None) -> list[str]:
         """Lines for the user: its precision, where that is not plain; the arguments are `describe_precision`'s."""
         chosen = [] if self.chosen is None else [str(self.chosen)]
-        return [*chosen, *describe_precision(self.manifest, layout, obstacle)]
+        return [*chosen, *describe_precision(self.manifest, layouts, obstacle)]
 
 
 def prepare_store(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,34 +62,54 @@ class FloatLowBit:
         codes, scales = _int8(memory, panels)
         self.int8.outer_into(inputs, codes, None, output, scales)
 
-    def int4_into(self, rows: torch.Tensor, memory: torch.Tensor, panels: Panels, output: torch.Tensor) -> None:
-        """The same with int4 panels, of inputs float32 [n, columns], contiguous: few of them, or many."""
+    def int4_product(
+        self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int
+    ) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        """The same with int4 panels, of `num_inputs` rows: takes the inputs, float32 [n, columns] and contiguous, and
+        the output, [n, num_rows]. What does not depend on them is made ready once.
+        """
         all_rows = len(memory) * panels.panel_rows
-        at_once = max(1, min(float_int4.KEPT_INPUTS, _MOST_SUMS // all_rows))
-        at_once = -(-len(rows) // -(-len(rows) // at_once))  # about the same every time
-        for part, target in zip(rows.split(at_once), output.split(at_once), strict=True):
-            target[:] = self._int4_sums(part, memory, panels, all_rows)[:, : target.shape[1]]
+        most = max(1, min(float_int4.KEPT_INPUTS, _MOST_SUMS // all_rows))
+        at_once = -(-num_inputs // -(-num_inputs // most))  # about the same every time
+        calls = {count: self._int4_sums(memory, panels, all_rows, count) for count in {at_once, num_inputs % at_once}}
 
-    def _int4_sums(self, rows: torch.Tensor, memory: torch.Tensor, panels: Panels, all_rows: int) -> torch.Tensor:
-        group, count = panels.low_bit.group, len(rows)
+        def multiply(rows: torch.Tensor, output: torch.Tensor) -> None:
+            if at_once == num_inputs:
+                output.copy_(calls[at_once](rows)[:, :num_rows])
+                return
+            for part, target in zip(rows.split(at_once), output.split(at_once), strict=True):
+                target.copy_(calls[len(part)](part)[:, :num_rows])
+
+        return multiply
+
+    def _int4_sums(
+        self, memory: torch.Tensor, panels: Panels, all_rows: int, count: int
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Products of `count` rows of inputs with all rows of panels, float32."""
+        if not count:
+            return lambda rows: rows
+        group, block = panels.low_bit.group, INT4_LAYOUTS[panels.layout].block
         few = count <= float_int4.MOST_FEW
-        name = (
-            float_int4.few_name(count) if few else float_int4.many_name(inputs_at_once(count, float_int4.MOST_INPUTS))
-        )
-        sums = rows.view(count, -1, group).sum(-1) if few else rows
-        output = torch.empty(count, all_rows)
-        block = INT4_LAYOUTS[panels.layout].block
+        many = float_int4.many_name(inputs_at_once(count, float_int4.MOST_INPUTS))
+        function = self._code(group, block // 2).address(float_int4.few_name(count) if few else many)
         words = {
-            "panels": memory.data_ptr(), "inputs": rows.data_ptr(), "sums": sums.data_ptr(),
-            "output": output.data_ptr(), "num_inputs": count, "columns": panels.columns,
+            "panels": memory.data_ptr(), "num_inputs": count, "columns": panels.columns,
             "panel_blocks": panels.panel_rows // block, "blocks": all_rows // block,
-            "panel_bytes": memory.stride(0), "scales": panels.code_bytes,
-            "output_bytes": 4 * all_rows,
+            "panel_bytes": memory.stride(0), "scales": panels.code_bytes, "output_bytes": 4 * all_rows,
         }  # fmt: skip
         context = context_of([words.get(field, 0) for field in float_int4.FIELDS])
-        address = self._code(group, block // 2).address(name)
-        run_on_threads(address, ctypes.addressof(context), few and self._awake, self._folder)
-        return output
+        address = ctypes.addressof(context)
+        of_groups = (count, panels.columns // group, group)
+
+        def multiply(rows: torch.Tensor) -> torch.Tensor:
+            output = torch.empty(count, all_rows)
+            sums = rows.view(of_groups).sum(-1) if few else rows
+            context[_INPUTS], context[_SUMS], context[_OUTPUT] = rows.data_ptr(), sums.data_ptr(), output.data_ptr()
+            context[_NEXT] = 0
+            run_on_threads(function, address, few and self._awake, self._folder)
+            return output
+
+        return multiply
 
     def _code(self, group: int, half: int) -> MachineCode:
         code = self._int4.get((group, half))
@@ -101,3 +122,6 @@ def _int8(memory: torch.Tensor, panels: Panels) -> tuple[torch.Tensor, torch.Ten
     """Codes int8 [panels, panel_rows, columns], over the same memory, and all rows' scales."""
     codes = memory[:, : panels.code_bytes].view(torch.int8).unflatten(1, (panels.panel_rows, panels.columns))
     return codes, memory[:, panels.code_bytes :].view(torch.bfloat16)[:, : panels.panel_rows].flatten()
+
+
+_INPUTS, _SUMS, _OUTPUT, _NEXT = map(float_int4.FIELDS.index, ("inputs", "sums", "output", "next"))

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Set
 
-from pipo_ray.quant.panels import PANEL_BYTES, SMALL_PANEL_BYTES, machine_layout, processor_flags
+from pipo_ray.quant.panels import INT4_LAYOUTS, PANEL_BYTES, SMALL_PANEL_BYTES, machine_layout, processor_flags
 
 LAYOUT = "avx512"
 """The int4 layout that the compiled kernels read."""
@@ -59,6 +59,17 @@ def amx_obstacle(flags: Set[str] | None = None) -> str | None:
         if libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILE_DATA):
             return f"Linux does not let this process use AMX (arch_prctl: error {ctypes.get_errno()})"
     return reason
+
+
+def low_bit_support() -> tuple[tuple[str, ...], str | None]:
+    """The layouts of int4 that are multiplied on this machine as they are, torch's first; and why none of our own
+    kernels does, in words for the user, None if one does.
+    """
+    machine, reason = machine_layout(), obstacle()
+    if reason is None or floats_obstacle() is not None:
+        return (machine,), reason
+    ours = (name for name, order in INT4_LAYOUTS.items() if order.stride == 1 and name != machine)
+    return (machine, *ours), None
 
 
 def machine_panel_bytes() -> int:

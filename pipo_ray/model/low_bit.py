@@ -183,7 +183,7 @@ class LowBitProducts:
         if kernel == "amx":
             return self._amx_product(memory, panels, num_rows)
         if kernel in _FLOATS:
-            return self._float_product(memory, panels, num_rows, kernel)
+            return self._float_product(memory, panels, num_rows, num_inputs, kernel)
         if kernel in _OWN:
             assert self._compiled is not None  # `_choose`
             product = self._compiled.product(memory, panels, num_rows, num_inputs, blocks=kernel == "blocks")
@@ -206,15 +206,19 @@ class LowBitProducts:
 
         return multiply
 
-    def _float_product(self, memory: torch.Tensor, panels: Panels, num_rows: int, kernel: Kernel) -> RowsProduct:
+    def _float_product(
+        self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int, kernel: Kernel
+    ) -> RowsProduct:
         floats = self._floats
         assert floats is not None  # `_choose`
+        is_int4 = panels.low_bit.bits == 4
+        int4 = floats.int4_product(memory, panels, num_rows, num_inputs) if is_int4 else None
 
         def multiply(inputs: ProductInputs, output: torch.Tensor | None) -> torch.Tensor:
             if output is None or output.dim() != 2:
-                output = inputs.rows.new_empty(len(inputs.rows), num_rows)
-            if panels.low_bit.bits == 4:
-                floats.int4_into(inputs.floats(), memory, panels, output)
+                output = inputs.rows.new_empty(num_inputs, num_rows)
+            if int4 is not None:
+                int4(inputs.floats(), output)
             elif kernel == "dots":
                 floats.int8_dots_into(inputs.padded(), memory, panels, output)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipo_ray.quant.calibration_text import CALIBRATION_KEY
@@ -13,11 +13,11 @@ from pipo_ray.store.dtypes import num_bytes
 from pipo_ray.store.manifest import Manifest
 
 
-def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: str | None = None) -> list[str]:
+def describe_precision(manifest: Manifest, layouts: Sequence[str] = (), obstacle: str | None = None) -> list[str]:
     """Lines for the user; none for a store without low-bit weights, out of a checkpoint without any.
 
-    With `layout`, the int4 layout of this machine, a line says so where the store has another one. With `obstacle`, why
-    our own kernels cannot be compiled here, a line says which are used.
+    With `layouts`, those of int4 that are multiplied as they are on this machine, the best first, a line says so where
+    the store has another one. With `obstacle`, why our own kernels cannot be compiled here, a line says which are used.
     """
     packed = [tensor.panels for block in manifest.blocks for tensor in block.tensors if tensor.panels is not None]
     source = describe_source(manifest)
@@ -45,12 +45,12 @@ def describe_precision(manifest: Manifest, layout: str | None = None, obstacle: 
             f"calibrated: {calibrated['matrices']} int4 matrices rounded with {calibrated['tokens']} tokens of "
             f"{calibrated['file']}{rest}"
         )
-    layouts = {panels.layout for panels in packed if panels.low_bit.bits == 4}
-    others = sorted(layouts - {layout})
-    if layout is not None and others:
+    stored = {panels.layout for panels in packed if panels.low_bit.bits == 4}
+    others = sorted(stored - set(layouts))
+    if layouts and others:
         lines.append(
-            f"int4 weights are stored for {others[0]} and this processor's kernel takes {layout}: they are unpacked "
-            "for every product, which is exact and slower; pack the checkpoint again on this machine"
+            f"int4 weights are stored for {others[0]} and this processor's kernel takes {layouts[0]}: they are "
+            "unpacked for every product, which is exact and slower; pack the checkpoint again on this machine"
         )
     elif obstacle is not None:
         lines.append(f"low-bit products are torch's, because {obstacle}: kernels of our own would be faster")

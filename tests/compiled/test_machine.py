@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pipo_ray.compiled.machine as machine
+from pipo_ray.compiled import support
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.support import obstacle
@@ -77,3 +78,27 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert obstacle(everything - {"avx512_bf16"}) == "this processor has no AVX512_BF16"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert obstacle(everything) == "llvmlite is not installed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "layouts", "small"),
+    [
+        ({"avx2", "fma", "f16c"}, ("avx2", "avx512"), True),
+        ({"avx2", "fma"}, ("avx2",), False),
+        (set(), ("plain",), False),
+    ],
+)
+def test_what_a_processor_without_16_bit_arithmetic_multiplies(
+    flags: set[str], layouts: tuple[str, ...], small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX2 kernels of our own, in float32, which take more layouts and smaller panels than torch's."""
+    monkeypatch.setattr(support, "processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(support, "machine_layout", lambda: layouts[0])
+    found, reason = support.low_bit_support()
+    assert found == layouts
+    assert (reason is None) == small
+    assert small or "this processor has no AVX512" in str(reason)
+    assert (support.machine_panel_bytes() < 2 << 20) == small
+    monkeypatch.setattr(support, "_without_compiler", lambda: "llvmlite is not installed")
+    assert support.low_bit_support()[0] == layouts[:1]
+    assert support.floats_obstacle() is not None
