@@ -112,8 +112,8 @@ def measure(rows: Sequence[int], shape: tuple[int, int], rounds: int, clock: str
                 {"rows": number, "product": kind, "seconds": median, "least_s": min(taken[kind]),
                  "bytes": nbytes, "bytes_per_s": nbytes / median, "flops": operations / median}
             )  # fmt: skip
-            chosen = statistics.median(taken[kind.split()[0]])
-            if " " in kind and kind != READ and median > _HOPELESS * chosen:
+            name, _, kernel = kind.partition(" ")
+            if kernel and kind != READ and median > _HOPELESS * statistics.median(taken[name]):
                 hopeless.add(kind)
     return result
 

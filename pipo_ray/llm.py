@@ -71,8 +71,9 @@ class LLM:
     its priority. `verify_checksums` checks what is in memory of every block the first time it is read.
     `mode` is "performance" or "memory-saver", which stages weights in a quarter of the memory; `max_kv_tokens` the most
     tokens that all requests at the same time will have, and `max_kv_sequences` how many sequences they are: what those
-    do not need is left to weights, and what comes beyond them waits (8 always go together); `transfer` takes the
-    place of what would be chosen from a short measurement of the drive (made once, and kept in the cache).
+    do not need is left to weights, and what comes beyond them waits (8 always go together, and tokens whose logits
+    `score` gives); `transfer` takes the place of what would be chosen from a short measurement of the drive (made once,
+    and kept in the cache).
     `kv_in_ram` keeps in RAM what the GPU has no room for of the KV cache; with `kv_on_cpu` all of it is there, and
     the processor attends for tokens that come alone, so that the link has weights to carry only (None: where that is
     faster by 5 % and more, for what `max_kv_tokens` says); `kv_on_disk`

@@ -106,15 +106,21 @@ class CompiledFloats:
 
 def _slabs(weight: torch.Tensor, num_rows: int, num_inputs: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """The first `num_rows` rows of a weight, in panels or not, so many at a time that their sums with so many inputs
-    are no more than `_MOST_SUMS`; or the rows of a panel, if those are more.
+    are no more than `_MOST_SUMS`.
     """
+    most = max(1, _MOST_SUMS // num_inputs)
     if weight.dim() == 2:
-        most = max(1, _MOST_SUMS // num_inputs)
         for start in range(0, num_rows, most):
             yield start, min(start + most, num_rows), weight[start : start + most]
         return
     of_panel = weight.shape[1]
-    panels = max(1, _MOST_SUMS // (num_inputs * of_panel))
+    panels = most // of_panel
+    if not panels:
+        for first, panel in enumerate(weight):
+            wanted = min(of_panel, num_rows - first * of_panel)
+            for start, stop, some in _slabs(panel, wanted, num_inputs):
+                yield first * of_panel + start, first * of_panel + stop, some
+        return
     for first in range(0, -(-num_rows // of_panel), panels):
         stop = min((first + panels) * of_panel, num_rows)
         yield first * of_panel, stop, weight[first : first + panels]

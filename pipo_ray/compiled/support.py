@@ -35,8 +35,8 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
 
 
 def floats_obstacle(flags: Set[str] | None = None) -> str | None:
-    """Why 16-bit weights cannot be multiplied in float32 by kernels that are compiled here, in words for the user; None
-    if they can. `flags` are those of the processor in /proc/cpuinfo.
+    """Why weights of 16 bits and less cannot be multiplied in float32 by kernels that are compiled here, in words for
+    the user; None if they can. `flags` are those of the processor in /proc/cpuinfo.
     """
     missing = sorted(_FLOATS_NEEDED - (processor_flags() if flags is None else flags))
     if missing:
@@ -66,8 +66,10 @@ def low_bit_support() -> tuple[tuple[str, ...], str | None]:
     kernels does, in words for the user, None if one does.
     """
     machine, reason = machine_layout(), obstacle()
-    if reason is None or floats_obstacle() is not None:
-        return (machine,), reason
+    if reason is None:
+        return (machine,), None
+    if (in_floats := floats_obstacle()) is not None:
+        return (machine,), reason if _FLOATS_NEEDED - processor_flags() else in_floats
     ours = (name for name, order in INT4_LAYOUTS.items() if order.stride == 1 and name != machine)
     return (machine, *ours), None
 

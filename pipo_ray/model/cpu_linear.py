@@ -275,38 +275,41 @@ class CpuProducts:
 
 
 class ProductInputs:
-    """Inputs [rows, in] of products with one weight, or with its parts."""
+    """Inputs [rows, in] of products with one weight, or with its parts: as kernels take them, made when they are first
+    asked for. Only what was asked for last is kept.
+    """
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
-        self._packed: PackedInputs | None = None
-        self._padded: PaddedInputs | None = None
-        self._grouped: GroupedInputs | None = None
-        self._floats: torch.Tensor | None = None
+        self._made: PackedInputs | PaddedInputs | GroupedInputs | torch.Tensor | None = None
 
     def packed(self, amx: CompiledAmx | CompiledAmxLowBit) -> PackedInputs:
-        """In tiles: made once, when they are first asked for."""
-        if self._packed is None:
-            self._packed = amx.pack(self.rows)
-        return self._packed
+        """In tiles."""
+        if not isinstance(self._made, PackedInputs):
+            self._made = None
+            self._made = amx.pack(self.rows)
+        return self._made
 
     def floats(self) -> torch.Tensor:
-        """In float32, and contiguous: made once."""
-        if self._floats is None:
-            self._floats = self.rows.to(torch.float32, memory_format=torch.contiguous_format)
-        return self._floats
+        """In float32, and contiguous."""
+        if not isinstance(self._made, torch.Tensor):
+            self._made = None
+            self._made = self.rows.to(torch.float32, memory_format=torch.contiguous_format)
+        return self._made
 
     def padded(self) -> PaddedInputs:
-        """In float32 for "dots": made once."""
-        if self._padded is None:
-            self._padded = PaddedInputs.of(self.rows)
-        return self._padded
+        """In float32 for "dots"."""
+        if not isinstance(self._made, PaddedInputs):
+            self._made = None
+            self._made = PaddedInputs.of(self.rows)
+        return self._made
 
     def grouped(self, floats: CompiledFloats) -> GroupedInputs:
-        """In float32 for "outer": made once."""
-        if self._grouped is None:
-            self._grouped = floats.group(self.rows)
-        return self._grouped
+        """In float32 for "outer"."""
+        if not isinstance(self._made, GroupedInputs):
+            self._made = None
+            self._made = floats.group(self.rows)
+        return self._made
 
 
 class HalfMatrix(torch.Tensor):

@@ -27,8 +27,8 @@ from pipo_ray.quant.panels import processor_flags
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
-    "compiled/*.py", "triton_kernels/*.py", "model/cpu_linear.py", "model/low_bit.py", "model/kernel_profile.py",
-    "quant/codec.py",
+    "compiled/*.py", "triton_kernels/*.py", "model/cpu_linear.py", "model/cpu_kernels.py", "model/low_bit.py",
+    "model/kernel_profile.py", "quant/codec.py",
 )  # fmt: skip
 """Our kernels, what hands products to them, and what measures them."""
 

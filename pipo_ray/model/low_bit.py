@@ -56,9 +56,9 @@ class LowBitProducts:
 
     Takes 7 MiB for unpacked weights (6.5 bytes for each of 64 rows' weights if a row has more than 16,384), and what a
     product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
-    rows there are. Elsewhere than on the CPU all are: `profile` is not asked then. Without `compiled` or `floats` there
-    is no kernel of our own, and without the former's `amx` none for the matrix unit. That takes as much memory again as
-    the inputs, and `floats` twice as much, and 4 MiB for sums.
+    rows there are, unless `floats` takes them. Elsewhere than on the CPU all are: `profile` is not asked then. Without
+    `compiled` or `floats` there is no kernel of our own, and without the former's `amx` none for the matrix unit. That
+    takes as much memory again as the inputs, and `floats` twice as much, and 4 MiB for sums.
     """
 
     def __init__(

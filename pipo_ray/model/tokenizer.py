@@ -60,7 +60,7 @@ def shared_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
         shared = _shared.get(str(folder))
         if shared is None:
             shared = load_tokenizer(folder)
-            if shared is not None and shared.is_fast:
+            if shared is not None and getattr(shared, "is_fast", False):  # mistral-common's has no such attribute
                 # What its file says about cutting and padding would be taken out of it while others read it.
                 shared.backend_tokenizer.no_truncation()
                 shared.backend_tokenizer.no_padding()

@@ -77,10 +77,13 @@ def _mask_bytes(facts: ModelFacts, new_tokens: int, context_length: int) -> int:
 
 def logits_rows(facts: ModelFacts, memory_bytes: int, num_sequences: int | None) -> int:
     """Rows of logits that a sweep may make: what a small share of the memory holds, within sensible bounds, and no more
-    than for `num_sequences`, where it is known how many there will be.
+    than for `num_sequences`, where it is known how many there will be. Where prompts cannot be split, one that is
+    scored needs a row for each of its tokens.
     """
     share = max(_LEAST_LOGITS_BYTES, memory_bytes // 64)
-    most = min(_MOST_SEQUENCES, _MOST_SEQUENCES if num_sequences is None else num_sequences)
+    most = _MOST_SEQUENCES
+    if num_sequences is not None and facts.chunked:
+        most = min(most, num_sequences)
     return max(_LEAST_SEQUENCES, min(most, share // (_LOGITS_COPIES * 4 * facts.vocab_size)))
 
 

@@ -109,6 +109,17 @@ def test_all_who_want_it_have_the_same_one_and_nobody_keeps_it(small: Path) -> N
     assert str(small) not in tokenizer._shared
 
 
+def test_one_that_does_not_say_whether_it_is_fast_is_not_shared(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mistral-common's."""
+
+    class Bare:
+        pass
+
+    monkeypatch.setattr("pipo_ray.model.tokenizer.load_tokenizer", lambda folder: Bare())
+    assert type(shared_tokenizer(small)) is Bare
+    assert shared_tokenizer(small) is not shared_tokenizer(small)
+
+
 def test_threads_encode_and_decode_with_it_at_the_same_time(tmp_path: Path) -> None:
     """Its file cuts and pads, which the first to encode would switch off under the others' hands."""
     tokenizer = byte_pairs(1000)
@@ -138,4 +149,8 @@ def test_what_it_takes_is_what_the_plan_says(make: object, small: Path, tmp_path
 def test_another_file_may_become_either(tmp_path: Path, small: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
     assert tokenizer_bytes(tmp_path, 32_000) == pytest.approx(59 << 20, rel=0.1), "what Unigram was measured with"
+    (tmp_path / "tokenizer.model").rename(tmp_path / "vocab.json")
+    assert tokenizer_bytes(tmp_path, 32_000) == pytest.approx(27 << 20, rel=0.1), "one in Python, twice"
+    (tmp_path / "tokenizer.json").mkdir()
+    assert tokenizer_bytes(tmp_path, 32_000) == pytest.approx(27 << 20, rel=0.1), "nor is it read"
     assert tokenizer_bytes(small, 1000) < 1 << 20

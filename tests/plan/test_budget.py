@@ -373,3 +373,11 @@ def test_ram_holds_as_many_tokens_beside_a_gpu_as_were_asked_for() -> None:
         found = plan((manifest, facts), **gpu, max_kv_tokens=tokens, max_kv_sequences=sequences)
         # Each sequence takes whole pages.
         assert tokens + 63 * sequences <= found.kv_tokens <= tokens + 64 * (sequences + 1)
+
+
+def test_prompts_that_cannot_be_split_are_scored_whole_however_few_sequences_there_are() -> None:
+    manifest, facts = model(1, 64, 1000)
+    whole = replace(facts, chunked=False, ragged=False, attention="eager", num_attention_heads=4, context_length=512)
+    options = {"memory_bytes": 4 * GIB}
+    few, anybody = (plan((manifest, whole), **options, max_kv_sequences=count) for count in (1, None))
+    assert few.max_scored_tokens == anybody.max_scored_tokens > 8
