@@ -1,4 +1,4 @@
-"""Products with low-bit panels in float32, by the kernels in `float_int4.py`, `float_dots.py` and `float_outer.py`."""
+"""Products with low-bit panels by kernels for AVX2: in `int4_words.py`, and in `float_dots.py` and `float_outer.py`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-from pipo_ray.compiled import float_int4
+from pipo_ray.compiled import int4_words
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs
 from pipo_ray.compiled.float_products import CompiledFloats
-from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.row_products import inputs_at_once
+from pipo_ray.compiled.word_inputs import WordInputs
 from pipo_ray.quant.panels import INT4_LAYOUTS, Panels
 
 _MOST_SUMS = 1 << 20
+_ANY_HALF = 16  # inputs are the same for all layouts
 
 
 class FloatLowBit:
@@ -62,50 +64,69 @@ class FloatLowBit:
         codes, scales = _int8(memory, panels)
         self.int8.outer_into(inputs, codes, None, output, scales)
 
+    def words(self, rows: torch.Tensor, group: int) -> WordInputs:
+        """Inputs bf16 [n, columns], contiguous, for `int4_product` with such groups."""
+        count, columns = rows.shape
+        groups = columns // group
+        few = count <= int4_words.MOST_FEW
+        words = torch.empty(count, columns * (int4_words.SPREAD_BYTES // 2 if few else 1), dtype=torch.int16)
+        steps, sums = torch.empty(2, count, groups)
+        places = rows.data_ptr(), words.data_ptr(), steps.data_ptr(), sums.data_ptr()
+        context = context_of((*places, count * groups, 0))
+        function = self._code(group, _ANY_HALF).address(int4_words.SPREAD if few else int4_words.WORDS)
+        if few:  # sooner done than others are woken
+            run_here(function, ctypes.addressof(context))
+        else:
+            run_on_threads(function, ctypes.addressof(context), folder=self._folder)
+        return WordInputs(group, words, steps, sums)
+
     def int4_product(
         self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int
-    ) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        """The same with int4 panels, of `num_inputs` rows: takes the inputs, float32 [n, columns] and contiguous, and
-        the output, [n, num_rows]. What does not depend on them is made ready once.
+    ) -> Callable[[WordInputs, torch.Tensor], None]:
+        """The same with int4 panels, of `num_inputs` rows: takes the inputs, and the output, [n, num_rows]. What does
+        not depend on them is made ready once.
         """
         all_rows = len(memory) * panels.panel_rows
-        most = max(1, min(float_int4.KEPT_INPUTS, _MOST_SUMS // all_rows))
+        most = max(1, min(int4_words.KEPT_INPUTS, _MOST_SUMS // all_rows))
         at_once = -(-num_inputs // -(-num_inputs // most))  # about the same every time
-        calls = {count: self._int4_sums(memory, panels, all_rows, count) for count in {at_once, num_inputs % at_once}}
+        few = num_inputs <= int4_words.MOST_FEW
+        starts = range(0, num_inputs, at_once)
+        calls = {
+            count: self._int4_sums(memory, panels, all_rows, count, few)
+            for count in {min(at_once, num_inputs - start) for start in starts}
+        }
 
-        def multiply(rows: torch.Tensor, output: torch.Tensor) -> None:
-            if at_once == num_inputs:
-                output.copy_(calls[at_once](rows)[:, :num_rows])
+        def multiply(inputs: WordInputs, output: torch.Tensor) -> None:
+            if len(starts) == 1:
+                output.copy_(calls[num_inputs](inputs.words, inputs.steps, inputs.sums)[:, :num_rows])
                 return
-            for part, target in zip(rows.split(at_once), output.split(at_once), strict=True):
-                target.copy_(calls[len(part)](part)[:, :num_rows])
+            for start in starts:
+                target = output[start : start + at_once]
+                parts = (one[start : start + at_once] for one in (inputs.words, inputs.steps, inputs.sums))
+                target.copy_(calls[len(target)](*parts)[:, :num_rows])
 
         return multiply
 
     def _int4_sums(
-        self, memory: torch.Tensor, panels: Panels, all_rows: int, count: int
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        self, memory: torch.Tensor, panels: Panels, all_rows: int, count: int, few: bool
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
         """Products of `count` rows of inputs with all rows of panels, float32."""
-        if not count:
-            return lambda rows: rows
-        group, block = panels.low_bit.group, INT4_LAYOUTS[panels.layout].block
-        few = count <= float_int4.MOST_FEW
-        many = float_int4.many_name(inputs_at_once(count, float_int4.MOST_INPUTS))
-        function = self._code(group, block // 2).address(float_int4.few_name(count) if few else many)
-        words = {
+        block = INT4_LAYOUTS[panels.layout].block
+        many = int4_words.many_name(inputs_at_once(count, int4_words.MOST_INPUTS))
+        code = self._code(panels.low_bit.group, block // 2)
+        function = code.address(int4_words.FEW if few else many)
+        fields = {
             "panels": memory.data_ptr(), "num_inputs": count, "columns": panels.columns,
             "panel_blocks": panels.panel_rows // block, "blocks": all_rows // block,
             "panel_bytes": memory.stride(0), "scales": panels.code_bytes, "output_bytes": 4 * all_rows,
         }  # fmt: skip
-        context = context_of([words.get(field, 0) for field in float_int4.FIELDS])
+        context = context_of([fields.get(field, 0) for field in int4_words.FIELDS])
         address = ctypes.addressof(context)
-        of_groups = (count, panels.columns // group, group)
 
-        def multiply(rows: torch.Tensor) -> torch.Tensor:
+        def multiply(words: torch.Tensor, steps: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
             output = torch.empty(count, all_rows)
-            sums = rows.view(of_groups).sum(-1) if few else rows
-            context[_INPUTS], context[_SUMS], context[_OUTPUT] = rows.data_ptr(), sums.data_ptr(), output.data_ptr()
-            context[_NEXT] = 0
+            context[_WORDS], context[_STEPS], context[_SUMS] = words.data_ptr(), steps.data_ptr(), sums.data_ptr()
+            context[_OUTPUT], context[_NEXT] = output.data_ptr(), 0
             run_on_threads(function, address, few and self._awake, self._folder)
             return output
 
@@ -114,7 +135,7 @@ class FloatLowBit:
     def _code(self, group: int, half: int) -> MachineCode:
         code = self._int4.get((group, half))
         if code is None:
-            code = self._int4[group, half] = MachineCode(float_int4.module(group, half), self._folder)
+            code = self._int4[group, half] = MachineCode(int4_words.module(group, half), self._folder)
         return code
 
 
@@ -124,4 +145,4 @@ def _int8(memory: torch.Tensor, panels: Panels) -> tuple[torch.Tensor, torch.Ten
     return codes, memory[:, panels.code_bytes :].view(torch.bfloat16)[:, : panels.panel_rows].flatten()
 
 
-_INPUTS, _SUMS, _OUTPUT, _NEXT = map(float_int4.FIELDS.index, ("inputs", "sums", "output", "next"))
+_WORDS, _STEPS, _SUMS, _OUTPUT, _NEXT = map(int4_words.FIELDS.index, ("words", "steps", "sums", "output", "next"))

@@ -35,7 +35,7 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
 
 
 def floats_obstacle(flags: Set[str] | None = None) -> str | None:
-    """Why weights of 16 bits and less cannot be multiplied in float32 by kernels that are compiled here, in words for
+    """Why weights of 16 bits and less cannot be multiplied by kernels for AVX2 that are compiled here, in words for
     the user; None if they can. `flags` are those of the processor in /proc/cpuinfo.
     """
     missing = sorted(_FLOATS_NEEDED - (processor_flags() if flags is None else flags))

@@ -25,8 +25,10 @@ from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
 from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs
+from pipo_ray.compiled.float_low_bit import FloatLowBit
 from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.part_run import PartRunner, RowsProduct
+from pipo_ray.compiled.word_inputs import WordInputs
 from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.kept_profiles import Measurable, ProfilePlaces, kept_profile
 from pipo_ray.model.kernel_profile import (
@@ -281,7 +283,7 @@ class ProductInputs:
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
-        self._made: PackedInputs | PaddedInputs | GroupedInputs | torch.Tensor | None = None
+        self._made: PackedInputs | PaddedInputs | GroupedInputs | WordInputs | None = None
 
     def packed(self, amx: CompiledAmx | CompiledAmxLowBit) -> PackedInputs:
         """In tiles."""
@@ -290,11 +292,11 @@ class ProductInputs:
             self._made = amx.pack(self.rows)
         return self._made
 
-    def floats(self) -> torch.Tensor:
-        """In float32, and contiguous."""
-        if not isinstance(self._made, torch.Tensor):
+    def words(self, own: FloatLowBit, group: int) -> WordInputs:
+        """As whole numbers, each group of columns by its largest."""
+        if not isinstance(self._made, WordInputs) or self._made.group != group:
             self._made = None
-            self._made = self.rows.to(torch.float32, memory_format=torch.contiguous_format)
+            self._made = own.words(self.rows, group)
         return self._made
 
     def padded(self) -> PaddedInputs:

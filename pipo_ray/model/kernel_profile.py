@@ -20,11 +20,13 @@ Layout = Literal["linear", "matmul", "int4", "int8", "cuda-int4", "cuda-int8"]
 "int4" and "int8" are `x @ weight.T` of low-bit panels, with "cuda" in front on a CUDA device.
 """
 
-Kernel = Literal["native", "wide", "tall", "dots", "outer", "amx", "packed", "compiled", "blocks", "vector", "tiles"]
+Kernel = Literal[
+    "native", "wide", "tall", "dots", "outer", "words", "amx", "packed", "compiled", "blocks", "vector", "tiles"
+]
 """Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
 weights times inputs; or our own float32 products, of which "dots" widens weights in registers, for few inputs, and
-"outer" in the first cache (of int4 in either, by the number of inputs); or one of ours by the processor's matrix unit,
-of bf16 or low-bit weights; or torch's low-bit product, or one of our own, of bf16 weights as well
+"outer" in the first cache, and of int4 "words" in whole numbers of 16 bits; or one of ours by the processor's matrix
+unit, of bf16 or low-bit weights; or torch's low-bit product, or one of our own, of bf16 weights as well
 (`pipo_ray/compiled`), of which "blocks" unpacks a part of the weight at a time. Low-bit weights are widened to 16 bits
 for the native one, and for the matrix unit. The last two are CUDA's, for few and for more rows
 (`pipo_ray/triton_kernels`).
@@ -33,7 +35,7 @@ for the native one, and for the matrix unit. The last two are CUDA's, for few an
 KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
     "linear": ("native", "wide", "tall", "dots", "outer", "compiled", "amx"),
     "matmul": ("native", "wide"),
-    "int4": ("packed", "compiled", "outer", "amx", "native", "wide"),
+    "int4": ("packed", "compiled", "words", "amx", "native", "wide"),
     "int8": ("packed", "compiled", "blocks", "dots", "outer", "amx", "native", "wide"),
     "cuda-int4": ("vector", "tiles", "native"),
     "cuda-int8": ("vector", "tiles", "native"),

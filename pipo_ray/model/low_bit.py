@@ -2,9 +2,9 @@
 
 Where the processor has what it takes, kernels of our own multiply (`pipo_ray/compiled`): few rows of inputs at the
 memory's bandwidth, many at the processor's, or at that of its unit for products of matrices; on other processors with
-AVX2 ours compute in float32. Otherwise torch's kernel takes few rows; for many it computes at less than half of what
-the processor can: there a part of a panel is unpacked into memory that stays in the cache, and multiplied by torch's
-16-bit or float32 product. Where one overtakes the other is measured on the machine.
+AVX2 ours compute in float32, and int4 in whole numbers of 16 bits. Otherwise torch's kernel takes few rows; for many it
+computes at less than half of what the processor can: there a part of a panel is unpacked into memory that stays in the
+cache, and multiplied by torch's 16-bit or float32 product. Where one overtakes the other is measured on the machine.
 
 On a CUDA device Triton's kernels multiply (`pipo_ray/triton_kernels`), or torch's product behind several operations
 that unpack, where those cannot be had.
@@ -41,7 +41,7 @@ RowsProduct = Callable[[ProductInputs, torch.Tensor | None], torch.Tensor]
 """Inputs bf16 [n, columns] in, products bf16 [n, rows] out: in the matrix that is given, if it can be written there."""
 
 _OWN: frozenset[Kernel] = frozenset({"compiled", "blocks", "amx"})
-_FLOATS: frozenset[Kernel] = frozenset({"dots", "outer"})
+_FLOATS: frozenset[Kernel] = frozenset({"dots", "outer", "words"})
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (512, 2048)
 _MEASURED_TIMES = 5
@@ -218,7 +218,7 @@ class LowBitProducts:
             if output is None or output.dim() != 2:
                 output = inputs.rows.new_empty(num_inputs, num_rows)
             if int4 is not None:
-                int4(inputs.floats(), output)
+                int4(inputs.words(floats, panels.low_bit.group), output)
             elif kernel == "dots":
                 floats.int8_dots_into(inputs.padded(), memory, panels, output)
             else:

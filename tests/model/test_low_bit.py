@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 import pipo_ray.model.low_bit as low_bit_module
 from pipo_ray.compiled.amx_low_bit_products import CompiledAmxLowBit
 from pipo_ray.compiled.float_inputs import PaddedInputs
+from pipo_ray.compiled.float_low_bit import FloatLowBit
 from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.support import amx_obstacle, floats_obstacle
 from pipo_ray.errors import UnsupportedModelError
-from pipo_ray.model.cpu_linear import ProductInputs
 from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
 from pipo_ray.model.low_bit import (
@@ -49,7 +49,7 @@ OWN = {"compiled": COMPILED, "floats": FLOATS}
 MISSING: set[Kernel] = (
     (set() if COMPILED else {"compiled", "blocks"})
     | ({"amx"} if amx_obstacle() else set())
-    | (set() if FLOATS else {"dots", "outer"})
+    | (set() if FLOATS else {"dots", "outer", "words"})
 )
 
 
@@ -205,15 +205,17 @@ def test_parts_of_a_matrix_share_inputs_in_tiles(
 @pytest.mark.skipif("dots" in MISSING, reason=str(floats_obstacle()))
 @pytest.mark.parametrize(
     ("name", "kernel", "made_of"),
-    [("int8", "dots", (PaddedInputs, "of")), ("int8", "outer", (CompiledFloats, "group")), ("int4", "outer", None)],
+    [
+        ("int8", "dots", (PaddedInputs, "of")),
+        ("int8", "outer", (CompiledFloats, "group")),
+        ("int4", "words", (FloatLowBit, "words")),
+    ],
 )
 def test_parts_of_a_matrix_share_widened_inputs(
     name: str, kernel: Kernel, made_of: tuple[type, str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs are written in their columns. Int4 takes the inputs as floats."""
+    """Outputs are written in their columns."""
     made: list[int] = []
-    if made_of is None:
-        made_of = (ProductInputs, "floats")
     original = getattr(*made_of)
     monkeypatch.setattr(*made_of, lambda *args: (made.append(1), original(*args))[1])
     products = LowBitProducts(always_low_bit(kernel), machine_layout(), **OWN)
@@ -228,15 +230,15 @@ def test_parts_of_a_matrix_share_widened_inputs(
     )  # fmt: skip
     got = F.linear(inputs, split)
     assert torch.equal(got, F.linear(inputs, products.bind(stored, panels, 0)))
-    assert len(made) == (2 if name == "int8" else 3)  # for the parts once; int4 asks each time for what is there
+    assert len(made) == 2  # for the parts once
 
 
 @pytest.mark.skipif("dots" in MISSING, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("layout", ["avx2", "avx512"])
-@pytest.mark.parametrize("counts", [(1, 2, 3, 4), (5, 9, 40, 300)])
+@pytest.mark.parametrize("counts", [(1, 2, 3, 4, 5, 9, 40, 300)])
 def test_a_row_of_inputs_gives_the_same_bits_in_any_company(layout: str, counts: tuple[int, ...]) -> None:
     """Where few are multiplied, and where many are; whatever panels the weight is in."""
-    products = LowBitProducts(always_low_bit("outer"), layout, floats=FLOATS)
+    products = LowBitProducts(always_low_bit("words"), layout, floats=FLOATS)
     weight, inputs = torch.randn(200, 1024), torch.randn(max(counts), 1024).bfloat16()
     results = []
     for panel_bytes in (1, 1 << 20):
