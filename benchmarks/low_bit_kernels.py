@@ -7,7 +7,7 @@ How to run (about two minutes; a few seconds with --quick):
 Weights [14336, 4096] (of a feed-forward layer of Llama-3-8B; --quick: [2048, 2048]) times 1 to 512 rows of input. So
 many weights in turn that none is in the cache. In each round one after the other: every kernel of int4 in groups of 64
 and of int8 (`packed` is torch's low-bit kernel; `compiled`, `blocks` and `amx` are the project's own, where the
-processor has what they need, `amx` by its matrix unit; `dots` and `outer`, too, in float32, where it has AVX2 only;
+processor has what they need, `amx` by its matrix unit; `dots`, `outer` and `words`, too, where it has AVX2 only;
 `native` and `wide` unpack 4 MiB at a time for torch's bf16 and float32 product; what takes eight times as long as what
 was chosen is left out with more rows), what the measured profile chooses, bf16 as a run would multiply it, and a plain
 read of 128 MiB with as many threads. Medians over the rounds; GB/s counts the bytes of weights with scales and zeros,
@@ -122,7 +122,7 @@ def measure_panels(shape: tuple[int, int], rounds: int, clock: str) -> dict[str,
     """Of torch's int4 kernel and of the project's own, at one row: bytes per second by MiB of a panel."""
     own = own_kernels()
     kernels = ["packed", *(["compiled"] if own["compiled"] is not None else []),
-               *(["outer"] if own["floats"] is not None else [])]  # fmt: skip
+               *(["words"] if own["floats"] is not None else [])]  # fmt: skip
     inputs = torch.randn(1, shape[1]).bfloat16()
     calls = {
         (kernel, mib): low_bit_product(
