@@ -71,14 +71,15 @@ class FloatLowBit:
         few = count <= int4_words.MOST_FEW
         words = torch.empty(count, columns * (int4_words.SPREAD_BYTES // 2 if few else 1), dtype=torch.int16)
         steps, sums = torch.empty(2, count, groups)
-        places = rows.data_ptr(), words.data_ptr(), steps.data_ptr(), sums.data_ptr()
+        middles = torch.empty(count, groups, dtype=torch.int32)
+        places = (one.data_ptr() for one in (rows, words, steps, sums, middles))
         context = context_of((*places, count * groups, 0))
         function = self._code(group, _ANY_HALF).address(int4_words.SPREAD if few else int4_words.WORDS)
         if few:  # sooner done than others are woken
             run_here(function, ctypes.addressof(context))
         else:
             run_on_threads(function, ctypes.addressof(context), folder=self._folder)
-        return WordInputs(group, words, steps, sums)
+        return WordInputs(group, words, steps, sums, middles)
 
     def int4_product(
         self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int
@@ -96,20 +97,23 @@ class FloatLowBit:
             for count in {min(at_once, num_inputs - start) for start in starts}
         }
 
+        def all_of(inputs: WordInputs) -> tuple[torch.Tensor, ...]:
+            return inputs.words, inputs.steps, inputs.sums, inputs.middles
+
         def multiply(inputs: WordInputs, output: torch.Tensor) -> None:
             if len(starts) == 1:
-                output.copy_(calls[num_inputs](inputs.words, inputs.steps, inputs.sums)[:, :num_rows])
+                output.copy_(calls[num_inputs](*all_of(inputs))[:, :num_rows])
                 return
             for start in starts:
                 target = output[start : start + at_once]
-                parts = (one[start : start + at_once] for one in (inputs.words, inputs.steps, inputs.sums))
+                parts = (one[start : start + at_once] for one in all_of(inputs))
                 target.copy_(calls[len(target)](*parts)[:, :num_rows])
 
         return multiply
 
     def _int4_sums(
         self, memory: torch.Tensor, panels: Panels, all_rows: int, count: int, few: bool
-    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    ) -> Callable[..., torch.Tensor]:
         """Products of `count` rows of inputs with all rows of panels, float32."""
         block = INT4_LAYOUTS[panels.layout].block
         many = int4_words.many_name(inputs_at_once(count, int4_words.MOST_INPUTS))
@@ -123,9 +127,10 @@ class FloatLowBit:
         context = context_of([fields.get(field, 0) for field in int4_words.FIELDS])
         address = ctypes.addressof(context)
 
-        def multiply(words: torch.Tensor, steps: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        def multiply(*inputs: torch.Tensor) -> torch.Tensor:
             output = torch.empty(count, all_rows)
-            context[_WORDS], context[_STEPS], context[_SUMS] = words.data_ptr(), steps.data_ptr(), sums.data_ptr()
+            for place, one in zip(_INPUTS, inputs, strict=True):
+                context[place] = one.data_ptr()
             context[_OUTPUT], context[_NEXT] = output.data_ptr(), 0
             run_on_threads(function, address, few and self._awake, self._folder)
             return output
@@ -145,4 +150,5 @@ def _int8(memory: torch.Tensor, panels: Panels) -> tuple[torch.Tensor, torch.Ten
     return codes, memory[:, panels.code_bytes :].view(torch.bfloat16)[:, : panels.panel_rows].flatten()
 
 
-_WORDS, _STEPS, _SUMS, _OUTPUT, _NEXT = map(int4_words.FIELDS.index, ("words", "steps", "sums", "output", "next"))
+_INPUTS = [int4_words.FIELDS.index(field) for field in ("words", "steps", "sums", "middles")]
+_OUTPUT, _NEXT = map(int4_words.FIELDS.index, ("output", "next"))

@@ -19,10 +19,10 @@ from __future__ import annotations
 from pipo_ray.compiled.ir import Function, float_bits, vector
 from pipo_ray.compiled.widened import DECLARATIONS, EIGHT, LANES, VECTOR, everywhere, multiply_add, total, widened
 
-WORDS, WORDS_FIELDS = "words", ("rows", "words", "steps", "sums", "groups", "next")
+WORDS, WORDS_FIELDS = "words", ("rows", "words", "steps", "sums", "middles", "groups", "next")
 """The function that rounds inputs, and its context of 64-bit words: addresses of the rows, bf16, of as many int16, and
-of what one of these stands for and of the sum of the inputs, float32 of each group; how many groups all rows have;
-`next` is 0 at the start and counts what the threads have taken.
+of each group what one of these stands for and the sum of the inputs, float32, and eight times the sum of the words,
+int32; how many groups all rows have; `next` is 0 at the start and counts what the threads have taken.
 """
 
 SPREAD, SPREAD_BYTES = "spread", 8
@@ -31,10 +31,10 @@ third, and four times the others.
 """
 
 FIELDS = (
-    "panels", "words", "steps", "sums", "output", "num_inputs", "columns", "panel_blocks", "blocks", "next",
-    "panel_bytes", "scales", "output_bytes",
+    "panels", "words", "steps", "sums", "middles", "output", "num_inputs", "columns", "panel_blocks", "blocks",
+    "next", "panel_bytes", "scales", "output_bytes",
 )  # fmt: skip
-"""The context of a product: addresses of the panels, of what `words` makes, [num_inputs, columns] and twice
+"""The context of a product: addresses of the panels, of what `words` makes, [num_inputs, columns] and three times
 [num_inputs, columns / group], and of the output float32 [num_inputs, all rows of the panels]; numbers; blocks of a
 panel, and of all panels; `next` as above; bytes of a panel, and of the codes in it, behind which the scales are; bytes
 of a row of the output.
@@ -51,7 +51,7 @@ _GROUPS_AT_ONCE = 64  # of inputs: what a thread rounds at a time
 _TILE_BYTES = 16
 _VECTORS = 4  # of a tile
 _NEAR = 4096  # bytes
-_MIDDLE = 8.0  # what a code of 8 stands for has only the zero in it
+_MIDDLE = 8  # a code of which stands for the zero
 _LARGEST = 32767.0
 _CODES = "<16 x i8>"
 _PAIRS = "<16 x i16>"
@@ -60,6 +60,7 @@ _BOTH = "<32 x i16>"
 
 _DECLARATIONS = f"""{DECLARATIONS}
 declare float @llvm.vector.reduce.fmax.v8f32({EIGHT})
+declare i32 @llvm.vector.reduce.add.v8i32({_INTS})
 declare {EIGHT} @llvm.fabs.v8f32({EIGHT})
 declare {EIGHT} @llvm.maxnum.v8f32({EIGHT}, {EIGHT})
 declare {_INTS} @llvm.x86.avx.cvt.ps2dq.256({EIGHT})
@@ -91,7 +92,7 @@ def _words(group: int, name: str) -> str:
             source = f.at(f.field("rows", "ptr"), f.multiply(number, 2 * group))
             target_bytes = 2 if name == WORDS else SPREAD_BYTES
             target = f.at(f.field("words", "ptr"), f.multiply(number, target_bytes * group))
-            largest, sums = f.variable(EIGHT), f.variable(EIGHT)
+            largest, sums, whole_sums = f.variable(EIGHT), f.variable(EIGHT), f.variable(_INTS)
             with f.loop(str(group), LANES) as at:
                 floats = widened(f, "bfloat", f.at(source, f.multiply(at, 2)))
                 f.store(EIGHT, f.value(f"fadd {EIGHT} {f.load(EIGHT, sums)}, {floats}"), sums)
@@ -104,8 +105,9 @@ def _words(group: int, name: str) -> str:
             inverse = f.value(f"select i1 {is_zero}, float 0.0, float {f.value(f'fdiv float 1.0, {step}')}")
             with f.loop(str(group), LANES) as at:
                 floats = widened(f, "bfloat", f.at(source, f.multiply(at, 2)))
-                scaled = f.value(f"fmul {EIGHT} {floats}, {_splat(f, inverse)}")
+                scaled = f.value(f"fmul {EIGHT} {floats}, {_splat(f, 'float', inverse)}")
                 whole = f.value(f"call {_INTS} @llvm.x86.avx.cvt.ps2dq.256({EIGHT} {scaled})")
+                f.store(_INTS, f.value(f"add {_INTS} {f.load(_INTS, whole_sums)}, {whole}"), whole_sums)
                 words = f.value(f"trunc {_INTS} {whole} to <8 x i16>")
                 place = f.at(target, f.multiply(at, target_bytes))
                 if name == WORDS:
@@ -115,6 +117,8 @@ def _words(group: int, name: str) -> str:
                     spread = f.value(f"shufflevector <8 x i16> {words}, <8 x i16> poison, <16 x i32> {lanes}")
                     f.store(_PAIRS, spread, f.at(place, first_word * SPREAD_BYTES), align=2)
             place = f.multiply(number, 4)
+            of_words = f.value(f"call i32 @llvm.vector.reduce.add.v8i32({_INTS} {f.load(_INTS, whole_sums)})")
+            f.store("i32", f.value(f"mul i32 {of_words}, {_MIDDLE}"), f.at(f.field("middles", "ptr"), place), align=4)
             f.store("float", step, f.at(f.field("steps", "ptr"), place), align=4)
             f.store("float", total(f, f.load(EIGHT, sums)), f.at(f.field("sums", "ptr"), place), align=4)
     return f.text()
@@ -140,14 +144,14 @@ class _Block:
         return [f.add(first, more) for more in (0, LANES, self.half, self.half + LANES)]
 
     def scales_of(self, group: str, tile: str) -> list[tuple[str, str]]:
-        """Of a tile's vectors of rows: scales, and what a code of 0 stands for."""
+        """Of a tile's vectors of rows: scales and zeros."""
         f, found = self.f, []
         for row in self.rows_of(tile):
             place = f.at(self.scales, f.add(f.multiply(group, self.scale_bytes), f.multiply(row, 4)))
             words = f.load(_INTS, place, align=4)
             scale = f.cast(_INTS, f.value(f"shl {_INTS} {words}, splat (i32 16)"), EIGHT)
             zero = f.cast(_INTS, f.value(f"and {_INTS} {words}, splat (i32 -65536)"), EIGHT)
-            found.append((scale, multiply_add(f, scale, f"splat (float {-_MIDDLE})", zero)))
+            found.append((scale, zero))
         return found
 
     def pairs_at(self, place: str) -> list[str]:
@@ -315,8 +319,10 @@ def _scale(
     """Add to `totals` what a group's `sums` of a row of inputs stand for; `index` is that of its step and its sum."""
     place = f.multiply(index, 4)
     step, of_group = (everywhere(f, f.at(f.field(name, "ptr"), place)) for name in ("steps", "sums"))
+    middle = _splat(f, "i32", f.load("i32", f.at(f.field("middles", "ptr"), place), align=4))
     for (scale, zero), one, whole in zip(scales, sums, totals, strict=True):
-        floats = f.value(f"sitofp {_INTS} {one} to {EIGHT}")
+        # Codes below the middle are negative: so an input's rounding counts as little as possible.
+        floats = f.value(f"sitofp {_INTS} {f.value(f'sub {_INTS} {one}, {middle}')} to {EIGHT}")
         with_zeros = multiply_add(f, zero, of_group, f.load(EIGHT, whole))
         scaled = f.value(f"fmul {EIGHT} {floats}, {step}")
         f.store(EIGHT, multiply_add(f, scale, scaled, with_zeros), whole)
@@ -325,8 +331,7 @@ def _scale(
 def _add(f: Function, sums: list[str], pairs: list[str], place: str) -> None:
     """Add to `sums` the products of pairs of codes with the pair of inputs at `place`."""
     both = f.load("i32", place, align=2)
-    first = f.value(f"insertelement {_INTS} poison, i32 {both}, i32 0")
-    words = f.cast(_INTS, f.value(f"shufflevector {_INTS} {first}, {_INTS} poison, {_INTS} zeroinitializer"), _PAIRS)
+    words = f.cast(_INTS, _splat(f, "i32", both), _PAIRS)
     for sum_, one in zip(sums, pairs, strict=True):
         _add_product(f, sum_, one, words)
 
@@ -336,6 +341,7 @@ def _add_product(f: Function, sum_: str, codes: str, inputs: str) -> None:
     f.store(_INTS, f.value(f"add {_INTS} {f.load(_INTS, sum_)}, {product}"), sum_)
 
 
-def _splat(f: Function, value: str) -> str:
-    first = f.value(f"insertelement {EIGHT} poison, float {value}, i32 0")
-    return f.value(f"shufflevector {EIGHT} {first}, {EIGHT} poison, {_INTS} zeroinitializer")
+def _splat(f: Function, element: str, value: str) -> str:
+    kind = f"<8 x {element}>"
+    first = f.value(f"insertelement {kind} poison, {element} {value}, i32 0")
+    return f.value(f"shufflevector {kind} {first}, {kind} poison, {_INTS} zeroinitializer")

@@ -10,10 +10,11 @@ import torch
 @dataclass(frozen=True)
 class WordInputs:
     """Of n rows in groups of `group` columns: int16 [n, columns], or as `spread` has them; what one stands for, and the
-    sum of the inputs, float32 [n, columns / group].
+    sum of the inputs, float32 [n, columns / group]; and eight times the sum of the words, int32 of the same shape.
     """
 
     group: int
     words: torch.Tensor
     steps: torch.Tensor
     sums: torch.Tensor
+    middles: torch.Tensor
