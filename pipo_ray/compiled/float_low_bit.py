@@ -100,7 +100,7 @@ class FloatLowBit:
         def all_of(inputs: WordInputs) -> tuple[torch.Tensor, ...]:
             return inputs.words, inputs.steps, inputs.sums, inputs.middles
 
-        def multiply(inputs: WordInputs, output: torch.Tensor) -> None:
+        def multiply(inputs: WordInputs, output: torch.Tensor, _kept: torch.Tensor = memory) -> None:
             if len(starts) == 1:
                 output.copy_(calls[num_inputs](*all_of(inputs))[:, :num_rows])
                 return

@@ -21,8 +21,8 @@ from pipo_ray.compiled.widened import DECLARATIONS, EIGHT, LANES, VECTOR, everyw
 
 WORDS, WORDS_FIELDS = "words", ("rows", "words", "steps", "sums", "middles", "groups", "next")
 """The function that rounds inputs, and its context of 64-bit words: addresses of the rows, bf16, of as many int16, and
-of each group what one of these stands for and the sum of the inputs, float32, and eight times the sum of the words,
-int32; how many groups all rows have; `next` is 0 at the start and counts what the threads have taken.
+of each group what one of these stands for and the sum of the rounded inputs, float32, and eight times the sum of the
+words, int32; how many groups all rows have; `next` is 0 at the start and counts what the threads have taken.
 """
 
 SPREAD, SPREAD_BYTES = "spread", 8
@@ -53,6 +53,7 @@ _VECTORS = 4  # of a tile
 _NEAR = 4096  # bytes
 _MIDDLE = 8  # a code of which stands for the zero
 _LARGEST = 32767.0
+_LEAST_STEP = 2.0**-126  # one over it is still a number
 _CODES = "<16 x i8>"
 _PAIRS = "<16 x i16>"
 _INTS = "<8 x i32>"
@@ -60,6 +61,7 @@ _BOTH = "<32 x i16>"
 
 _DECLARATIONS = f"""{DECLARATIONS}
 declare float @llvm.vector.reduce.fmax.v8f32({EIGHT})
+declare float @llvm.maxnum.f32(float, float)
 declare i32 @llvm.vector.reduce.add.v8i32({_INTS})
 declare {EIGHT} @llvm.fabs.v8f32({EIGHT})
 declare {EIGHT} @llvm.maxnum.v8f32({EIGHT}, {EIGHT})
@@ -101,14 +103,15 @@ def _words(group: int, name: str) -> str:
                 f.store(EIGHT, f.value(f"call {EIGHT} @llvm.maxnum.v8f32({more})"), largest)
             most = f.value(f"call float @llvm.vector.reduce.fmax.v8f32({EIGHT} {f.load(EIGHT, largest)})")
             step = f.value(f"fmul float {most}, {float_bits(1 / _LARGEST)}")
-            is_zero = f.value(f"fcmp oeq float {step}, 0.0")  # of the smallest numbers, too
-            inverse = f.value(f"select i1 {is_zero}, float 0.0, float {f.value(f'fdiv float 1.0, {step}')}")
+            step = f.value(f"call float @llvm.maxnum.f32(float {step}, float {float_bits(_LEAST_STEP)})")
+            inverse = f.value(f"fdiv float 1.0, {step}")
             with f.loop(str(group), LANES) as at:
                 floats = widened(f, "bfloat", f.at(source, f.multiply(at, 2)))
                 scaled = f.value(f"fmul {EIGHT} {floats}, {_splat(f, 'float', inverse)}")
                 whole = f.value(f"call {_INTS} @llvm.x86.avx.cvt.ps2dq.256({EIGHT} {scaled})")
-                f.store(_INTS, f.value(f"add {_INTS} {f.load(_INTS, whole_sums)}, {whole}"), whole_sums)
                 words = f.value(f"trunc {_INTS} {whole} to <8 x i16>")
+                whole = f.value(f"sext <8 x i16> {words} to {_INTS}")
+                f.store(_INTS, f.value(f"add {_INTS} {f.load(_INTS, whole_sums)}, {whole}"), whole_sums)
                 place = f.at(target, f.multiply(at, target_bytes))
                 if name == WORDS:
                     f.store("<8 x i16>", words, place, align=2)
@@ -120,7 +123,12 @@ def _words(group: int, name: str) -> str:
             of_words = f.value(f"call i32 @llvm.vector.reduce.add.v8i32({_INTS} {f.load(_INTS, whole_sums)})")
             f.store("i32", f.value(f"mul i32 {of_words}, {_MIDDLE}"), f.at(f.field("middles", "ptr"), place), align=4)
             f.store("float", step, f.at(f.field("steps", "ptr"), place), align=4)
-            f.store("float", total(f, f.load(EIGHT, sums)), f.at(f.field("sums", "ptr"), place), align=4)
+            # Of the words, so that zeros meet what codes do; but what is no number, and so has no word, stays one.
+            exact = total(f, f.load(EIGHT, sums))
+            is_finite = f.value(f"fcmp oeq float {f.value(f'fsub float {exact}, {exact}')}, 0.0")
+            rounded = f.value(f"fmul float {step}, {f.value(f'sitofp i32 {of_words} to float')}")
+            of_group = f.value(f"select i1 {is_finite}, float {rounded}, float {exact}")
+            f.store("float", of_group, f.at(f.field("sums", "ptr"), place), align=4)
     return f.text()
 
 

@@ -10,7 +10,8 @@ import torch
 @dataclass(frozen=True)
 class WordInputs:
     """Of n rows in groups of `group` columns: int16 [n, columns], or as `spread` has them; what one stands for, and the
-    sum of the inputs, float32 [n, columns / group]; and eight times the sum of the words, int32 of the same shape.
+    sum of the rounded inputs, float32 [n, columns / group]; and eight times the sum of the words, int32 [n, columns /
+    group].
     """
 
     group: int

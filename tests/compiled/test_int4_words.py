@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from low_bit_weights import RandomWeight, rounding_of_inputs
 
 from pipo_ray.compiled import float_low_bit, int4_words
 from pipo_ray.compiled.float_low_bit import FloatLowBit
 from pipo_ray.compiled.support import floats_obstacle
-from pipo_ray.quant.codec import read_rows, views_of, write_rows
 from pipo_ray.quant.formats import LowBitFormat
-from pipo_ray.quant.panels import Panels, divide
-from pipo_ray.quant.rounding import Rounded, round_to_nearest, values_of
 
 pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
 OWN = FloatLowBit()
 NAMES = ("int4-g32", "int4", "int4-g128")
 
 
-def packed(rows: int, columns: int, name: str, layout: str, panel_bytes: int) -> tuple[torch.Tensor, Panels]:
-    panels = divide(rows, columns, LowBitFormat.parse(name), layout, panel_bytes)
-    memory = torch.zeros(panels.shape, dtype=torch.uint8)
-    weight = torch.randn(rows, columns)
-    for index, panel in enumerate(memory):
-        start, stop = panels.rows_of(index, index + 1)
-        write_rows(views_of(panel, panels), panels, 0, round_to_nearest(weight[start:stop], panels.low_bit))
-    return memory, panels
+def packed(rows: int, columns: int, name: str, layout: str = "avx2", panel_bytes: int = 1) -> RandomWeight:
+    return RandomWeight.make(name, layout, rows, columns, panel_bytes, torch.Generator().manual_seed(rows + columns))
 
 
-def product(rows: torch.Tensor, memory: torch.Tensor, panels: Panels) -> torch.Tensor:
+def product(rows: torch.Tensor, weight: RandomWeight) -> torch.Tensor:
+    panels = weight.panels
     output = torch.full((len(rows), panels.rows), torch.nan, dtype=torch.bfloat16)
-    multiply = OWN.int4_product(memory, panels, panels.rows, len(rows))
+    multiply = OWN.int4_product(weight.memory, panels, panels.rows, len(rows))
     multiply(OWN.words(rows, panels.low_bit.group), output)
     return output
 
@@ -49,11 +40,12 @@ def test_inputs_are_rounded_to_16_bits_of_a_group_s_largest(count: int, groups: 
     grouped = rows.double().view(count, groups, group)
     steps = made.steps.double()[..., None]
     assert torch.allclose(steps[..., 0], grouped.abs().amax(-1) / 32767, rtol=1e-6)
-    assert torch.allclose(made.sums.double(), grouped.sum(-1), rtol=1e-4, atol=1e-5 * float(grouped.abs().max()))
     words = made.words.view(count, groups, -1)
     if count <= int4_words.MOST_FEW:
         words = _gathered(words, group)
     assert ((words.double() * steps - grouped).abs() <= 0.51 * steps).all()
+    assert torch.equal(made.middles, 8 * words.long().sum(-1).int())
+    assert torch.allclose(made.sums.double(), words.double().sum(-1) * steps[..., 0], rtol=1e-6)
 
 
 def _gathered(words: torch.Tensor, group: int) -> torch.Tensor:
@@ -76,43 +68,43 @@ def test_products(
 ) -> None:
     """Against float64, however rows of inputs and panels are divided."""
     columns = groups * LowBitFormat.parse(name).columns_multiple
-    memory, panels = packed(num_rows, columns, name, layout, panel_bytes)
+    weight = packed(num_rows, columns, name, layout, panel_bytes)
     rows = torch.randn(count, columns).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(float_low_bit, "_MOST_SUMS", most_sums)
-        got = product(rows, memory, panels)
-    rounded = [read_rows(views_of(panel, panels), panels) for panel in memory]
-    weight = torch.cat([values_of(one, panels.low_bit) for one in rounded])[:num_rows].double()
-    exact, terms = rows.double() @ weight.T, rows.double().abs() @ weight.abs().T
-    allowed = 2.0**-8 * exact.abs() + 1e-6 * terms + 1e-30 + rounding_of_inputs(rows, rounded, panels)
+        got = product(rows, weight)
+    values = weight.values
+    exact, terms = rows.double() @ values.T, rows.double().abs() @ values.abs().T
+    allowed = 2.0**-8 * exact.abs() + 1e-6 * terms + 1e-30
+    allowed += rounding_of_inputs(rows, values, weight.panels.low_bit.group)
     assert ((got.double() - exact).abs() <= allowed).all()
-
-
-def rounding_of_inputs(rows: torch.Tensor, rounded: Sequence[Rounded], panels: Panels) -> torch.Tensor:
-    """The most that it can make: half a step times how far codes are from the middle, times their scales."""
-    group = panels.low_bit.group
-    codes = torch.cat([one.codes for one in rounded])[: panels.rows].double().unflatten(1, (-1, group))
-    scales = torch.cat([one.scales for one in rounded])[: panels.rows].double()
-    far = (codes - 8).abs().sum(-1) * scales.abs()
-    steps = rows.double().abs().unflatten(1, (-1, group)).amax(-1) / 32767
-    return 0.51 * steps @ far.T
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_what_is_no_number_does_not_become_one(count: int) -> None:
-    memory, panels = packed(70, 256, "int4", "avx2", 1)
+    weight = packed(70, 256, "int4")
     for bad in (torch.nan, torch.inf, -torch.inf):
         rows = torch.randn(count, 256).bfloat16()
         rows[-1, 77] = bad
-        got = product(rows, memory, panels)
+        got = product(rows, weight)
         assert not got[-1].isfinite().any()
         assert got[:-1].isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 9])
 def test_zeros_and_the_smallest_numbers(count: int) -> None:
-    memory, panels = packed(70, 256, "int4", "avx2", 1)
+    weight = packed(70, 256, "int4")
     for size in (0.0, 1e-40, 1e-36, 1e-30):
         rows = (size * torch.randn(count, 256)).bfloat16()
-        got = product(rows, memory, panels)
+        got = product(rows, weight)
         assert (got.abs() <= 256 * 10 * size).all()
+
+
+def test_small_inputs_beside_a_large_one_cost_less_than_a_rounding_to_bf16() -> None:
+    weight = packed(300, 128, "int4-g128")
+    rows = torch.full((1, 128), 1.5e-5).bfloat16()
+    rows[0, 0] = 1
+    exact = rows.double() @ weight.values.T
+    error = (product(rows, weight).double() - exact).abs()
+    assert (error <= 2.0**-8 * exact.abs() + rounding_of_inputs(rows, weight.values, 128)).all()
+    assert error.mean() < 2.0**-8 * exact.abs().mean()

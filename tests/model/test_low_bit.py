@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from low_bit_weights import at_place, with_strides
+from low_bit_weights import at_place, rounding_of_inputs, with_strides
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -104,6 +104,8 @@ def test_products_are_those_of_the_unpacked_weight(
     is_unpacked = low_bit.bits == 4 and layout != machine_layout() and kernel != "wide"
     if kernel == "native" or (kernel == "amx" and low_bit.bits == 4) or is_unpacked:
         steps = steps + BF16_STEP / 2 * terms
+    if kernel == "words":
+        steps = steps + rounding_of_inputs(inputs, values, low_bit.group)
     if bias is not None:
         exact = exact + bias.double()
         steps = steps + BF16_STEP * exact.abs()
