@@ -11,7 +11,7 @@ import torch
 from pipo_ray.compiled import int4_words
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs
-from pipo_ray.compiled.float_products import CompiledFloats
+from pipo_ray.compiled.float_products import FEW_NUMBERS, CompiledFloats
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.row_products import inputs_at_once
 from pipo_ray.compiled.word_inputs import WordInputs
@@ -75,7 +75,7 @@ class FloatLowBit:
         places = (one.data_ptr() for one in (rows, words, steps, sums, middles))
         context = context_of((*places, count * groups, 0))
         function = self._code(group, _ANY_HALF).address(int4_words.SPREAD if few else int4_words.WORDS)
-        if few:  # sooner done than others are woken
+        if rows.numel() <= FEW_NUMBERS:
             run_here(function, ctypes.addressof(context))
         else:
             run_on_threads(function, ctypes.addressof(context), folder=self._folder)

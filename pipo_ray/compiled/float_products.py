@@ -11,12 +11,15 @@ import torch
 from pipo_ray.compiled import float_dots, float_outer
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs, vectors_for
-from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.row_products import inputs_at_once, product_name
 from pipo_ray.compiled.widened import LANES, Element
 
 LEAST_COLUMNS = LANES
 """Of a weight."""
+
+FEW_NUMBERS = 1 << 16
+"""Inputs that are sooner made ready than other threads are woken."""
 
 _TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
 _MOST_SUMS = 1 << 20  # of which a weight's rows are as many as there is room for
@@ -80,7 +83,10 @@ class CompiledFloats:
             inputs = torch.empty(-(-num_rows // width), columns, width)
             places = part.data_ptr(), inputs.data_ptr()
             context = context_of((*places, num_rows, len(inputs), columns, 2 * part.stride(0), 0))
-            run_on_threads(self._group[vectors], ctypes.addressof(context), folder=self._folder)
+            if part.numel() <= FEW_NUMBERS:
+                run_here(self._group[vectors], ctypes.addressof(context))
+            else:
+                run_on_threads(self._group[vectors], ctypes.addressof(context), folder=self._folder)
             parts.append(inputs)
         return GroupedInputs(tuple(parts), vectors)
 
