@@ -50,6 +50,10 @@ _MEASURED_TIMES = 5
 _UNCACHED_BYTES = 32 << 20  # in a run, weights come from memory
 HOPELESS = 2.0  # times slower than the best with so many rows, and no better than with fewer: not measured with more
 _NO_BETTER = 0.75
+_FOR_MANY = {"tall", "outer", "amx"}
+"""Kernels that take as long for one row as for sixteen: measured with many rows whatever they took for few. On a busy
+machine "outer" once looked hopeless at four rows, and a prompt of 512 took 34 s instead of 26.
+"""
 _REMEMBERED_SHAPES = 4096
 _ROWS_IN_PLACE = 32  # with fewer, a copy of the result is nothing beside the product
 # torch writes narrow columns of a long prompt at half the speed (512 rows: 60 to 210 columns 130 - 190 GFLOP/s, in a
@@ -402,7 +406,8 @@ def _measure_layout(layout: Layout, dtype: torch.dtype, own: OwnKernels) -> dict
         seconds = least_seconds(running, inputs, weights, _MEASURED_TIMES)
         for kernel, took in seconds.items():
             rates[kernel].append(max(0.0, took - fixed[kernel]) / (height * width))
-            if rows >= _COLUMNS // 4 and is_hopeless(rates[kernel], _MEASURED_ROWS, took / min(seconds.values())):
+            few = kernel not in _FOR_MANY and rows >= _COLUMNS // 4
+            if few and is_hopeless(rates[kernel], _MEASURED_ROWS, took / min(seconds.values())):
                 del running[kernel]
     return {k: Cost(fixed[k], _MEASURED_ROWS[: len(r)], cleaned(r)) for k, r in rates.items()}
 

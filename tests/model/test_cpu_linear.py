@@ -360,6 +360,20 @@ def test_what_is_slow_with_few_rows_is_still_measured_with_many(monkeypatch: pyt
     assert profile.choose("linear", 1024, 1 << 20) == "native"
 
 
+def test_what_is_made_for_many_rows_is_measured_with_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if something else disturbed it while there were few."""
+
+    def seconds(multiply: dict[Kernel, object], inputs: torch.Tensor, *_: object) -> dict[Kernel, float]:
+        rows = len(inputs) if inputs.shape[1] > 8 else 0
+        flat = {1: 4e-4, 2: 4e-4, 4: 9e-4}.get(rows, 4e-4 * max(1, rows / 16))
+        return {kernel: flat if kernel in ("outer", "tall", "amx") else 1e-4 * max(1, rows / 2) for kernel in multiply}
+
+    monkeypatch.setattr(cpu_linear, "least_seconds", seconds)
+    costs = measure_profile(torch.bfloat16, own()).costs["linear"]
+    for kernel in {"outer", "tall", "amx"} & set(costs):
+        assert costs[kernel].rows[-1] == 128
+
+
 def test_measured_costs_are_positive_for_every_kernel() -> None:
     profile = measure_profile(torch.bfloat16, own())
     assert tuple(profile.costs) == SIXTEEN_BIT_LAYOUTS
