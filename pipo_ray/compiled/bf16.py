@@ -15,7 +15,7 @@ Needs AVX512F, BW, VL and BF16. VDPBF16PS takes numbers below 2^-126 for zero.
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, Function
-from pipo_ray.compiled.row_products import product_name
+from pipo_ray.compiled.row_products import product_name, rows_taken
 
 FIELDS = (
     "inputs", "weight", "bias", "output", "num_inputs", "columns", "rows", "next", "stride", "bias_stride",
@@ -47,23 +47,16 @@ def module() -> str:
 
 def _product(at_once: int) -> str:
     f = Function(product_name(at_once), FIELDS)
-    rows, num_inputs, stride = f.field("rows"), f.field("num_inputs"), f.field("stride")
-    chunk = f.field("rows_at_once")
+    num_inputs, stride = f.field("num_inputs"), f.field("stride")
     kept = f.room(_KEPT_INPUTS * _SUMS_BYTES)
-    tasks = f.value(f"udiv i64 {f.add(rows, f.add(chunk, -1))}, {chunk}")
-    with f.tasks(f.place_of("next"), tasks) as task:
-        start = f.multiply(task, chunk)
-        with f.loop(f.without(f.least(f.add(start, chunk), rows), start), ROWS) as offset:
-            first = f.add(start, offset)
-            # Past the end the last row is computed again.
-            numbers = [f.least(f.add(first, number), f.add(rows, -1)) for number in range(ROWS)]
-            weights = [f.at(f.field("weight", "ptr"), f.multiply(number, stride)) for number in numbers]
-            with f.loop(num_inputs, _KEPT_INPUTS) as first_input:
-                count = f.least(f.without(num_inputs, first_input), _KEPT_INPUTS)
-                _sums(f, at_once, weights, first_input, count, kept)
-                with f.loop(count) as index:
-                    sums = f.at(kept, f.multiply(index, _SUMS_BYTES))
-                    _store(f, sums, numbers, f.add(first_input, index))
+    with rows_taken(f, ROWS) as numbers:
+        weights = [f.at(f.field("weight", "ptr"), f.multiply(number, stride)) for number in numbers]
+        with f.loop(num_inputs, _KEPT_INPUTS) as first_input:
+            count = f.least(f.without(num_inputs, first_input), _KEPT_INPUTS)
+            _sums(f, at_once, weights, first_input, count, kept)
+            with f.loop(count) as index:
+                sums = f.at(kept, f.multiply(index, _SUMS_BYTES))
+                _store(f, sums, numbers, f.add(first_input, index))
     return f.text()
 
 

@@ -14,7 +14,7 @@ Needs AVX2, FMA and F16C.
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import Function
-from pipo_ray.compiled.row_products import product_name
+from pipo_ray.compiled.row_products import product_name, rows_taken
 from pipo_ray.compiled.widened import (
     DECLARATIONS,
     EIGHT,
@@ -68,23 +68,17 @@ def module(element: Element) -> str:
 def _product(element: Element, at_once: int) -> str:
     f = Function(product_name(at_once), FIELDS)
     side = rows_side_by_side(at_once)
-    rows, num_inputs, chunk = f.field("rows"), f.field("num_inputs"), f.field("rows_at_once")
+    rows, num_inputs = f.field("rows"), f.field("num_inputs")
     kept = f.room(KEPT_INPUTS * side * VECTOR)
-    tasks = f.value(f"udiv i64 {f.add(rows, f.add(chunk, -1))}, {chunk}")
-    with f.tasks(f.place_of("next"), tasks) as task:
-        start = f.multiply(task, chunk)
-        with f.loop(f.without(f.least(f.add(start, chunk), rows), start), side) as offset:
-            first = f.add(start, offset)
-            # Past the end the last row is computed again.
-            numbers = [f.least(f.add(first, number), f.add(rows, -1)) for number in range(side)]
-            weights = [row_of(f, number) for number in numbers]
-            _sums(f, element, at_once, weights, num_inputs, kept)
-            with f.loop(num_inputs) as index:
-                sums = f.at(kept, f.multiply(index, side * VECTOR))
-                row = f.at(f.field("output", "ptr"), f.multiply(f.multiply(index, rows), 4))
-                for at, number in enumerate(numbers):
-                    one = total(f, f.load(EIGHT, f.at(sums, VECTOR * at), align=VECTOR))
-                    f.store("float", one, f.at(row, f.multiply(number, 4)), align=4)
+    with rows_taken(f, side) as numbers:
+        weights = [row_of(f, number) for number in numbers]
+        _sums(f, element, at_once, weights, num_inputs, kept)
+        with f.loop(num_inputs) as index:
+            sums = f.at(kept, f.multiply(index, side * VECTOR))
+            row = f.at(f.field("output", "ptr"), f.multiply(f.multiply(index, rows), 4))
+            for at, number in enumerate(numbers):
+                one = total(f, f.load(EIGHT, f.at(sums, VECTOR * at), align=VECTOR))
+                f.store("float", one, f.at(row, f.multiply(number, 4)), align=4)
     return f.text()
 
 

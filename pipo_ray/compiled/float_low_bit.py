@@ -11,13 +11,12 @@ import torch
 from pipo_ray.compiled import int4_words
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs
-from pipo_ray.compiled.float_products import FEW_NUMBERS, CompiledFloats
-from pipo_ray.compiled.machine import MachineCode, context_of, run_here
+from pipo_ray.compiled.float_products import MOST_SUMS, CompiledFloats, make_ready
+from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.row_products import inputs_at_once
 from pipo_ray.compiled.word_inputs import WordInputs
 from pipo_ray.quant.panels import INT4_LAYOUTS, Panels
 
-_MOST_SUMS = 1 << 20
 _ANY_HALF = 16  # inputs are the same for all layouts
 
 
@@ -73,12 +72,8 @@ class FloatLowBit:
         steps, sums = torch.empty(2, count, groups)
         middles = torch.empty(count, groups, dtype=torch.int32)
         places = (one.data_ptr() for one in (rows, words, steps, sums, middles))
-        context = context_of((*places, count * groups, 0))
         function = self._code(group, _ANY_HALF).address(int4_words.SPREAD if few else int4_words.WORDS)
-        if rows.numel() <= FEW_NUMBERS:
-            run_here(function, ctypes.addressof(context))
-        else:
-            run_on_threads(function, ctypes.addressof(context), folder=self._folder)
+        make_ready(function, (*places, count * groups, 0), rows.numel(), self._folder)
         return WordInputs(group, words, steps, sums, middles)
 
     def int4_product(
@@ -88,7 +83,7 @@ class FloatLowBit:
         not depend on them is made ready once.
         """
         all_rows = len(memory) * panels.panel_rows
-        most = max(1, min(int4_words.KEPT_INPUTS, _MOST_SUMS // all_rows))
+        most = max(1, min(int4_words.KEPT_INPUTS, MOST_SUMS // all_rows))
         at_once = -(-num_inputs // -(-num_inputs // most))  # about the same every time
         few = num_inputs <= int4_words.MOST_FEW
         starts = range(0, num_inputs, at_once)

@@ -13,6 +13,7 @@ Needs AVX2, FMA and F16C.
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import Function
+from pipo_ray.compiled.row_products import rows_taken
 from pipo_ray.compiled.widened import (
     DECLARATIONS,
     EIGHT,
@@ -110,37 +111,31 @@ def _group(element: Element, vectors: int) -> str:
 def _product(element: Element, vectors: int) -> str:
     f = Function(name(vectors), FIELDS)
     side, row_bytes = rows_side_by_side(vectors), vectors * VECTOR
-    rows, groups, columns, chunk = (f.field(one) for one in ("rows", "groups", "columns", "rows_at_once"))
+    rows, groups, columns = (f.field(one) for one in ("rows", "groups", "columns"))
     kept = f.room(MOST_GROUPS * side * row_bytes)
     # In front of each row is room for what the last eight columns repeat.
     wide_bytes = 4 * (_BLOCK + LANES)
     wide = f.room(side * wide_bytes)
-    tasks = f.value(f"udiv i64 {f.add(rows, f.add(chunk, -1))}, {chunk}")
-    with f.tasks(f.place_of("next"), tasks) as task:
-        start = f.multiply(task, chunk)
-        with f.loop(f.without(f.least(f.add(start, chunk), rows), start), side) as offset:
-            first = f.add(start, offset)
-            # Past the end the last row is computed again.
-            numbers = [f.least(f.add(first, number), f.add(rows, -1)) for number in range(side)]
-            weights = [row_of(f, number) for number in numbers]
-            with f.loop(f.multiply(groups, side * row_bytes), VECTOR) as place:
-                f.store(EIGHT, "zeroinitializer", f.at(kept, place), align=VECTOR)
-            with f.loop(columns, _BLOCK) as column:
-                length = f.least(f.without(columns, column), _BLOCK)
-                _widen(f, element, weights, column, length, wide, wide_bytes)
-                with f.loop(groups) as group:
-                    inputs = f.at(f.field("inputs", "ptr"), f.multiply(f.multiply(group, columns), row_bytes))
-                    inputs = f.at(inputs, f.multiply(column, row_bytes))
-                    sums = f.at(kept, f.multiply(group, side * row_bytes))
-                    _multiply(f, vectors, side, inputs, f.at(wide, 4 * LANES), wide_bytes, sums, length)
+    with rows_taken(f, side) as numbers:
+        weights = [row_of(f, number) for number in numbers]
+        with f.loop(f.multiply(groups, side * row_bytes), VECTOR) as place:
+            f.store(EIGHT, "zeroinitializer", f.at(kept, place), align=VECTOR)
+        with f.loop(columns, _BLOCK) as column:
+            length = f.least(f.without(columns, column), _BLOCK)
+            _widen(f, element, weights, column, length, wide, wide_bytes)
             with f.loop(groups) as group:
+                inputs = f.at(f.field("inputs", "ptr"), f.multiply(f.multiply(group, columns), row_bytes))
+                inputs = f.at(inputs, f.multiply(column, row_bytes))
                 sums = f.at(kept, f.multiply(group, side * row_bytes))
-                output = f.at(f.field("output", "ptr"), f.multiply(f.multiply(group, rows), row_bytes))
-                for at, number in enumerate(numbers):
-                    target = f.at(output, f.multiply(number, row_bytes))
-                    for vector in range(0, row_bytes, VECTOR):
-                        one = f.load(EIGHT, f.at(sums, at * row_bytes + vector), align=VECTOR)
-                        f.store(EIGHT, one, f.at(target, vector), align=4)
+                _multiply(f, vectors, side, inputs, f.at(wide, 4 * LANES), wide_bytes, sums, length)
+        with f.loop(groups) as group:
+            sums = f.at(kept, f.multiply(group, side * row_bytes))
+            output = f.at(f.field("output", "ptr"), f.multiply(f.multiply(group, rows), row_bytes))
+            for at, number in enumerate(numbers):
+                target = f.at(output, f.multiply(number, row_bytes))
+                for vector in range(0, row_bytes, VECTOR):
+                    one = f.load(EIGHT, f.at(sums, at * row_bytes + vector), align=VECTOR)
+                    f.store(EIGHT, one, f.at(target, vector), align=4)
     return f.text()
 
 

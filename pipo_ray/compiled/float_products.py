@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,11 +18,11 @@ from pipo_ray.compiled.widened import LANES, Element
 LEAST_COLUMNS = LANES
 """Of a weight."""
 
-FEW_NUMBERS = 1 << 16
-"""Inputs that are sooner made ready than other threads are woken."""
+MOST_SUMS = 1 << 20
+"""How many sums a call makes at a time."""
 
+_FEW_NUMBERS = 1 << 16  # that are sooner made ready than other threads are woken
 _TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
-_MOST_SUMS = 1 << 20  # of which a weight's rows are as many as there is room for
 _NAMES: dict[torch.dtype, Element] = {torch.bfloat16: "bfloat", torch.float16: "half", torch.int8: "i8"}
 
 
@@ -30,7 +30,7 @@ class CompiledFloats:
     """Multiplies inputs with weights of `dtype` in float32. One caller at a time.
 
     Compiled when it is made; `folder` is where machine code is kept (see `MachineCode`). A call takes 4 bytes for each
-    sum, for `_MOST_SUMS` at most.
+    sum, for `MOST_SUMS` at most.
     """
 
     def __init__(self, dtype: torch.dtype, folder: Path | None = None) -> None:
@@ -82,11 +82,8 @@ class CompiledFloats:
             num_rows, columns = part.shape
             inputs = torch.empty(-(-num_rows // width), columns, width)
             places = part.data_ptr(), inputs.data_ptr()
-            context = context_of((*places, num_rows, len(inputs), columns, 2 * part.stride(0), 0))
-            if part.numel() <= FEW_NUMBERS:
-                run_here(self._group[vectors], ctypes.addressof(context))
-            else:
-                run_on_threads(self._group[vectors], ctypes.addressof(context), folder=self._folder)
+            words = (*places, num_rows, len(inputs), columns, 2 * part.stride(0), 0)
+            make_ready(self._group[vectors], words, part.numel(), self._folder)
             parts.append(inputs)
         return GroupedInputs(tuple(parts), vectors)
 
@@ -110,11 +107,20 @@ class CompiledFloats:
                     group[:, start:stop] = one[:, : len(group)].T
 
 
+def make_ready(function: int, words: Sequence[int], count: int, folder: Path | None) -> None:
+    """Run the function that makes `count` inputs ready for a kernel, with the context `words`."""
+    context = context_of(words)
+    if count <= _FEW_NUMBERS:
+        run_here(function, ctypes.addressof(context))
+    else:
+        run_on_threads(function, ctypes.addressof(context), folder=folder)
+
+
 def _slabs(weight: torch.Tensor, num_rows: int, num_inputs: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """The first `num_rows` rows of a weight, in panels or not, so many at a time that their sums with so many inputs
-    are no more than `_MOST_SUMS`.
+    are no more than `MOST_SUMS`.
     """
-    most = max(1, _MOST_SUMS // num_inputs)
+    most = max(1, MOST_SUMS // num_inputs)
     if weight.dim() == 2:
         for start in range(0, num_rows, most):
             yield start, min(start + most, num_rows), weight[start : start + most]

@@ -17,7 +17,18 @@ part is added to the others in their order.
 from __future__ import annotations
 
 from pipo_ray.compiled.ir import Function, float_bits, vector
-from pipo_ray.compiled.widened import DECLARATIONS, EIGHT, LANES, VECTOR, everywhere, multiply_add, total, widened
+from pipo_ray.compiled.widened import (
+    DECLARATIONS,
+    EIGHT,
+    LANES,
+    VECTOR,
+    everywhere,
+    multiply_add,
+    shuffled,
+    splat,
+    total,
+    widened,
+)
 
 WORDS, WORDS_FIELDS = "words", ("rows", "words", "steps", "sums", "middles", "groups", "next")
 """The function that rounds inputs, and its context of 64-bit words: addresses of the rows, bf16, of as many int16, and
@@ -107,7 +118,7 @@ def _words(group: int, name: str) -> str:
             inverse = f.value(f"fdiv float 1.0, {step}")
             with f.loop(str(group), LANES) as at:
                 floats = widened(f, "bfloat", f.at(source, f.multiply(at, 2)))
-                scaled = f.value(f"fmul {EIGHT} {floats}, {_splat(f, 'float', inverse)}")
+                scaled = f.value(f"fmul {EIGHT} {floats}, {splat(f, 'float', inverse)}")
                 whole = f.value(f"call {_INTS} @llvm.x86.avx.cvt.ps2dq.256({EIGHT} {scaled})")
                 words = f.value(f"trunc {_INTS} {whole} to <8 x i16>")
                 whole = f.value(f"sext <8 x i16> {words} to {_INTS}")
@@ -233,7 +244,7 @@ def _few(group: int, half: int) -> str:
             for number, place in enumerate(block.output(index, tile)):
                 pair = vectors[number - number % 2 :][:2]
                 lanes = [lane + 8 * odd for lane in range(4 * (number % 2), 4 * (number % 2) + 4) for odd in (0, 1)]
-                f.store(EIGHT, _shuffled(f, EIGHT, (pair[0], pair[1]), lanes), place, align=4)
+                f.store(EIGHT, shuffled(f, EIGHT, (pair[0], pair[1]), lanes), place, align=4)
     return f.text()
 
 
@@ -241,7 +252,7 @@ def _both_lanes(f: Function, first: str, second: str) -> str:
     """Of two vectors each the sum of its halves, one behind the other."""
     low, high = ([lane + more for lane in (0, 1, 2, 3, 8, 9, 10, 11)] for more in (0, 4))
     return f.value(
-        f"add {_INTS} {_shuffled(f, _INTS, (first, second), low)}, {_shuffled(f, _INTS, (first, second), high)}"
+        f"add {_INTS} {shuffled(f, _INTS, (first, second), low)}, {shuffled(f, _INTS, (first, second), high)}"
     )
 
 
@@ -252,13 +263,9 @@ def _even_and_odd(f: Function, scales: list[tuple[str, str]]) -> list[tuple[str,
         for odd in (0, 1):
             lanes = [2 * lane + odd for lane in range(8)]
             pairs = zip(*scales[first : first + 2], strict=True)
-            scale, zero = (_shuffled(f, EIGHT, pair, lanes) for pair in pairs)
+            scale, zero = (shuffled(f, EIGHT, pair, lanes) for pair in pairs)
             found.append((scale, zero))
     return found
-
-
-def _shuffled(f: Function, kind: str, pair: tuple[str, str], lanes: list[int]) -> str:
-    return f.value(f"shufflevector {kind} {pair[0]}, {kind} {pair[1]}, <8 x i32> {vector('i32', lanes)}")
 
 
 def _many(group: int, half: int, at_once: int) -> str:
@@ -327,7 +334,7 @@ def _scale(
     """Add to `totals` what a group's `sums` of a row of inputs stand for; `index` is that of its step and its sum."""
     place = f.multiply(index, 4)
     step, of_group = (everywhere(f, f.at(f.field(name, "ptr"), place)) for name in ("steps", "sums"))
-    middle = _splat(f, "i32", f.load("i32", f.at(f.field("middles", "ptr"), place), align=4))
+    middle = splat(f, "i32", f.load("i32", f.at(f.field("middles", "ptr"), place), align=4))
     for (scale, zero), one, whole in zip(scales, sums, totals, strict=True):
         # Codes below the middle are negative: so an input's rounding counts as little as possible.
         floats = f.value(f"sitofp {_INTS} {f.value(f'sub {_INTS} {one}, {middle}')} to {EIGHT}")
@@ -339,7 +346,7 @@ def _scale(
 def _add(f: Function, sums: list[str], pairs: list[str], place: str) -> None:
     """Add to `sums` the products of pairs of codes with the pair of inputs at `place`."""
     both = f.load("i32", place, align=2)
-    words = f.cast(_INTS, _splat(f, "i32", both), _PAIRS)
+    words = f.cast(_INTS, splat(f, "i32", both), _PAIRS)
     for sum_, one in zip(sums, pairs, strict=True):
         _add_product(f, sum_, one, words)
 
@@ -347,9 +354,3 @@ def _add(f: Function, sums: list[str], pairs: list[str], place: str) -> None:
 def _add_product(f: Function, sum_: str, codes: str, inputs: str) -> None:
     product = f.value(f"call {_INTS} @llvm.x86.avx2.pmadd.wd({_PAIRS} {codes}, {_PAIRS} {inputs})")
     f.store(_INTS, f.value(f"add {_INTS} {f.load(_INTS, sum_)}, {product}"), sum_)
-
-
-def _splat(f: Function, element: str, value: str) -> str:
-    kind = f"<8 x {element}>"
-    first = f.value(f"insertelement {kind} poison, {element} {value}, i32 0")
-    return f.value(f"shufflevector {kind} {first}, {kind} poison, {_INTS} zeroinitializer")

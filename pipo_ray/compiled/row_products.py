@@ -1,6 +1,11 @@
-"""What the kernels that multiply a few rows of inputs at a time have in common: a function for each number of rows."""
+"""What the kernels have in common that read a weight row by row: names, and how its rows are shared out."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from pipo_ray.compiled.ir import Function
 
 
 def product_name(num_inputs: int) -> str:
@@ -11,3 +16,17 @@ def product_name(num_inputs: int) -> str:
 def inputs_at_once(num_inputs: int, most: int) -> int:
     """Of rows of inputs, those that are computed at once, at most `most`: about the same every time."""
     return -(-num_inputs // -(-num_inputs // most))
+
+
+@contextlib.contextmanager
+def rows_taken(f: Function, side_by_side: int) -> Iterator[list[str]]:
+    """For each so many rows of a weight of those that this thread takes, by the words `rows`, `rows_at_once` (a
+    multiple of them) and `next` of a context: their numbers. Past the end the last row comes again.
+    """
+    rows, chunk = f.field("rows"), f.field("rows_at_once")
+    tasks = f.value(f"udiv i64 {f.add(rows, f.add(chunk, -1))}, {chunk}")
+    with f.tasks(f.place_of("next"), tasks) as task:
+        start = f.multiply(task, chunk)
+        with f.loop(f.without(f.least(f.add(start, chunk), rows), start), side_by_side) as offset:
+            first = f.add(start, offset)
+            yield [f.least(f.add(first, number), f.add(rows, -1)) for number in range(side_by_side)]

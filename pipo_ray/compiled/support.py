@@ -26,9 +26,8 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
     """Why nothing can be compiled here, in words for the user; None if it can. `flags` are those of the processor in
     /proc/cpuinfo.
     """
-    missing = sorted(_NEEDED - (processor_flags() if flags is None else flags))
-    if missing:
-        return f"this processor has no {', '.join(name.upper() for name in missing)}"
+    if (missing := _missing(_NEEDED, flags)) is not None:
+        return missing
     if flags is None and machine_layout() != LAYOUT:
         return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
     return _without_compiler()
@@ -38,9 +37,8 @@ def floats_obstacle(flags: Set[str] | None = None) -> str | None:
     """Why weights of 16 bits and less cannot be multiplied by kernels for AVX2 that are compiled here, in words for
     the user; None if they can. `flags` are those of the processor in /proc/cpuinfo.
     """
-    missing = sorted(_FLOATS_NEEDED - (processor_flags() if flags is None else flags))
-    if missing:
-        return f"this processor has no {', '.join(name.upper() for name in missing)}"
+    if (missing := _missing(_FLOATS_NEEDED, flags)) is not None:
+        return missing
     if flags is None and machine_layout() == "plain":
         return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
     return _without_compiler()
@@ -50,9 +48,8 @@ def amx_obstacle(flags: Set[str] | None = None) -> str | None:
     """Why the matrix unit cannot be used here, in words for the user; None if it can, now that Linux was asked for it.
     `flags` are those of the processor in /proc/cpuinfo.
     """
-    missing = sorted(_AMX_NEEDED - (processor_flags() if flags is None else flags))
-    if missing:
-        return f"this processor has no {', '.join(name.upper() for name in missing)}"
+    if (missing := _missing(_AMX_NEEDED, flags)) is not None:
+        return missing
     reason = obstacle()
     if reason is None and platform.machine() == "x86_64":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -69,7 +66,7 @@ def low_bit_support() -> tuple[tuple[str, ...], str | None]:
     if reason is None:
         return (machine,), None
     if (in_floats := floats_obstacle()) is not None:
-        return (machine,), reason if _FLOATS_NEEDED - processor_flags() else in_floats
+        return (machine,), reason if _missing(_FLOATS_NEEDED) else in_floats
     ours = (name for name, order in INT4_LAYOUTS.items() if order.stride == 1 and name != machine)
     return (machine, *ours), None
 
@@ -77,6 +74,11 @@ def low_bit_support() -> tuple[tuple[str, ...], str | None]:
 def machine_panel_bytes() -> int:
     """How large panels of low-bit weights are made here: for our own kernels, or for torch's."""
     return SMALL_PANEL_BYTES if obstacle() is None or floats_obstacle() is None else PANEL_BYTES
+
+
+def _missing(needed: Set[str], flags: Set[str] | None = None) -> str | None:
+    missing = sorted(needed - (processor_flags() if flags is None else flags))
+    return f"this processor has no {', '.join(name.upper() for name in missing)}" if missing else None
 
 
 def _without_compiler() -> str | None:

@@ -48,8 +48,14 @@ def row_of(f: Function, number: str) -> str:
 
 def everywhere(f: Function, place: str) -> str:
     """Eight times the float at `place`."""
-    first = f.value(f"insertelement {EIGHT} poison, float {f.load('float', place, align=4)}, i32 0")
-    return f.value(f"shufflevector {EIGHT} {first}, {EIGHT} poison, <8 x i32> zeroinitializer")
+    return splat(f, "float", f.load("float", place, align=4))
+
+
+def splat(f: Function, element: str, value: str) -> str:
+    """Eight times the same number."""
+    kind = f"<8 x {element}>"
+    first = f.value(f"insertelement {kind} poison, {element} {value}, i32 0")
+    return f.value(f"shufflevector {kind} {first}, {kind} poison, <8 x i32> zeroinitializer")
 
 
 def multiply_add(f: Function, left: str, right: str, sums: str) -> str:
@@ -72,10 +78,11 @@ def transposed(f: Function, rows: list[str]) -> list[str]:
         for number in range(LANES):
             if not number & distance:
                 pair = rows[number], rows[number + distance]
-                following[number], following[number + distance] = (_shuffled(f, pair, one) for one in (low, high))
+                following[number], following[number + distance] = (shuffled(f, EIGHT, pair, one) for one in (low, high))
         rows = following
     return rows
 
 
-def _shuffled(f: Function, pair: tuple[str, str], lanes: list[int]) -> str:
-    return f.value(f"shufflevector {EIGHT} {pair[0]}, {EIGHT} {pair[1]}, <8 x i32> {vector('i32', lanes)}")
+def shuffled(f: Function, kind: str, pair: tuple[str, str], lanes: list[int]) -> str:
+    """Those lanes of two vectors of type `kind`, those of the second from 8 on."""
+    return f.value(f"shufflevector {kind} {pair[0]}, {kind} {pair[1]}, <8 x i32> {vector('i32', lanes)}")

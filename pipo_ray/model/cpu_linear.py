@@ -15,7 +15,7 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ _COLUMNS = 16
 _INTO = {"amx", "dots", "outer"}
 """Kernels that write where the result is wanted."""
 _NO_KERNELS = OwnKernels()
+_Made = TypeVar("_Made", PackedInputs, PaddedInputs, GroupedInputs, WordInputs)
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
@@ -291,30 +292,26 @@ class ProductInputs:
 
     def packed(self, amx: CompiledAmx | CompiledAmxLowBit) -> PackedInputs:
         """In tiles."""
-        if not isinstance(self._made, PackedInputs):
-            self._made = None
-            self._made = amx.pack(self.rows)
-        return self._made
+        return self._keep(PackedInputs, lambda: amx.pack(self.rows))
 
     def words(self, own: FloatLowBit, group: int) -> WordInputs:
         """As whole numbers, each group of columns by its largest."""
-        if not isinstance(self._made, WordInputs) or self._made.group != group:
+        if isinstance(self._made, WordInputs) and self._made.group != group:
             self._made = None
-            self._made = own.words(self.rows, group)
-        return self._made
+        return self._keep(WordInputs, lambda: own.words(self.rows, group))
 
     def padded(self) -> PaddedInputs:
         """In float32 for "dots"."""
-        if not isinstance(self._made, PaddedInputs):
-            self._made = None
-            self._made = PaddedInputs.of(self.rows)
-        return self._made
+        return self._keep(PaddedInputs, lambda: PaddedInputs.of(self.rows))
 
     def grouped(self, floats: CompiledFloats) -> GroupedInputs:
         """In float32 for "outer"."""
-        if not isinstance(self._made, GroupedInputs):
-            self._made = None
-            self._made = floats.group(self.rows)
+        return self._keep(GroupedInputs, lambda: floats.group(self.rows))
+
+    def _keep(self, kind: type[_Made], make: Callable[[], _Made]) -> _Made:
+        if not isinstance(self._made, kind):
+            self._made = None  # there are never two of them
+            self._made = make()
         return self._made
 
 

@@ -56,7 +56,7 @@ def test_any_shape(
     weight[:] = torch.randn(num_rows, columns)
     bias = torch.randn(num_rows).to(dtype) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float_products, "_MOST_SUMS", most_sums)
+        patch.setattr(float_products, "MOST_SUMS", most_sums)
         patch.setattr(float_products, "_TASK_BYTES", task_bytes)
         got = product(kernel, rows, weight, bias)
     exact = rows.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -83,7 +83,7 @@ def test_panels_and_scales(
     rows = torch.randn(num_inputs, columns).to(torch.bfloat16 if dtype is torch.int8 else dtype)
     scales = torch.rand(panels * panel_rows).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float_products, "_MOST_SUMS", most_sums)
+        patch.setattr(float_products, "MOST_SUMS", most_sums)
         got = product(kernel, rows, weight, scales=scales, num_rows=num_rows)
     scaled = (weight.double().flatten(0, 1) * scales.double()[:, None])[:num_rows]
     exact, terms = rows.double() @ scaled.T, rows.double().abs() @ scaled.abs().T

@@ -71,7 +71,7 @@ def test_products(
     weight = packed(num_rows, columns, name, layout, panel_bytes)
     rows = torch.randn(count, columns).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float_low_bit, "_MOST_SUMS", most_sums)
+        patch.setattr(float_low_bit, "MOST_SUMS", most_sums)
         got = product(rows, weight)
     values = weight.values
     exact, terms = rows.double() @ values.T, rows.double().abs() @ values.abs().T

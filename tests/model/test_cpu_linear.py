@@ -243,27 +243,15 @@ def test_a_split_matrix_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPat
     assert parts == [7, 3]
 
 
-@pytest.mark.skipif("amx" in MISSING, reason=str(REASONS["amx"]))
-def test_parts_of_a_matrix_share_their_packed_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = CpuProducts(always("amx"), own())
-    weight, inputs = torch.randn(100, 40).bfloat16(), torch.randn(2, 3, 40).bfloat16()
-    packed: list[int] = []
-    original = CompiledAmx.pack
-    monkeypatch.setattr(CompiledAmx, "pack", lambda self, rows: (packed.append(len(rows)), original(self, rows))[1])
-    split = SplitMatrix.make(
-        (100, 40), torch.bfloat16, torch.device("cpu"),
-        lambda _: ((a, b, products.bind(weight[a:b])) for a, b in ((0, 64), (64, 100))),
-    )  # fmt: skip
-    exact = inputs.double() @ weight.double().T
-    torch.testing.assert_close(F.linear(inputs, split).double(), exact, rtol=0.008, atol=1e-3)
-    assert packed == [6]
-
-
-@pytest.mark.skipif("dots" in MISSING, reason=str(REASONS["dots"]))
-@pytest.mark.parametrize(("kernel", "made_of"), [("dots", (PaddedInputs, "of")), ("outer", (CompiledFloats, "group"))])
-def test_parts_of_a_matrix_share_their_widened_inputs(
+@pytest.mark.parametrize(
+    ("kernel", "made_of"),
+    [("amx", (CompiledAmx, "pack")), ("dots", (PaddedInputs, "of")), ("outer", (CompiledFloats, "group"))],
+)
+def test_parts_of_a_matrix_share_what_is_made_of_their_inputs(
     kernel: Kernel, made_of: tuple[type, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kernel in MISSING:
+        pytest.skip(str(REASONS[kernel]))
     products = CpuProducts(always(kernel), own())
     weight, inputs = torch.randn(100, 40).bfloat16(), torch.randn(2, 3, 40).bfloat16()
     made: list[int] = []
