@@ -128,6 +128,8 @@ def test_threads_encode_and_decode_with_it_at_the_same_time(tmp_path: Path) -> N
     tokenizer.enable_padding(length=9)
     shared = shared_tokenizer(save(tokenizer, tmp_path))
     assert shared is not None
+    assert shared.backend_tokenizer.truncation is None
+    assert shared.backend_tokenizer.padding is None
 
     def both(number: int) -> bool:
         same = shared(TEXT)["input_ids"] == expected if number % 2 else shared.decode(expected).strip() == TEXT.strip()

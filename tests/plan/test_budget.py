@@ -174,10 +174,13 @@ def test_logits_are_there_for_as_many_sequences_as_are_named(gpu: dict[str, Any]
 
 @pytest.mark.parametrize("gpu", [{}, {"gpu_memory_bytes": 2 * GIB}])
 def test_a_tokenizer_is_paid_for(gpu: dict[str, Any]) -> None:
-    one = model(3, 1000, 1000)
-    taken = plan(one, memory_bytes=4 * GIB, tokenizer_bytes=300 * MIB, **gpu)
-    same = plan(one, memory_bytes=4 * GIB - 300 * MIB, **gpu)
+    one = model(300, 1000, 1000)
+    memory = (CUDA_PROCESS_BYTES if gpu else PROCESS_BYTES) + 900 * MIB
+    taken = plan(one, memory_bytes=memory, tokenizer_bytes=300 * MIB, **gpu)
+    same = plan(one, memory_bytes=memory - 300 * MIB, **gpu)
+    without = plan(one, memory_bytes=memory, **gpu)
     assert (taken.kv_bytes, taken.weight_bytes) == (same.kv_bytes, same.weight_bytes)
+    assert taken.kv_bytes + taken.weight_bytes < without.kv_bytes + without.weight_bytes - 200 * MIB
 
 
 def test_a_sequence_that_cannot_be_split_is_as_long_as_its_activations_fit() -> None:
