@@ -1,14 +1,15 @@
 """Products with int4 and int8 weights on a CUDA device: bandwidth at one row, arithmetic at many, for every kernel.
 
-How to run (a minute; --quick two weights in int4-g64, less than 20 s; --tune tries other shapes of the kernels for few
-rows instead):
+How to run (a minute; --quick two weights in int4-g64, less than 20 s; --tune tries other cuts of the int4 kernel
+instead):
 
     python benchmarks/gpu_low_bit_kernels.py [--quick] [--tune] [--json FILE]
 
 Weights [14336, 4096] and [4096, 14336] (of a feed-forward layer of Llama-3-8B), [8192, 8192] and [28672, 8192] (of
-Llama-3-70B) times 1 to 2048 rows of input; so many weights in turn that none is in the L2 cache. `vector` and `tiles`
-multiply from the panels as they are, `native` unpacks up to 64 MiB for torch's bf16 product, `torch` is what there is
-without Triton: operations that unpack 4 MiB at a time (int4 in groups of 64, one row and 32; not with --quick).
+Llama-3-70B) times 1 to 2048 rows of input; so many weights in turn that none is in the L2 cache. `codes`, and of int8
+`vector` and `tiles`, multiply from the panels as they are, `native` unpacks up to 64 MiB for torch's bf16 product,
+`torch` is what there is without Triton: operations that unpack 4 MiB at a time (int4 in groups of 64, one row and 32;
+not with --quick).
 `torch int4` is torch's own kernel with the same values, put into its order of codes beforehand (`torch_int4.py`), which
 a streamed weight would have to be in every sweep: that is not in its time, the least of three widths of its tiles.
 Beside them torch's product with a bf16 weight, and a copy from device memory to device memory. Every kernel's products
@@ -42,16 +43,16 @@ from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import Panels, divide, machine_layout
 from pipo_ray.quant.rounding import values_of
 from pipo_ray.triton_kernels.measure import device_seconds
-from pipo_ray.triton_kernels.products import VECTOR_INPUTS, TritonProducts, Tuning, VectorShape
+from pipo_ray.triton_kernels.products import MOST_INPUTS, TritonProducts, Tuning, layout_of
 
 SHAPES = ((14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
 NAMES = ("int4-g32", "int4-g64", "int4-g128", "int8")
-ROWS = (1, 4, 32, 128, 512, 2048)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
 QUICK_SHAPES = ((28672, 8192), (4096, 14336))
 QUICK_NAMES = ("int4-g64",)
-QUICK_ROWS = (1, 4, 32, 512)
+QUICK_ROWS = (1, 4, 8, 16, 32, 64, 512)
 CHECKED_ROWS = (1, 3, 32, 100)
-LARGEST = {"vector": VECTOR_INPUTS, "tiles": 512, "torch": 32}
+LARGEST = {**MOST_INPUTS, "codes": 512, "tiles": 512, "torch": 32}
 TOLERANCE = 0.006  # of the norm, bf16 weights and results; 0.002 where weights are not rounded
 _ROTATING_BYTES = 160 << 20
 _ROUNDS = 3
@@ -100,11 +101,11 @@ def require_near(product: Product, n: int, wanted_weight: torch.Tensor, toleranc
 
 def require_right(products: TritonProducts, memory: torch.Tensor, panels: Panels, wanted_weight: torch.Tensor) -> None:
     """Raise ArithmeticError if a kernel of ours is off by more than rounding explains."""
-    for kernel in KERNELS["cuda-int4"]:
+    for kernel in KERNELS[layout_of(panels)]:
         for n in CHECKED_ROWS:
             if n <= LARGEST.get(kernel, n):
                 product = products.product(memory[0], panels, panels.rows, n, kernel)
-                tolerance = 0.002 if kernel == "vector" else TOLERANCE
+                tolerance = 0.002 if kernel in ("codes", "vector") else TOLERANCE
                 require_near(product, n, wanted_weight, tolerance, f"{kernel}, {panels}")
 
 
@@ -146,7 +147,7 @@ def measure(
             require_right(products, memory, panels, wanted_weight)
             for n in rows:
                 inputs = torch.randn(n, shape[1], device=device).bfloat16()
-                for kernel in KERNELS["cuda-int4"]:
+                for kernel in KERNELS[layout_of(panels)]:
                     if n <= LARGEST.get(kernel, n):
                         seconds = least(calls_of(products, memory, panels, kernel, n), inputs)
                         add(shape, name, kernel, n, memory[0].nbytes, seconds)
@@ -171,19 +172,12 @@ def _unpacked(product: LinearProduct, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def tune(device: torch.device) -> None:
-    """Print bandwidths of the int4 kernels for few rows, cut in other ways."""
-    cuts = [(64, 8, 1), (64, 8, 2), (64, 8, 3), (32, 8, 2), (32, 16, 1), (32, 16, 2), (16, 32, 1), (16, 32, 2)]
-    for n, chosen in ((1, cuts), (4, [(16, 8, 1), (16, 8, 2), (32, 8, 1), (16, 16, 1), (16, 16, 2)])):
-        for lanes, run, stages in chosen:
-            for programs in (4, 8, 16):
-                shape = VectorShape(lanes, run, stages)
-                products = TritonProducts(device, tuning=Tuning(vector={n: shape}, vector_programs=programs))
-                _print_rates(f"vector {n}: {shape}, {programs} programs", products, device, "vector", n)
-    for n in (4, 16, 32, 64):
+    """Print bandwidths of the int4 kernel, cut in other ways."""
+    for n in (1, 8, 16, 32, 64):
         for stages in (2, 3, 4):
-            for programs in (2, 4, 8):
-                products = TritonProducts(device, tuning=Tuning(tiles_stages=stages, tiles_programs=programs))
-                _print_rates(f"tiles {n}: {stages} stages, {programs} programs", products, device, "tiles", n)
+            for programs in (4, 8, 16):
+                products = TritonProducts(device, tuning=Tuning(codes_stages=stages, codes_programs=programs))
+                _print_rates(f"{n} rows: {stages} stages, {programs} programs", products, device, "codes", n)
 
 
 def _print_rates(title: str, products: TritonProducts, device: torch.device, kernel: Kernel, n: int) -> None:
@@ -211,10 +205,10 @@ def copy_rate(device: torch.device) -> float:
 
 
 def host_seconds(device: torch.device) -> float:
-    """What a call of the vector kernel takes the host, with a small weight."""
+    """What a call of the kernel "codes" takes the host, with a small weight."""
     panels = divide(64, 64, LowBitFormat.parse("int4"), machine_layout())
     memory = torch.zeros(panels.shape, dtype=torch.uint8, device=device)
-    call = TritonProducts(device).product(memory, panels, 64, 1, "vector")
+    call = TritonProducts(device).product(memory, panels, 64, 1, "codes")
     inputs = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
     call(inputs)
     torch.cuda.synchronize()

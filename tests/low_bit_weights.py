@@ -6,10 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from pipo_ray.model.kernel_profile import KERNELS, Kernel
 from pipo_ray.quant.codec import read_rows, views_of, write_rows
 from pipo_ray.quant.formats import LowBitFormat
 from pipo_ray.quant.panels import Panels, divide
 from pipo_ray.quant.rounding import round_to_nearest, values_of
+
+ROUNDING: tuple[Kernel, ...] = ("tiles", "native")
+"""Kernels of CUDA devices that round weights to bf16."""
+
+
+def kernels_of(name: str) -> tuple[Kernel, ...]:
+    """What multiplies with weights in the format called `name` on a CUDA device."""
+    return KERNELS["cuda-int8" if name == "int8" else "cuda-int4"]
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,27 @@ Layout = Literal["linear", "matmul", "int4", "int8", "cuda-int4", "cuda-int8"]
 """
 
 Kernel = Literal[
-    "native", "wide", "tall", "dots", "outer", "words", "amx", "packed", "compiled", "blocks", "vector", "tiles"
+    "native",
+    "wide",
+    "tall",
+    "dots",
+    "outer",
+    "words",
+    "amx",
+    "packed",
+    "compiled",
+    "blocks",
+    "codes",
+    "vector",
+    "tiles",
 ]
 """Torch's own 16-bit product; or float32 products of weights widened chunk by chunk, as inputs times weights or as
 weights times inputs; or our own float32 products, of which "dots" widens weights in registers, for few inputs, and
 "outer" in the first cache, and of int4 "words" in whole numbers of 16 bits; or one of ours by the processor's matrix
 unit, of bf16 or low-bit weights; or torch's low-bit product, or one of our own, of bf16 weights as well
 (`pipo_ray/compiled`), of which "blocks" unpacks a part of the weight at a time. Low-bit weights are widened to 16 bits
-for the native one, and for the matrix unit. The last two are CUDA's, for few and for more rows
-(`pipo_ray/triton_kernels`).
+for the native one, and for the matrix unit. The last three are CUDA's: "codes" of int4, the others of int8, for few and
+for more rows (`pipo_ray/triton_kernels`).
 """
 
 KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
@@ -37,7 +49,7 @@ KERNELS: Mapping[Layout, tuple[Kernel, ...]] = {
     "matmul": ("native", "wide"),
     "int4": ("packed", "compiled", "words", "amx", "native", "wide"),
     "int8": ("packed", "compiled", "blocks", "dots", "outer", "amx", "native", "wide"),
-    "cuda-int4": ("vector", "tiles", "native"),
+    "cuda-int4": ("codes", "native"),
     "cuda-int8": ("vector", "tiles", "native"),
 }
 SIXTEEN_BIT_LAYOUTS: tuple[Layout, ...] = ("linear", "matmul")

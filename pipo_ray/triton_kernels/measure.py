@@ -11,7 +11,7 @@ from pipo_ray.model.kernel_profile import KERNELS, Cost, Kernel, KernelProfile, 
 from pipo_ray.quant.codec import read_rows, views_of
 from pipo_ray.quant.panels import BLOCK_ROWS, Panels, divide
 from pipo_ray.quant.rounding import values_of
-from pipo_ray.triton_kernels.products import VECTOR_INPUTS, RowsProduct, TritonProducts, layout_of
+from pipo_ray.triton_kernels.products import MOST_INPUTS, RowsProduct, TritonProducts, layout_of
 
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (8192, 4096)
@@ -45,7 +45,7 @@ def check(products: TritonProducts, panels: Panels, device: torch.device) -> Non
         if small.low_bit.bits == 4 and small.low_bit.symmetric:
             scales[..., 1] = 0
     weight = torch.cat([values_of(read_rows(views_of(panel, small), small), small.low_bit) for panel in memory])
-    inputs = torch.randn(VECTOR_INPUTS, small.columns, generator=generator).bfloat16()
+    inputs = torch.randn(min(MOST_INPUTS.values()), small.columns, generator=generator).bfloat16()
     wanted = inputs.double() @ weight[: small.rows].double().T
     for kernel in KERNELS[layout_of(panels)]:
         product = products.product(memory.to(device), small, small.rows, len(inputs), kernel)
@@ -73,11 +73,12 @@ def _costs(products: TritonProducts, kind: Panels, device: torch.device) -> dict
         kernel: _SLOWER_IN_A_RUN * _host_seconds(products, nothing[0], small, kernel) for kernel in KERNELS[layout]
     }
     # One launch each: what they take the host differs by chance, which must not decide.
-    launching["vector"] = launching["tiles"] = min(launching["vector"], launching["tiles"])
+    one_launch = [kernel for kernel in launching if kernel != "native"]
+    launching.update(dict.fromkeys(one_launch, min(launching[kernel] for kernel in one_launch)))
     result: dict[Kernel, Cost] = {}
     for kernel in KERNELS[layout]:
         fixed = _seconds(products, nothing, small, 1, kernel)
-        counts = [rows for rows in _MEASURED_ROWS if kernel != "vector" or rows <= VECTOR_INPUTS]
+        counts = [rows for rows in _MEASURED_ROWS if rows <= MOST_INPUTS.get(kernel, rows)]
         taken = [_seconds(products, weights, panels, rows, kernel) for rows in counts]
         elements = panels.rows * panels.columns
         rates = cleaned([max(0.0, seconds - fixed) / elements for seconds in taken])

@@ -1,14 +1,15 @@
 """Products with low-bit panels on a CUDA device. Importing this needs triton.
 
-Three kernels, by name: "vector" multiplies up to four rows of inputs as exactly as float32 can, "tiles" any number by
-tensor cores with weights rounded to bf16, both straight from the panels and with one launch for all panels of a weight;
-"native" unpacks part of a weight into scratch memory as bf16 and has torch multiply.
+Kernels by name: for int4 "codes" multiplies by tensor cores, with codes as they are; for int8 "vector" multiplies up to
+four rows of inputs in float32, and "tiles" any number by tensor cores. All of them straight from the panels, as exactly
+as float32 can but for "tiles", which rounds weights to bf16, and with one launch for all panels of a weight. "native"
+unpacks part of a weight into scratch memory as bf16 and has torch multiply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -38,35 +39,21 @@ _Chunk = tuple[Launch, torch.Tensor, torch.Tensor, slice]
 rows], and the columns of the output that it gives.
 """
 
-VECTOR_INPUTS = 4
-"""Rows of inputs that the vector kernel takes at most."""
+MOST_INPUTS: Mapping[Kernel, int] = {"vector": 4}
+"""Rows of inputs that a kernel takes at most; others any number."""
 
 _MOST_PARTS = 16
 _INTERPRETED_PROCESSORS = 2
 
 
 @dataclass(frozen=True)
-class VectorShape:
-    """What a program of the int4 vector kernel takes at once (see `int4.int4_vector`), with so many warps, in so many
-    steps that are loaded ahead.
-    """
-
-    lanes: int
-    run: int
-    stages: int = 2
-    warps: int = 4
-
-
-@dataclass(frozen=True)
 class Tuning:
-    """How kernels are cut. `vector` by the number of inputs that the kernel is compiled for; programs for each
-    multiprocessor, as several must wait for memory at the same time.
+    """How kernels are cut: programs for each multiprocessor, as several must wait for memory at the same time, and
+    steps of their loops that are loaded ahead, one less than stages.
     """
 
-    vector: Mapping[int, VectorShape] = field(
-        default_factory=lambda: {1: VectorShape(64, 8), 2: VectorShape(32, 8), 4: VectorShape(16, 8)}
-    )
-    vector_programs: int = 8
+    codes_programs: int = 8
+    codes_stages: int = 3
     tiles_programs: int = 4
     tiles_stages: int = 3
 
@@ -96,18 +83,16 @@ class TritonProducts:
     ) -> RowsProduct:
         """`F.linear` with the first `num_rows` rows in the panels `memory`, uint8 [panels, panel_bytes]: takes inputs,
         bf16 [num_inputs, columns] and contiguous, and gives bf16 [num_inputs, num_rows]. `kernel` is one of those
-        above, "vector" for at most VECTOR_INPUTS inputs.
+        above, for no more inputs than it takes.
         """
-        is_int4 = panels.low_bit.bits == 4
         if not num_inputs:
             return _nothing(num_rows)
-        if kernel == "vector":
-            make = self._int4_vector if is_int4 else self._int8_vector
-        elif kernel == "tiles":
-            make = self._int4_tiles if is_int4 else self._int8_tiles
-        else:
-            make = self._int4_unpacked if is_int4 else self._int8_unpacked
-        return make(memory, panels, num_rows, num_inputs)
+        is_int4 = panels.low_bit.bits == 4
+        makers = {
+            "codes": self._int4_codes, "vector": self._int8_vector, "tiles": self._int8_tiles,
+            "native": self._int4_unpacked if is_int4 else self._int8_unpacked,
+        }  # fmt: skip
+        return makers[kernel](memory, panels, num_rows, num_inputs)
 
     def choose(self, profile: KernelProfile, num_inputs: int, panels: Panels, num_rows: int) -> Kernel:
         """The kernel that takes the least time for the product of so many inputs with `num_rows` rows in such panels,
@@ -115,38 +100,23 @@ class TritonProducts:
         """
         if not num_inputs:
             return "native"
-        without: tuple[Kernel, ...] = () if num_inputs <= VECTOR_INPUTS else ("vector",)
+        without = [kernel for kernel, most in MOST_INPUTS.items() if num_inputs > most]
         chunks = -(-num_rows // self._rows_at_once(panels.columns))
         return profile.choose(layout_of(panels), num_inputs, num_rows * panels.columns, without, {"native": chunks})
 
-    def _int4_vector(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
-        compiled_for = triton.next_power_of_2(num_inputs)
-        shape = self._tuning.vector[compiled_for]
-        block = INT4_LAYOUTS[panels.layout].block
-        blocks = triton.cdiv(num_rows, block)
-        step = max(panels.low_bit.group, shape.lanes * shape.run)
-        wanted = self._tuning.vector_programs * self._processors // blocks
-        parts, part_columns = self._divide(panels.columns, step, wanted, num_inputs * num_rows, blocks)
+    def _int4_codes(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
+        block, group = INT4_LAYOUTS[panels.layout].block, panels.low_bit.group
+        inputs = 8 if num_inputs <= 8 else 16
+        programs, tiles = triton.cdiv(num_rows, int4.PROGRAM_ROWS), triton.cdiv(num_inputs, inputs)
+        counters = programs * tiles
+        wanted = self._tuning.codes_programs * self._processors // counters
+        parts, part_columns = self._divide(panels.columns, group, wanted, num_inputs * num_rows, counters)
         numbers = (
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
-            *_int4_constants(panels), compiled_for, shape.lanes, shape.run, _MOST_PARTS, shape.stages,
+            *_int4_constants(panels), inputs, _MOST_PARTS, self._tuning.codes_stages, self._dot,
         )  # fmt: skip
         sums = self._partials, self._arrivals
-        return _in_one_launch(int4.int4_vector, (blocks, parts), memory, sums, numbers, num_warps=shape.warps)
-
-    def _int4_tiles(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
-        block, group = INT4_LAYOUTS[panels.layout].block, panels.low_bit.group
-        inputs = _tile_inputs(num_inputs)
-        blocks, tiles = triton.cdiv(num_rows, block), triton.cdiv(num_inputs, inputs)
-        wanted = self._tuning.tiles_programs * self._processors // (blocks * tiles)
-        parts, part_columns = self._divide(
-            panels.columns, max(group, 256), wanted, num_inputs * num_rows, blocks * tiles
-        )
-        numbers = (
-            num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows // block, part_columns, parts,
-            *_int4_constants(panels), inputs, min(group, 64), self._dot,
-        )  # fmt: skip
-        return self._tiles(int4.int4_tiles, (blocks, parts, tiles), memory, numbers, inputs)
+        return _in_one_launch(int4.int4_codes, (tiles, programs, parts), memory, sums, numbers, num_warps=1)
 
     def _int4_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         block, columns = INT4_LAYOUTS[panels.layout].block, panels.columns

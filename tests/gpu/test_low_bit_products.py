@@ -8,11 +8,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
-from low_bit_weights import RandomWeight
+from low_bit_weights import ROUNDING, RandomWeight, kernels_of
 
 from pipo_ray.model import low_bit_choice
 from pipo_ray.model.kept_profiles import ProfilePlaces
-from pipo_ray.model.kernel_profile import KERNELS, Kernel, KernelProfile
+from pipo_ray.model.kernel_profile import Kernel, KernelProfile
 from pipo_ray.model.low_bit_choice import cuda_products, most_used
 from pipo_ray.quant.policy import Precision
 
@@ -27,18 +27,17 @@ def device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("kernel", KERNELS["cuda-int4"])
-@pytest.mark.parametrize("name, layout", KINDS)
+@pytest.mark.parametrize("name, layout, kernel", [(*kind, kernel) for kind in KINDS for kernel in kernels_of(kind[0])])
 def test_products_are_those_of_the_unpacked_weight(name: str, layout: str, kernel: Kernel) -> None:
     """Shapes in which the last panel is not full, a part of the columns shorter than the others, and a result wider
     than the processors; without the parts of sums, and with them, twice.
     """
     pytest.importorskip("triton")
-    from pipo_ray.triton_kernels.products import VECTOR_INPUTS, TritonProducts
+    from pipo_ray.triton_kernels.products import MOST_INPUTS, TritonProducts
 
     generator = torch.Generator().manual_seed(len(name) + len(layout))
     products = TritonProducts(device())
-    counts = (1, 2, 3, VECTOR_INPUTS) if kernel == "vector" else (1, 5, 16, 17, 40, 64, 130, 512)
+    counts = [n for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 64, 130, 512) if n <= MOST_INPUTS.get(kernel, n)]
     for rows, columns, panel_bytes in ((1, 128, 1), (200, 640, 1), (1000, 4096 + 128, 1 << 20), (20_000, 384, 1 << 22)):
         weight = RandomWeight.make(name, layout, rows, columns, panel_bytes, generator)
         memory = weight.memory.to(device())
@@ -47,7 +46,7 @@ def test_products_are_those_of_the_unpacked_weight(name: str, layout: str, kerne
             product = products.product(memory, weight.panels, rows, num_inputs, kernel)
             on_device = inputs.to(device())
             first, second = product(on_device), product(on_device)
-            rounded = kernel != "vector"
+            rounded = kernel in ROUNDING
             weight.require_product(first, inputs, rounded=rounded, step=STEP, sums=1e-4 if rounded else 1e-5)
             assert torch.equal(first, second), "the order in which parts arrive shows"
             bias = torch.randn(rows, generator=generator).bfloat16()
@@ -70,7 +69,7 @@ def test_products_on_another_stream_are_in_its_order() -> None:
     weight = RandomWeight.make("int4", "avx512", 4096, 4096, 1 << 22, generator)
     inputs = torch.randn(1, 4096, generator=generator).bfloat16()
     memory, on_device = weight.memory.to(device()), torch.zeros_like(inputs, device=device())
-    product = TritonProducts(device()).product(memory, weight.panels, 4096, 1, "vector")
+    product = TritonProducts(device()).product(memory, weight.panels, 4096, 1, "codes")
     product(on_device)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()

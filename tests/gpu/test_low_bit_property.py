@@ -11,9 +11,9 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from low_bit_weights import RandomWeight, with_strides
+from low_bit_weights import ROUNDING, RandomWeight, kernels_of, with_strides
 
-from pipo_ray.model.kernel_profile import KERNELS, Cost, Kernel, KernelProfile
+from pipo_ray.model.kernel_profile import KERNELS, Cost, Kernel, KernelProfile, Layout
 from pipo_ray.model.low_bit import LowBitProducts
 from pipo_ray.quant.panels import INT4_LAYOUTS, machine_layout
 
@@ -34,12 +34,13 @@ def _products(kernel: Kernel | Literal["torch"], device: torch.device) -> LowBit
     from pipo_ray.triton_kernels.products import TritonProducts
 
     chosen, others = Cost(0.0, (1, 2), (0.0, 0.0)), Cost(0.0, (1, 2), (1.0, 1.0))
-    costs = {one: chosen if one == kernel else others for one in KERNELS["cuda-int4"]}
-    profile = KernelProfile("bfloat16", 1, {"cuda-int4": costs, "cuda-int8": costs})
+    layouts: tuple[Layout, ...] = ("cuda-int4", "cuda-int8")
+    costs = {layout: {one: chosen if one == kernel else others for one in KERNELS[layout]} for layout in layouts}
+    profile = KernelProfile("bfloat16", 1, costs)
     return LowBitProducts(profile, machine_layout(), device, triton=TritonProducts(device, scratch_bytes=4 << 20))
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS["cuda-int4"], "torch"])
+@pytest.mark.parametrize("kernel", [*dict.fromkeys((*kernels_of("int4"), *kernels_of("int8"))), "torch"])
 @settings(max_examples=_EXAMPLES)
 @given(
     st.sampled_from(NAMES), st.sampled_from(sorted(INT4_LAYOUTS)), st.integers(1, 3000), st.integers(1, 24),
@@ -53,6 +54,8 @@ def test_products_are_those_of_the_unpacked_weight(
 ) -> None:  # fmt: skip
     device = torch.device("cuda", 0)
     generator = torch.Generator().manual_seed(seed)
+    if kernel != "torch" and kernel not in kernels_of(name):
+        name = "int8" if kernel in kernels_of("int8") else "int4"
     if kernel == "vector":
         num_inputs = 1 + num_inputs % 4
     weight = RandomWeight.make(name, layout, rows, groups * (112 if name == "int8" else 128), panel_bytes, generator)
@@ -64,6 +67,7 @@ def test_products_are_those_of_the_unpacked_weight(
     on_device = with_strides(inputs.to(device), strides)
     got = torch.nn.functional.linear(on_device, bound, None if bias is None else bias.to(device))
     weight.require_product(
-        got, on_device.cpu(), rounded=kernel != "vector", step=STEP if kernel != "torch" else 2 * STEP, sums=1e-4,
+        got, on_device.cpu(), rounded=kernel == "torch" or kernel in ROUNDING,
+        step=STEP if kernel != "torch" else 2 * STEP, sums=1e-4,
         bias=bias,
     )  # fmt: skip

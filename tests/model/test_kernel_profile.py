@@ -56,15 +56,17 @@ PIECE = 8192 * 7168
 
 
 def h200(slower: float) -> KernelProfile:
-    """An H200's device with a piece of OPT-30B's in int4, and a host that is so many times slower than it is alone."""
+    """An H200's device with a piece of OPT-30B's in int4, as a former kernel multiplied it, and a host that is so many
+    times slower than it is alone.
+    """
 
     def cost(launch_s: float, **seconds: float) -> Cost:
         by_rows = {int(name[1:]): taken / PIECE for name, taken in seconds.items()}
         return Cost(0.0, tuple(by_rows), tuple(by_rows.values()), slower * launch_s)
 
-    tiles = cost(27e-6, _8=50e-6, _16=57e-6, _24=69e-6, _32=79e-6, _64=108e-6)
+    codes = cost(27e-6, _8=50e-6, _16=57e-6, _24=69e-6, _32=79e-6, _64=108e-6)
     native = cost(45e-6, _8=88e-6, _64=88e-6, _256=100e-6)
-    return KernelProfile("bfloat16", 2, {"cuda-int4": {"tiles": tiles, "native": native}})
+    return KernelProfile("bfloat16", 2, {"cuda-int4": {"codes": codes, "native": native}})
 
 
 @pytest.mark.parametrize("slower", [1.0, 3.0])
@@ -74,16 +76,16 @@ def test_what_takes_the_host_longer_than_the_device_is_chosen_by_the_host(slower
     def chosen(rows: int, chunks: int = 2) -> str:
         return h200(slower).choose("cuda-int4", rows, PIECE, (), {"native": chunks})
 
-    assert {chosen(rows) for rows in range(5, 33)} == {"tiles"}
+    assert {chosen(rows) for rows in range(5, 33)} == {"codes"}
     assert chosen(256) == "native"
-    assert chosen(64) == ("native" if slower == 1.0 else "tiles")
-    assert chosen(256, chunks=20) == "tiles"
+    assert chosen(64) == ("native" if slower == 1.0 else "codes")
+    assert chosen(256, chunks=20) == "codes"
 
 
 def test_of_kernels_that_the_host_launches_as_fast_the_one_that_computes_faster_is_chosen() -> None:
     vector, tiles = Cost(0.0, (1, 4), (2e-13, 5e-13), 81e-6), Cost(0.0, (1, 4), (3e-13, 4e-13), 81e-6)
-    profile = KernelProfile("bfloat16", 2, {"cuda-int4": {"vector": vector, "tiles": tiles}})
-    assert [profile.choose("cuda-int4", rows, 1 << 24) for rows in (1, 4)] == ["vector", "tiles"]
+    profile = KernelProfile("bfloat16", 2, {"cuda-int8": {"vector": vector, "tiles": tiles}})
+    assert [profile.choose("cuda-int8", rows, 1 << 24) for rows in (1, 4)] == ["vector", "tiles"]
 
 
 def test_a_profile_without_launches_is_read(tmp_path: Path) -> None:
