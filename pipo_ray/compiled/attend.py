@@ -17,6 +17,7 @@ from pipo_ray.compiled.crew import CALLED_AT, add_on_threads, deferred_on_thread
 from pipo_ray.compiled.ir import float_word
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.steps import Steps
+from pipo_ray.compiled.support import InstructionSet, row_instructions
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import PageLayout
 
@@ -74,14 +75,21 @@ class CompiledAttention:
     """Appends a token's keys and values to those of its sequence, and lets it attend to all. One caller at a time.
 
     Compiled for each shape of heads when it is first used; `folder` is where machine code is kept (see `MachineCode`).
+    `instructions` are those of this processor unless it is told others that it has, too.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, instructions: InstructionSet | None = None) -> None:
         self._folder = folder
+        self._instructions = instructions or row_instructions()
         self._codes: dict[tuple[int, int], tuple[MachineCode, int, int]] = {}
         self._packed_codes: dict[tuple[int, int, int], tuple[MachineCode, int, int]] = {}
         self._context = context_of([0] * len(attention.FIELDS))
         self._packed_context = context_of([0] * len(packed_attention.FIELDS))
+
+    @property
+    def takes_pages(self) -> bool:
+        """Whether it attends to packed pages, too."""
+        return self._instructions == "avx512"
 
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether these are for the kernel: `query` [heads, 1, dim], `keys` and `values` [kv_heads, 1, dim] in bf16 on
@@ -237,13 +245,15 @@ class CompiledAttention:
         """For one sequence, and for several."""
         found = self._codes.get((dim, group))
         if found is None:
-            code = MachineCode(attention.module(dim, group), self._folder)
+            code = MachineCode(attention.module(dim, group, self._instructions), self._folder)
             found = code, code.address(attention.NAME), code.address(attention.EACH)
             self._codes[dim, group] = found
         return found[1:]
 
     def _packed_functions(self, layout: PageLayout, heads: int) -> tuple[int, int]:
-        """The same for packed pages."""
+        """The same for packed pages. Raises RuntimeError if it does not take them."""
+        if not self.takes_pages:
+            raise RuntimeError("attention to packed pages is for AVX512 with bf16")
         at_once = attention.heads_at_once(heads // layout.heads)
         key = layout.key_dim, layout.bits, at_once
         found = self._packed_codes.get(key)

@@ -4,15 +4,17 @@ Sixteen tokens at a time: their scores for a head are one vector, softmax goes o
 normalizer calculation for softmax", arXiv 1805.02867), and their values are added up in float32. Up to four heads that
 share keys and values read them together. A head's result does not depend on the number of threads.
 
-Needs AVX512F, BW and BF16. The one instruction by name: VDPBF16PS.
+For AVX512F, BW and BF16, with one instruction by name, VDPBF16PS; or for AVX2 and FMA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipo_ray.compiled.instruction_sets import FUNCTIONS, Avx2Function
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, HALVES, Function, vector
 from pipo_ray.compiled.row_steps import exponential
+from pipo_ray.compiled.support import InstructionSet
 
 FIELDS = (
     "query", "new_keys", "new_values", "keys", "values", "output", "next", "kv_heads", "group", "length", "scale",
@@ -36,7 +38,6 @@ LEAST = "0xFFF0000000000000"
 
 _TOKENS = 16
 _MOST_HEADS = 4
-_COLUMNS = 64  # of the values that are summed at once
 _EVEN = vector("i32", range(0, 32, 2))
 _ODD = vector("i32", range(1, 32, 2))
 _NUMBERS = vector("i64", range(_TOKENS))
@@ -46,11 +47,10 @@ declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 """
 
 
-def module(dim: int, group: int) -> str:
+def module(dim: int, group: int, instructions: InstructionSet = "avx512") -> str:
     """The function for heads of `dim` columns, a multiple of 64, of which `group` share keys."""
-    return "\n".join(
-        [DECLARATIONS, MORE_DECLARATIONS, _attend(dim, heads_at_once(group)), each(EACH, NAME, len(FIELDS))]
-    )
+    one = _attend(FUNCTIONS[instructions](NAME, FIELDS), dim, heads_at_once(group))
+    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, one, each(EACH, NAME, len(FIELDS))])
 
 
 def heads_at_once(group: int) -> int:
@@ -100,8 +100,7 @@ class HeadSoFar:
             f.store_rounded(mean, f.at(row, 32 * at), "16")
 
 
-def _attend(dim: int, at_once: int) -> str:
-    f = Function(NAME, FIELDS)
+def _attend(f: Function, dim: int, at_once: int) -> str:
     group = f.field("group")
     scale = f.splat("float", f.value(f"bitcast i32 {f.load('i32', f.place_of('scale'))} to float"))
     rooms = [HeadSoFar.rooms(f, dim) for _ in range(at_once)]
@@ -141,11 +140,14 @@ def add_tokens(
 ) -> None:
     """Add `length` tokens, as the context has it, of one key head to several heads."""
     length = f.field("length")
+    wide = _WideScores(f, dim, queries) if isinstance(f, Avx2Function) else None
     with f.loop(length, _TOKENS) as token:
         left = f.value(f"sub i64 {length}, {token}")
+        if wide is not None:
+            wide.multiply(f.at(keys, f.multiply(token, 2 * dim)), f.least(left, _TOKENS))
         changes = []
-        for query, one in zip(queries, so_far, strict=True):
-            scores = _scores(f, dim, query, keys, token, length)
+        for number, (query, one) in enumerate(zip(queries, so_far, strict=True)):
+            scores = _scores(f, dim, query, keys, token, length) if wide is None else wide.of(number)
             scores = f.value(f"fmul {FLOATS} {scores}, {scale}")
             there = f.value(f"icmp ult <16 x i64> {_NUMBERS}, {f.splat('i64', left)}")
             scores = f.value(f"select <16 x i1> {there}, {FLOATS} {scores}, {FLOATS} splat (float {LEAST})")
@@ -171,7 +173,46 @@ def _scores(f: Function, dim: int, query: str, keys: str, token: str, length: st
         for at, part in enumerate(parts):
             total = f.dot(total, part, f.load(HALVES, f.at(row, 64 * at), align=2))
         dots.append(total)
-    while len(dots) > 1:  # neighbours are added until there is a number for each token, in order
+    return _totals(f, dots)
+
+
+class _WideScores:
+    """Products of queries with the keys of up to 16 tokens, where they are made in float32. A token's keys are widened
+    once for all queries, and then comes the next token: all at once would be more than there are registers.
+    """
+
+    def __init__(self, f: Avx2Function, dim: int, queries: list[str]) -> None:
+        self._f, self._dim = f, dim
+        self._queries, self._dots = ([f.room(size) for _ in queries] for size in (4 * dim, 64 * _TOKENS))
+        for query, room in zip(queries, self._queries, strict=True):
+            for at in range(dim // 32):
+                halves = f.load(HALVES, f.at(query, 64 * at), align=2)
+                for odd, floats in enumerate(f.even_and_odd(halves)):
+                    f.store(FLOATS, floats, f.at(room, 128 * at + 64 * odd))
+
+    def multiply(self, keys: str, count: str) -> None:
+        """Of the first `count` tokens at `keys`."""
+        f = self._f
+        with f.loop(count) as token:
+            row = f.at(keys, f.multiply(token, 2 * self._dim))
+            sums = ["zeroinitializer"] * len(self._queries)
+            for at in range(self._dim // 32):
+                halves = f.load(HALVES, f.at(row, 64 * at), align=2)
+                for odd, floats in enumerate(f.even_and_odd(halves)):
+                    parts = [f.load(FLOATS, f.at(room, 128 * at + 64 * odd)) for room in self._queries]
+                    sums = [f.multiply_add(part, floats, one) for part, one in zip(parts, sums, strict=True)]
+            for one, room in zip(sums, self._dots, strict=True):
+                f.store(FLOATS, one, f.at(room, f.multiply(token, 64)))
+
+    def of(self, number: int) -> str:
+        """Those of one query, as a vector; what it has for further tokens says nothing."""
+        f = self._f
+        return _totals(f, [f.load(FLOATS, f.at(self._dots[number], 64 * token)) for token in range(_TOKENS)])
+
+
+def _totals(f: Function, dots: list[str]) -> str:
+    """A number for each of 16 vectors, in order: neighbours are added again and again."""
+    while len(dots) > 1:
         dots = [_neighbours(f, one, other) for one, other in zip(dots[::2], dots[1::2], strict=True)]
     return dots[0]
 
@@ -186,15 +227,16 @@ def _neighbours(f: Function, one: str, other: str) -> str:
 
 def _add_values(f: Function, dim: int, values: str, count: str, so_far: list[HeadSoFar], changes: list[str]) -> None:
     """Multiply the sums with `changes`, and add the values of `count` tokens by their weights."""
-    for first in range(0, dim, _COLUMNS):
-        places = [one.sums[first // 16 : (first + _COLUMNS) // 16] for one in so_far]
+    at_once = f.KEPT_VECTORS // _MOST_HEADS * 16  # columns whose sums the registers hold
+    for first in range(0, dim, at_once):
+        places = [one.sums[first // 16 : (first + at_once) // 16] for one in so_far]
         running = [[f.variable(FLOATS) for _ in parts] for parts in places]
         for parts, current, change in zip(places, running, changes, strict=True):
             for part, variable in zip(parts, current, strict=True):
                 f.store(FLOATS, f.value(f"fmul {FLOATS} {f.load(FLOATS, part)}, {change}"), variable)
         with f.loop(count) as token:
             row = f.at(values, f.add(f.multiply(token, 2 * dim), 2 * first))
-            columns = [f.widened(f.at(row, 32 * at)) for at in range(_COLUMNS // 16)]
+            columns = [f.widened(f.at(row, 32 * at)) for at in range(at_once // 16)]
             for one, current in zip(so_far, running, strict=True):
                 factor = f.everywhere(f.at(one.weights, f.multiply(token, 4)), FLOATS)
                 for column, variable in zip(columns, current, strict=True):

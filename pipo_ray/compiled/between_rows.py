@@ -16,6 +16,7 @@ from pipo_ray.compiled import row_steps
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.ir import Function, float_word
 from pipo_ray.compiled.machine import MachineCode, context_of, function_at
+from pipo_ray.compiled.support import row_instructions
 
 SHARE, FIELDS = "share", ("function", "contexts", "context_bytes", "count", "next")
 """Call a function with each of `count` contexts that lie one behind the other; threads take one at a time."""
@@ -39,7 +40,7 @@ class BetweenRows:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._codes = MachineCode(row_steps.module(), folder), MachineCode(module(), folder)
+        self._codes = MachineCode(row_steps.module(row_instructions()), folder), MachineCode(module(), folder)
         self._norm, self._gate = (self._codes[0].address(name) for name in (row_steps.NORM, row_steps.GATE))
         self._share = self._codes[1].address(SHARE)
 

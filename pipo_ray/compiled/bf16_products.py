@@ -67,6 +67,10 @@ class CompiledBf16:
         run_on_threads(function, self._address, num_inputs <= bf16.MOST_INPUTS and self._awake, self._folder)
         return output
 
+    def add_inputs(self, steps: Steps, row: torch.Tensor) -> torch.Tensor:
+        """What `add_product` takes for a row of inputs: the row itself."""
+        return row
+
     def add_product(
         self, steps: Steps, row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
     ) -> None:

@@ -23,6 +23,7 @@ from pipo_ray.compiled.widened import (
     VECTOR,
     Element,
     multiply_add,
+    rounded_bits,
     row_of,
     total,
     widened,
@@ -37,6 +38,13 @@ FIELDS = (
 the start and counts what the threads have taken; bytes from one row of the weight to the next; rows that a thread takes
 at once; rows of the weight in a panel, and bytes from one panel to the next.
 """
+
+ROW, ROW_FIELDS = "row", (*FIELDS, "scales", "scale_bytes", "bias", "bias_bytes")
+"""The function for one row of inputs of a model in bf16, and its context: the output is bf16 [rows], the sums times
+scales plus the bias, which are bf16 at these addresses, bytes from one row's to the next; 0: the same for all.
+"""
+WIDEN, WIDEN_FIELDS = "widen", ("row", "inputs", "columns")
+"""The function that makes inputs float32 of a row in bf16; `columns` is a multiple of 8 there."""
 
 MOST_INPUTS = 4
 """Rows of inputs at once."""
@@ -61,8 +69,9 @@ def rows_side_by_side(num_inputs: int) -> int:
 
 
 def module(element: Element) -> str:
-    """A function for each number of inputs at once."""
-    return "\n".join([DECLARATIONS, *(_product(element, inputs) for inputs in range(1, MOST_INPUTS + 1))])
+    """A function for each number of inputs at once; for weights of a model in bf16 those for one row, too."""
+    one_row = [] if element == "half" else [_row(element), _widen()]
+    return "\n".join([DECLARATIONS, *(_product(element, inputs) for inputs in range(1, MOST_INPUTS + 1)), *one_row])
 
 
 def _product(element: Element, at_once: int) -> str:
@@ -79,6 +88,33 @@ def _product(element: Element, at_once: int) -> str:
             for at, number in enumerate(numbers):
                 one = total(f, f.load(EIGHT, f.at(sums, VECTOR * at), align=VECTOR))
                 f.store("float", one, f.at(row, f.multiply(number, 4)), align=4)
+    return f.text()
+
+
+def _row(element: Element) -> str:
+    f = Function(ROW, ROW_FIELDS)
+    side = rows_side_by_side(1)
+    kept = f.room(side * VECTOR)
+    with rows_taken(f, side) as numbers:
+        _sums(f, element, 1, [row_of(f, number) for number in numbers], "1", kept)
+        for at, number in enumerate(numbers):
+            one = total(f, f.load(EIGHT, f.at(kept, VECTOR * at), align=VECTOR))
+            scale, bias = (
+                f.widened_one(f.at(f.field(name, "ptr"), f.multiply(number, f.field(stride))))
+                for name, stride in (("scales", "scale_bytes"), ("bias", "bias_bytes"))
+            )
+            one = f.value(f"fadd float {f.value(f'fmul float {one}, {scale}')}, {bias}")
+            bits = f.cast("<1 x i32>", rounded_bits(f, f.cast("float", one, "<1 x float>"), 1), "i32")
+            half = f.value(f"trunc i32 {f.value(f'lshr i32 {bits}, 16')} to i16")
+            f.store("i16", half, f.at(f.field("output", "ptr"), f.multiply(number, 2)), align=2)
+    return f.text()
+
+
+def _widen() -> str:
+    f = Function(WIDEN, WIDEN_FIELDS)
+    with f.loop(f.field("columns"), LANES) as at:
+        floats = widened(f, "bfloat", f.at(f.field("row", "ptr"), f.multiply(at, 2)))
+        f.store(EIGHT, floats, f.at(f.field("inputs", "ptr"), f.multiply(at, 4)), align=4)
     return f.text()
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from pipo_ray.compiled import float_dots, float_outer
-from pipo_ray.compiled.crew import run_on_threads
+from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs, vectors_for
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.row_products import inputs_at_once, product_name
+from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.widened import LANES, Element
 
 LEAST_COLUMNS = LANES
@@ -40,8 +41,11 @@ class CompiledFloats:
         self._dots = [dots.address(product_name(count + 1)) for count in range(float_dots.MOST_INPUTS)]
         self._outer = {vectors: outer.address(float_outer.name(vectors)) for vectors in float_outer.VECTORS}
         self._group = {vectors: outer.address(float_outer.group_name(vectors)) for vectors in float_outer.VECTORS}
+        # In bf16, with which every number stays what it is: times one, or added to the other.
+        self._no_scale, self._no_bias = (torch.tensor([number], dtype=torch.bfloat16) for number in (1.0, -0.0))
         self._context = context_of([0] * len(float_dots.FIELDS))
         self._address = ctypes.addressof(self._context)
+        self._row_inputs: dict[int, torch.Tensor] = {}
         self._awake = False
 
     def stay_awake(self, on: bool) -> None:
@@ -70,6 +74,35 @@ class CompiledFloats:
                     sums += bias[start:stop]
                 output[first : first + len(part), start:stop] = sums
             first += len(part)
+
+    def takes_row(self, weight: torch.Tensor) -> bool:
+        """Whether `add_product` is for `weight` [out, columns]."""
+        return self.dtype is weight.dtype is torch.bfloat16 and weight.shape[1] % LANES == 0
+
+    def add_inputs(self, steps: Steps, row: torch.Tensor) -> torch.Tensor:
+        """What `add_product` takes for a row of inputs, bf16 [columns], a multiple of 8: float32, filled by a step.
+        Another row's of this length are in the same memory, so that lists of many layers take no more: products with
+        one row come before the step of the next.
+        """
+        inputs = self._row_inputs.setdefault(len(row), torch.empty(len(row)))
+        words = row.data_ptr(), inputs.data_ptr(), len(row)
+        steps.add(self._codes[0].address(float_dots.WIDEN), context_of(words), None, row, inputs)
+        return inputs
+
+    def add_product(
+        self, steps: Steps, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor,
+        scales: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """A step, on all threads, that fills `output`, bf16 [out] and contiguous, with the product of one row of
+        `inputs`, float32 [columns], by `dots_into` otherwise; `scales` and `bias` are bf16.
+        """
+        side = float_dots.rows_side_by_side(1)
+        words = list(_words(inputs, weight, output, 1, len(output), side))
+        for numbers, none in ((scales, self._no_scale), (bias, self._no_bias)):
+            words += (none.data_ptr(), 0) if numbers is None else (numbers.data_ptr(), 2 * numbers.stride(0))
+        context, counter = context_of(words), float_dots.ROW_FIELDS.index("next")
+        owned = inputs, weight, bias, scales, output, self
+        add_on_threads(steps, self._codes[0].address(float_dots.ROW), context, counter, self._folder, *owned)
 
     def group(self, rows: torch.Tensor) -> GroupedInputs:
         """Inputs [n, columns], side by side: of this dtype, or bf16 for int8."""

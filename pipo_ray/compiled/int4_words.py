@@ -24,6 +24,7 @@ from pipo_ray.compiled.widened import (
     VECTOR,
     everywhere,
     multiply_add,
+    rounded_bits,
     shuffled,
     splat,
     total,
@@ -46,13 +47,15 @@ FIELDS = (
     "next", "panel_bytes", "scales", "output_bytes",
 )  # fmt: skip
 """The context of a product: addresses of the panels, of what `words` makes, [num_inputs, columns] and three times
-[num_inputs, columns / group], and of the output float32 [num_inputs, all rows of the panels]; numbers; blocks of a
-panel, and of all panels; `next` as above; bytes of a panel, and of the codes in it, behind which the scales are; bytes
-of a row of the output.
+[num_inputs, columns / group], and of the output [num_inputs, all rows of the blocks]; numbers; blocks of a panel, and
+of all that are multiplied; `next` as above; bytes of a panel, and of the codes in it, behind which the scales are;
+bytes of a row of the output.
 """
 
 FEW, MOST_FEW = "few", 2
-"""The function for few rows of inputs, and how many those are. It takes what `spread` makes."""
+"""The function for few rows of inputs, and how many those are. It takes what `spread` makes, and its output is bf16;
+that of the others is float32.
+"""
 MOST_INPUTS = 6
 """Of many, those that are multiplied at once."""
 KEPT_INPUTS = 128
@@ -210,11 +213,11 @@ class _Block:
         lanes = vector("i32", range(start, start + 16))
         return self.f.value(f"shufflevector {_BOTH} {whole}, {_BOTH} poison, <16 x i32> {lanes}")
 
-    def output(self, index: str, tile: str) -> list[str]:
-        """Where the output of row `index` of inputs has a tile's vectors."""
+    def output(self, index: str, tile: str, number_bytes: int) -> list[str]:
+        """Where the output of row `index` of inputs, of numbers of so many bytes, has a tile's vectors."""
         f = self.f
         row = f.at(f.field("output", "ptr"), f.multiply(index, f.field("output_bytes")))
-        return [f.at(row, f.multiply(f.add(self.first_row, one), 4)) for one in self.rows_of(tile)]
+        return [f.at(row, f.multiply(f.add(self.first_row, one), number_bytes)) for one in self.rows_of(tile)]
 
 
 def _few(group: int, half: int) -> str:
@@ -241,10 +244,12 @@ def _few(group: int, half: int) -> str:
                 scales = _even_and_odd(f, block.scales_of(at, tile))
                 _scale(f, scales, whole, totals, f.add(f.multiply(groups, index), at))
             vectors = [f.load(EIGHT, one) for one in totals]
-            for number, place in enumerate(block.output(index, tile)):
+            for number, place in enumerate(block.output(index, tile, 2)):
                 pair = vectors[number - number % 2 :][:2]
                 lanes = [lane + 8 * odd for lane in range(4 * (number % 2), 4 * (number % 2) + 4) for odd in (0, 1)]
-                f.store(EIGHT, shuffled(f, EIGHT, (pair[0], pair[1]), lanes), place, align=4)
+                bits = rounded_bits(f, shuffled(f, EIGHT, (pair[0], pair[1]), lanes))
+                halves = f.value(f"trunc {_INTS} {f.value(f'lshr {_INTS} {bits}, splat (i32 16)')} to <8 x i16>")
+                f.store("<8 x i16>", halves, place, align=2)
     return f.text()
 
 
@@ -296,7 +301,7 @@ def _many(group: int, half: int, at_once: int) -> str:
                         indices = [f.least(f.add(first, one), f.add(num_inputs, -1)) for one in range(at_once)]
                         _multiply(f, block, group, indices, at, groups, f.at(wide, side * VECTOR), kept, side, scales)
             with f.loop(num_inputs) as index:
-                for number, place in enumerate(block.output(index, tile)):
+                for number, place in enumerate(block.output(index, tile, 4)):
                     one = f.at(kept, f.add(f.multiply(index, kept_bytes), number * VECTOR))
                     f.store(EIGHT, f.load(EIGHT, one, align=VECTOR), place, align=4)
     return f.text()

@@ -31,6 +31,9 @@ declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {HALVES}, {HALVES})
 class Function:
     """`void name(ptr %context)`, whose context is an array of 64-bit words, one for each of `fields`."""
 
+    KEPT_VECTORS = 16
+    """Vectors of 16 floats that stay in registers, beside those at work."""
+
     def __init__(self, name: str, fields: Sequence[str]) -> None:
         self._name, self._fields = name, tuple(fields)
         self._stack: list[str] = []

@@ -35,19 +35,19 @@ class CompiledLowBit:
             return self._int8.product(memory, panels, num_rows, num_inputs, blocks=blocks)
         return self._int4.product(memory, panels, num_rows, num_inputs)
 
-    def add_sums(self, steps: Steps, row: torch.Tensor, low_bit: LowBitFormat) -> torch.Tensor | None:
+    def add_inputs(self, steps: Steps, row: torch.Tensor, low_bit: LowBitFormat) -> torch.Tensor | None:
         """What `add_product` wants to know of a row of inputs, bf16 [columns], filled by a step."""
         return self._int4.add_sums(steps, row, low_bit.group) if low_bit.bits == 4 else None
 
     def add_product(
         self, steps: Steps, memory: torch.Tensor, panels: Panels, num_rows: int, row: torch.Tensor,
-        sums: torch.Tensor | None, output: torch.Tensor,
+        inputs: torch.Tensor | None, output: torch.Tensor,
     ) -> None:  # fmt: skip
-        """See `CompiledInt4.add_product`; `sums` are what `add_sums` gave."""
-        if sums is None:
+        """See `CompiledInt4.add_product`; `inputs` are what `add_inputs` gave."""
+        if inputs is None:
             self._int8.add_product(steps, memory, panels, num_rows, row, output)
         else:
-            self._int4.add_product(steps, memory, panels, num_rows, row, sums, output)
+            self._int4.add_product(steps, memory, panels, num_rows, row, inputs, output)
 
     def stay_awake(self, on: bool) -> None:
         """Whether threads wait awake for a little after a product with few inputs. For weights that stay where they

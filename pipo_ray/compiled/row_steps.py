@@ -7,7 +7,9 @@ squares are added up in another order. Lengths are multiples of 16.
 
 from __future__ import annotations
 
+from pipo_ray.compiled.instruction_sets import FUNCTIONS
 from pipo_ray.compiled.ir import DECLARATIONS, FLOATS, INTS, Function, float_bits
+from pipo_ray.compiled.support import InstructionSet
 
 NORM, NORM_FIELDS = "norm", ("input", "weight", "output", "rows", "size", "epsilon")
 """`output` = `weight` times each of `rows` rows of `size` numbers over the root of its mean square plus `epsilon`
@@ -32,13 +34,14 @@ declare {FLOATS} @llvm.fabs.v16f32({FLOATS})
 """
 
 
-def module() -> str:
+def module(instructions: InstructionSet = "avx512") -> str:
     """All of them."""
-    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, _norm(), _add(), _turn(), _gate()])
+    kind = FUNCTIONS[instructions]
+    return "\n".join([DECLARATIONS, MORE_DECLARATIONS, *(make(kind) for make in (_norm, _add, _turn, _gate))])
 
 
-def _norm() -> str:
-    f = Function(NORM, NORM_FIELDS)
+def _norm(kind: type[Function]) -> str:
+    f = kind(NORM, NORM_FIELDS)
     size = f.field("size")
     epsilon = f.value(f"bitcast i32 {f.load('i32', f.place_of('epsilon'))} to float")
     with f.loop(f.field("rows")) as row:
@@ -60,8 +63,8 @@ def _norm() -> str:
     return f.text()
 
 
-def _add() -> str:
-    f = Function(ADD, ADD_FIELDS)
+def _add(kind: type[Function]) -> str:
+    f = kind(ADD, ADD_FIELDS)
     with f.loop(f.field("size"), 16) as at:
         place = f.multiply(at, 2)
         left, right = (f.widened(f.at(f.field(name, "ptr"), place)) for name in ("left", "right"))
@@ -69,8 +72,8 @@ def _add() -> str:
     return f.text()
 
 
-def _turn() -> str:
-    f = Function(TURN, TURN_FIELDS)
+def _turn(kind: type[Function]) -> str:
+    f = kind(TURN, TURN_FIELDS)
     half, cosine, sine = f.field("half"), f.field("cosine", "ptr"), f.field("sine", "ptr")
     behind = f.multiply(half, 2)
     with f.loop(f.field("heads")) as head:
@@ -87,8 +90,8 @@ def _turn() -> str:
     return f.text()
 
 
-def _gate() -> str:
-    f = Function(GATE, GATE_FIELDS)
+def _gate(kind: type[Function]) -> str:
+    f = kind(GATE, GATE_FIELDS)
     with f.loop(f.field("size"), 16) as at:
         place = f.multiply(at, 2)
         x = f.widened(f.at(f.field("gate", "ptr"), place))

@@ -7,11 +7,15 @@ import importlib.util
 import os
 import platform
 from collections.abc import Set
+from typing import Literal
 
 from pipo_ray.quant.panels import INT4_LAYOUTS, PANEL_BYTES, SMALL_PANEL_BYTES, machine_layout, processor_flags
 
 LAYOUT = "avx512"
 """The int4 layout that the compiled kernels read."""
+
+InstructionSet = Literal["avx512", "avx2"]
+"""Of those that kernels over rows in bf16 are compiled for; the first one with instructions for bf16."""
 
 _NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
@@ -42,6 +46,21 @@ def floats_obstacle(flags: Set[str] | None = None) -> str | None:
     if flags is None and machine_layout() == "plain":
         return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
     return _without_compiler()
+
+
+def instruction_set() -> InstructionSet | None:
+    """The best of this processor; None if nothing can be compiled for either."""
+    if obstacle() is None:
+        return "avx512"
+    return "avx2" if floats_obstacle() is None else None
+
+
+def row_instructions() -> InstructionSet:
+    """The same where something can be. Raises RuntimeError where nothing can."""
+    found = instruction_set()
+    if found is None:
+        raise RuntimeError(f"nothing can be compiled: {floats_obstacle()}")
+    return found
 
 
 def amx_obstacle(flags: Set[str] | None = None) -> str | None:

@@ -36,6 +36,20 @@ def widened(f: Function, element: Element, place: str) -> str:
     return f.cast("<8 x i32>", f.value(f"shl <8 x i32> {words}, splat (i32 16)"), EIGHT)
 
 
+def rounded_bits(f: Function, floats: str, lanes: int = LANES) -> str:
+    """So many floats rounded to the nearest bf16, to even, as the upper halves of i32; what the lower ones have is no
+    matter. What is no number stays so.
+    """
+    kind, ints = f"<{lanes} x float>", f"<{lanes} x i32>"
+    bits = f.cast(kind, floats, ints)
+    odd = f.value(f"and {ints} {f.value(f'lshr {ints} {bits}, splat (i32 16)')}, splat (i32 1)")
+    raised = f.value(f"add {ints} {f.value(f'add {ints} {bits}, splat (i32 32767)')}, {odd}")
+    # Raised, a number that is none could become 0; with this bit it is a quiet one, whatever is cut off.
+    quiet = f.value(f"or {ints} {bits}, splat (i32 {1 << 22})")
+    is_none = f.value(f"fcmp uno {kind} {floats}, {floats}")
+    return f.value(f"select <{lanes} x i1> {is_none}, {ints} {quiet}, {ints} {raised}")
+
+
 def row_of(f: Function, number: str) -> str:
     """Where row `number` of a weight in panels begins, by the words `weight`, `stride`, `panel_rows` and `panel_bytes`
     of a context.

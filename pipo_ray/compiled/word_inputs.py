@@ -19,3 +19,8 @@ class WordInputs:
     steps: torch.Tensor
     sums: torch.Tensor
     middles: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Words, steps, sums and middles."""
+        return self.words, self.steps, self.sums, self.middles

@@ -24,10 +24,13 @@ from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.between_rows import BetweenRows
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.crew import run_steps
+from pipo_ray.compiled.float_low_bit import FloatLowBit
+from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.ir import float_word
 from pipo_ray.compiled.low_bit import CompiledLowBit
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.steps import Steps
+from pipo_ray.compiled.support import row_instructions
 from pipo_ray.model.between_products import ACTIVATION, MLP, norm_epsilon, replace_between_products
 from pipo_ray.model.cpu_linear import CpuProducts, HalfMatrix
 from pipo_ray.model.kv_cache import RaggedCache, SequenceCache
@@ -112,11 +115,15 @@ class _Code:
     """The functions that lists are made of."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._modules = MachineCode(row_steps.module(), folder), MachineCode(steps.module(), folder)
+        between = row_steps.module(row_instructions())
+        self._modules = MachineCode(between, folder), MachineCode(steps.module(), folder)
         self.norm, self.add, self.turn, self.gate = (
             self._modules[0].address(name) for name in (row_steps.NORM, row_steps.ADD, row_steps.TURN, row_steps.GATE)
         )
         self.run = self._modules[1].address(steps.RUN)
+
+
+_RowProducts = CompiledLowBit | FloatLowBit | CompiledBf16 | CompiledFloats
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class _Part:
     start: int
     stop: int
     weight: Any
-    products: CompiledLowBit | CompiledBf16
+    products: _RowProducts
 
 
 _Matrices = dict[str, list[_Part]]
@@ -253,24 +260,26 @@ class _Layer:
 
     def _multiply(self, names: Sequence[str], row: torch.Tensor, holder: nn.Module) -> None:
         """Products of one row with these matrices, into the buffers of their names."""
-        sums: dict[int, torch.Tensor | None] = {}
+        inputs: dict[int | None, Any] = {}  # by groups of low bits; None: for 16
         for name in names:
             output = self._row(name, self._rows(name))
             bias = getattr(holder, name).bias
             bias = None if bias is None else bias.detach()
             for part in self._matrices[name]:
                 rows = slice(part.start, part.stop)
-                if isinstance(part.products, CompiledBf16):
+                if isinstance(part.products, CompiledBf16 | CompiledFloats):
+                    if None not in inputs:
+                        inputs[None] = part.products.add_inputs(self._steps, row)
                     of_part = None if bias is None else bias[rows]
-                    part.products.add_product(self._steps, row, part.weight, of_part, output[rows])
+                    part.products.add_product(self._steps, inputs[None], part.weight, of_part, output[rows])
                     continue
                 memory, panels = part.weight.packed
                 group = panels.low_bit.group
-                if group not in sums:
-                    sums[group] = part.products.add_sums(self._steps, row, panels.low_bit)
+                if group not in inputs:
+                    inputs[group] = part.products.add_inputs(self._steps, row, panels.low_bit)
                 count = part.stop - part.start
-                part.products.add_product(self._steps, memory, panels, count, row, sums[group], output[rows])
-            if bias is not None and isinstance(part.products, CompiledLowBit):
+                part.products.add_product(self._steps, memory, panels, count, row, inputs[group], output[rows])
+            if bias is not None and isinstance(part.products, CompiledLowBit | FloatLowBit):
                 words = [output.data_ptr(), bias.data_ptr(), output.data_ptr(), output.numel()]
                 self._add(self._code.add, words, output, bias)
 
@@ -331,7 +340,7 @@ def _matrices(module: Any, products: CpuProducts | None, low_bit: LowBitProducts
 def _part(
     start: int, stop: int, weight: torch.Tensor, products: CpuProducts | None, low_bit: LowBitProducts | None
 ) -> _Part | None:
-    compiled: CompiledLowBit | CompiledBf16 | None = None
+    compiled: _RowProducts | None = None
     if isinstance(weight, LowBitMatrix) and weight.packed is not None and low_bit is not None:
         compiled = low_bit.compiled_for(weight.packed[1], stop - start)
     elif isinstance(weight, HalfMatrix) and products is not None:

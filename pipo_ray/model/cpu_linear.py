@@ -103,12 +103,18 @@ class CpuProducts:
     @property
     def compiles(self) -> bool:
         """Whether kernels for bf16 are compiled here, and so what lies between products can be."""
-        return self._own.compiled is not None
+        own = self._own
+        return own.compiled is not None or (own.floats is not None and own.floats.dtype is torch.bfloat16)
 
-    def compiled_for(self, weight: torch.Tensor) -> CompiledBf16 | None:
-        """What multiplies one row of inputs with `weight` [out, in], if that is our own kernel."""
-        row = weight.new_empty(1, weight.shape[1])
-        return self._own.compiled if self._decide("linear", row, weight, None) == "compiled" else None
+    def compiled_for(self, weight: torch.Tensor) -> CompiledBf16 | CompiledFloats | None:
+        """What multiplies one row of inputs with `weight` [out, in], if that is our own kernel and can be a step of a
+        list.
+        """
+        kernel = self._decide("linear", weight.new_empty(1, weight.shape[1]), weight, None)
+        floats = self._own.floats
+        if kernel == "dots" and floats is not None and floats.takes_row(weight):
+            return floats
+        return self._own.compiled if kernel == "compiled" else None
 
     @property
     def part_runner(self) -> PartRunner:

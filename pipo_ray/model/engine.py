@@ -157,7 +157,8 @@ class ComputeEngine:
             attention = CompiledAttention(code_folder)
             layers = compile_model(graph, products, low_bit, attention, code_folder)
         if compute.kv_bits is not None and not compute.kv_on_cpu:
-            compiled = attention or self._attention_to_pages(dtype, code_folder, notes)
+            compiled = attention if attention is not None and attention.takes_pages else None
+            compiled = compiled or self._attention_to_pages(dtype, code_folder, notes)
             rows = self._rows_of_pages(compute.kv_bits, dtype, code_folder, notes)
             kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers, rows)
         self.notes = tuple(notes)

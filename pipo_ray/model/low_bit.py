@@ -96,11 +96,16 @@ class LowBitProducts:
     @property
     def compiles(self) -> bool:
         """Whether kernels for bf16 are compiled here, and so what lies between products can be."""
-        return self._compiled is not None
+        return self._compiled is not None or self._floats is not None
 
-    def compiled_for(self, panels: Panels, num_rows: int) -> CompiledLowBit | None:
-        """What multiplies one row of inputs with `num_rows` rows in such panels, if that is our own kernel."""
-        return self._compiled if self._kernel(1, panels, num_rows) == "compiled" else None
+    def compiled_for(self, panels: Panels, num_rows: int) -> CompiledLowBit | FloatLowBit | None:
+        """What multiplies one row of inputs with `num_rows` rows in such panels, if that is our own kernel and can be a
+        step of a list.
+        """
+        kernel = self._kernel(1, panels, num_rows)
+        if kernel in ("words", "dots") and self._floats is not None and self._floats.takes_row(panels, num_rows):
+            return self._floats
+        return self._compiled if kernel == "compiled" else None
 
     def stay_awake(self, on: bool) -> None:
         """Whether all weights stay where they are; see `CompiledLowBit.stay_awake`."""

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pipo_ray.compiled import row_steps
 from pipo_ray.compiled.between_rows import BetweenRows
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, row_instructions
 
-pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def rows() -> BetweenRows:
 
 @pytest.fixture(scope="module")
 def one_by_one() -> MachineCode:
-    return MachineCode(row_steps.module())
+    return MachineCode(row_steps.module(row_instructions()))
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])

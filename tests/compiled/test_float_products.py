@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo_ray.compiled import float_outer, float_products
+from pipo_ray.compiled import float_outer, float_products, steps
+from pipo_ray.compiled.crew import run_steps
 from pipo_ray.compiled.float_inputs import PaddedInputs, vectors_for
 from pipo_ray.compiled.float_products import LEAST_COLUMNS, CompiledFloats
+from pipo_ray.compiled.machine import MachineCode
+from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.support import floats_obstacle
 
 pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
@@ -89,6 +93,40 @@ def test_panels_and_scales(
     exact, terms = rows.double() @ scaled.T, rows.double().abs() @ scaled.abs().T
     allowed = 0.501 * torch.finfo(rows.dtype).eps * exact.abs() + 1e-6 * terms + 1e-7
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 100).map(lambda vectors: 8 * vectors), st.integers(1, 90), st.booleans(), st.booleans(),
+    st.sampled_from([1 << 10, 256 << 10]),
+)  # fmt: skip
+def test_steps_give_the_same_bits(
+    columns: int, num_rows: int, with_bias: bool, with_scales: bool, task_bytes: int
+) -> None:
+    own, code, listed = kernels(torch.bfloat16), MachineCode(steps.module()), Steps()
+    weight, row = torch.randn(num_rows, columns).bfloat16(), torch.empty(columns, dtype=torch.bfloat16)
+    bias = torch.randn(num_rows).bfloat16() if with_bias else None
+    scales = torch.rand(num_rows).bfloat16() if with_scales else None
+    behind = torch.full((num_rows + 8,), 7.0, dtype=torch.bfloat16)
+    output = behind[:num_rows]
+    assert own.takes_row(weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float_products, "_TASK_BYTES", task_bytes)
+        own.add_product(listed, own.add_inputs(listed, row), weight, bias, output, scales)
+        context = listed.context()
+        for _ in range(2):
+            row.copy_(torch.randn(columns))
+            run_steps(code.address(steps.RUN), ctypes.addressof(context))
+            assert torch.equal(output, product("dots", row[None], weight, bias, scales)[0])
+            assert (behind[num_rows:] == 7).all()
+
+
+def test_which_weights_can_be_a_step() -> None:
+    own, weight = kernels(torch.bfloat16), torch.zeros(3, 32, dtype=torch.bfloat16)
+    assert own.takes_row(weight)
+    assert not own.takes_row(weight[:, :31])
+    assert not own.takes_row(weight.half())
+    assert not kernels(torch.float16).takes_row(weight.half())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

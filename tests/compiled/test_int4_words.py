@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from low_bit_weights import RandomWeight, rounding_of_inputs
 
-from pipo_ray.compiled import float_low_bit, int4_words
+from pipo_ray.compiled import float_low_bit, int4_words, steps
+from pipo_ray.compiled.crew import run_steps
+from pipo_ray.compiled.float_inputs import PaddedInputs
 from pipo_ray.compiled.float_low_bit import FloatLowBit
+from pipo_ray.compiled.machine import MachineCode
+from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.support import floats_obstacle
 from pipo_ray.quant.formats import LowBitFormat
 
@@ -78,6 +84,47 @@ def test_products(
     allowed = 2.0**-8 * exact.abs() + 1e-6 * terms + 1e-30
     allowed += rounding_of_inputs(rows, values, weight.panels.low_bit.group)
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(1, 12).map(lambda blocks: 32 * blocks), st.sampled_from([*NAMES, "int8"]),
+    st.sampled_from(["avx2", "avx512"]), st.sampled_from([1, 1 << 20]),
+)  # fmt: skip
+def test_steps_give_the_same_bits(num_rows: int, name: str, layout: str, panel_bytes: int) -> None:
+    """Also the second time, with other inputs in the same places."""
+    columns = 2 * max(LowBitFormat.parse(name).columns_multiple, 32)
+    weight = packed(num_rows, columns, name, layout, panel_bytes)
+    panels = weight.panels
+    taken = OWN.takes_row(panels, num_rows)
+    assert taken == (name == "int8" or layout == "avx2" or num_rows % 64 == 0)
+    if not taken:  # its last block would be written behind the output
+        return
+    row, behind = torch.empty(columns, dtype=torch.bfloat16), torch.full((num_rows + 64,), 7.0, dtype=torch.bfloat16)
+    output, listed, code = behind[:num_rows], Steps(), MachineCode(steps.module())
+    inputs = OWN.add_inputs(listed, row, panels.low_bit)
+    OWN.add_product(listed, weight.memory, panels, num_rows, row, inputs, output)
+    context = listed.context()
+    for _ in range(2):
+        row.copy_(torch.randn(columns))
+        run_steps(code.address(steps.RUN), ctypes.addressof(context))
+        if name == "int8":
+            expected = torch.empty(1, num_rows, dtype=torch.bfloat16)
+            OWN.int8_dots_into(PaddedInputs.of(row[None]), weight.memory, panels, expected)
+        else:
+            expected = product(row[None], weight)
+        assert torch.equal(output, expected[0])
+        assert (behind[num_rows:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_lists_of_many_layers_have_one_place_for_inputs(name: str) -> None:
+    """Of each length and format."""
+    listed, low_bit = Steps(), LowBitFormat.parse(name)
+    rows = [torch.zeros(columns, dtype=torch.bfloat16) for columns in (256, 256, 512)]
+    made = [OWN.add_inputs(listed, row, low_bit) for row in rows]
+    places = [(one if isinstance(one, torch.Tensor) else one.words).data_ptr() for one in made]
+    assert places[0] == places[1] != places[2]
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipo_ray.compiled import int4
+from pipo_ray.compiled.instruction_sets import FUNCTIONS
 from pipo_ray.compiled.ir import Function, bf16_bits
 from pipo_ray.compiled.row_products import inputs_at_once
 
@@ -37,3 +38,10 @@ def test_inputs_are_divided_into_few_parts_of_about_the_same_size(num_inputs: in
     assert 1 <= at_once <= int4.MOST_INPUTS
     assert parts == -(-num_inputs // int4.MOST_INPUTS)
     assert parts * at_once - num_inputs < parts
+
+
+def test_avx2_stores_whole_vectors_of_bf16() -> None:
+    """A kernel that leaves numbers out is noticed when it is written, not by what it overwrites."""
+    function = FUNCTIONS["avx2"]("f", ("row", "count"))
+    with pytest.raises(ValueError, match="AVX2 stores 16 numbers in bf16 and not %v"):
+        function.store_rounded(function.load("<16 x float>", "%context"), "%context", function.field("count"))

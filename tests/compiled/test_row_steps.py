@@ -9,18 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_params import INSTRUCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from pipo_ray.compiled import row_steps
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
-from pipo_ray.compiled.support import obstacle
-
-pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+from pipo_ray.compiled.support import floats_obstacle
 
 
-@pytest.fixture(scope="module")
-def code() -> MachineCode:
-    return MachineCode(row_steps.module())
+@pytest.fixture(scope="module", params=INSTRUCTIONS)
+def code(request: pytest.FixtureRequest) -> MachineCode:
+    return MachineCode(row_steps.module(request.param))
 
 
 def call(code: MachineCode, name: str, *words: int | torch.Tensor) -> None:
@@ -99,3 +98,18 @@ def test_what_is_no_number_stays_so(code: MachineCode) -> None:
     assert output.isnan().tolist() == row.isnan().tolist()
     call(code, row_steps.NORM, row, torch.ones_like(row), output, 1, 64, 0)
     assert output.isnan().all()
+
+
+@pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
+def test_without_instructions_for_bf16_all_numbers_are_rounded_as_torch_rounds_them() -> None:
+    """Ties, overflow, subnormal numbers and whatever is none included."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    shuffled = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))]
+    code = MachineCode(row_steps.module("avx2"))
+    for other in (shuffled, numbers, numbers.flip(0), (numbers.float() * 2.0**-9).bfloat16()):
+        output = torch.empty_like(numbers)
+        call(code, row_steps.ADD, numbers, other, output, len(numbers))
+        expected = numbers + other
+        assert torch.equal(output.isnan(), expected.isnan())
+        there = ~expected.isnan()
+        assert torch.equal(output[there].view(torch.int16), expected[there].view(torch.int16))

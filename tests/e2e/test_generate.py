@@ -159,7 +159,7 @@ def test_a_request_joins_while_another_runs(llm: LLM, alone: list[list[int]]) ->
     before = llm.report()["sweeps"]
     first = llm.stream(PROMPTS[0], GREEDY)
     for output in first:
-        if len(output.outputs[0].token_ids) == 5:
+        if len(output.outputs[0].token_ids) >= 5:  # on a busy machine several come at once
             break
     second = llm.stream(PROMPTS[2], replace(GREEDY, max_tokens=6))
     # Drained by the other iterator; what the second has missed is shown at once.

@@ -21,13 +21,14 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.between_rows import BetweenRows
-from pipo_ray.compiled.support import LAYOUT, obstacle
+from pipo_ray.compiled.support import floats_obstacle
 from pipo_ray.model import between_products
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.between_products import LEAST_NUMBERS, replace_between_products
+from pipo_ray.quant.panels import machine_layout
 from pipo_ray.quant.policy import Precision
 
-pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
 
 SIZE = 256
 COUNT = LEAST_NUMBERS // SIZE
@@ -243,7 +244,12 @@ def test_a_prompt_in_a_sweep(precision: str, tmp_path: Path, monkeypatch: pytest
     )
     checkpoint = architecture.save(tmp_path / "checkpoint", dtype="bfloat16")
     packed = pack_checkpoint(
-        checkpoint, tmp_path / "store", torch.bfloat16, Precision.parse(precision), panel_bytes=4096, layout=LAYOUT
+        checkpoint,
+        tmp_path / "store",
+        torch.bfloat16,
+        Precision.parse(precision),
+        panel_bytes=4096,
+        layout=machine_layout(),
     )
     (tokens,) = random_prompts(VOCAB_SIZE, (40,))
     calls: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,16 +14,17 @@ from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.bf16_products import CompiledBf16
-from pipo_ray.compiled.support import LAYOUT, obstacle
+from pipo_ray.compiled.float_products import CompiledFloats
+from pipo_ray.compiled.support import LAYOUT, floats_obstacle, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.compiled_layers import CompiledLayers
 from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.cpu_linear import CpuProducts, always
-from pipo_ray.model.kernel_profile import Kernel
-from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit
+from pipo_ray.model.kernel_profile import Kernel, KernelProfile
+from pipo_ray.model.low_bit import LowBitProducts, always_low_bit, compiled_low_bit, float_low_bit
 from pipo_ray.quant.policy import Precision, Rule
 
-pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
 
 WIDE: dict[str, Any] = {
     **BASE, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -44,8 +46,42 @@ OTHERS = (
 INT4, BF16 = Precision.parse("int4-g32"), Precision.parse("16bit")
 
 
+@dataclass(frozen=True)
+class Own:
+    """Our kernels for one instruction set. What lies between products is for this machine's in either case."""
+
+    layout: str
+    int4: Kernel
+    int8: Kernel
+    half: Kernel
+
+    def low_bit(self) -> LowBitProducts:
+        costs = {"int4": always_low_bit(self.int4).costs["int4"], "int8": always_low_bit(self.int8).costs["int8"]}
+        own = {"compiled": compiled_low_bit()} if self.layout == LAYOUT else {"floats": float_low_bit()}
+        return LowBitProducts(KernelProfile("bfloat16", torch.get_num_threads(), costs), self.layout, **own)
+
+    def products(self, kernel: Kernel) -> CpuProducts:
+        return CpuProducts(always(kernel), bf16(self.layout))
+
+
+@cache
+def bf16(layout: str) -> OwnKernels:
+    """Compiled once for all tests."""
+    return OwnKernels(CompiledBf16()) if layout == LAYOUT else OwnKernels(floats=CompiledFloats(torch.bfloat16))
+
+
+@pytest.fixture(scope="module", params=[
+    pytest.param(Own(LAYOUT, "compiled", "compiled", "compiled"), id=LAYOUT,
+                 marks=pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))),
+    pytest.param(Own("avx2", "words", "dots", "dots"), id="avx2"),
+])  # fmt: skip
+def own(request: pytest.FixtureRequest) -> Own:
+    made: Own = request.param
+    return made
+
+
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PackedModel]:
+def pack(own: Own, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PackedModel]:
     """pack(architecture, precision): packed once each, and read only."""
     made: dict[tuple[str, Precision], PackedModel] = {}
 
@@ -55,27 +91,24 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PackedModel]
             folder = tmp_path_factory.mktemp(architecture.slug)
             checkpoint = architecture.save(folder / "checkpoint", dtype="bfloat16")
             made[key] = pack_checkpoint(
-                checkpoint, folder / "store", torch.bfloat16, precision, panel_bytes=4096, layout=LAYOUT
+                checkpoint, folder / "store", torch.bfloat16, precision, panel_bytes=4096, layout=own.layout
             )
         return made[key]
 
     return make
 
 
-def pipeline(packed: PackedModel, kernel: Kernel = "compiled", **options: Any) -> Pipeline:
-    compiled = compiled_low_bit()
-    low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled)
-    products = CpuProducts(always(kernel), bf16())
-    return Pipeline(
-        packed, resident_pieces=None, products=products, low_bit=low_bit, attention=CompiledAttention(),
-        compile_layers=True, chunk=None, **options,
-    )  # fmt: skip
+@pytest.fixture
+def pipeline(own: Own) -> Callable[..., Pipeline]:
+    """pipeline(packed, kernel): all weights stay; those of 16 bits are multiplied by that kernel, ours without it."""
 
+    def make(packed: PackedModel, kernel: Kernel | None = None) -> Pipeline:
+        return Pipeline(
+            packed, resident_pieces=None, products=own.products(kernel or own.half), low_bit=own.low_bit(),
+            attention=CompiledAttention(), compile_layers=True, chunk=None,
+        )  # fmt: skip
 
-@cache
-def bf16() -> OwnKernels:
-    """Compiled once for all tests."""
-    return OwnKernels(CompiledBf16())
+    return make
 
 
 @pytest.fixture(params=[1, 2])
@@ -118,7 +151,11 @@ def logits(opened: Pipeline, tokens: list[int], prompt: int, modules: bool = Fal
     for threads in (1, 2) for number, one in enumerate(TAKEN)
 ], indirect=["threads"])  # fmt: skip
 def test_a_layer_is_one_call_and_computes_the_same(
-    architecture: Architecture, precision: Precision, threads: int, pack: Callable[..., PackedModel]
+    architecture: Architecture,
+    precision: Precision,
+    threads: int,
+    pack: Callable[..., PackedModel],
+    pipeline: Callable[..., Pipeline],
 ) -> None:
     packed = pack(architecture, precision)
     (tokens,) = random_prompts(VOCAB_SIZE, (60,))
@@ -135,7 +172,9 @@ def test_a_layer_is_one_call_and_computes_the_same(
     assert float((got - expected).norm() / expected.norm()) < 0.01
 
 
-def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(pack: Callable[..., PackedModel]) -> None:
+def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(
+    pack: Callable[..., PackedModel], pipeline: Callable[..., Pipeline]
+) -> None:
     packed = pack(TAKEN[0])
     one, other = random_prompts(VOCAB_SIZE, (30, 20))
     with pipeline(packed) as opened:
@@ -149,7 +188,9 @@ def test_several_tokens_or_sequences_and_a_prefix_of_another_are_the_modules(pac
 
 @pytest.mark.parametrize("architecture", OTHERS, ids=lambda one: one.slug)
 def test_a_layer_that_computes_something_else_stays_as_it_is(
-    architecture: Architecture, pack: Callable[..., PackedModel]
+    architecture: Architecture,
+    pack: Callable[..., PackedModel],
+    pipeline: Callable[..., Pipeline],
 ) -> None:
     packed = pack(architecture)
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
@@ -159,9 +200,12 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(
         assert torch.equal(got, logits(opened, tokens, 8, modules=True))
 
 
-@pytest.mark.parametrize(("kernel", "taken"), [("compiled", 3), ("native", 2)])
+@pytest.mark.parametrize(("kernel", "taken"), [(None, 3), ("native", 2)])
 def test_a_matrix_for_another_kernel_leaves_its_layer_to_the_modules(
-    kernel: Kernel, taken: int, pack: Callable[..., PackedModel]
+    kernel: Kernel | None,
+    taken: int,
+    pack: Callable[..., PackedModel],
+    pipeline: Callable[..., Pipeline],
 ) -> None:
     policy = Precision((Rule("*.layers.1.mlp.up_proj.*", "16bit"), Rule("*", "int4-g32")))
     packed = pack(TAKEN[1], policy)
@@ -180,7 +224,9 @@ def test_a_matrix_for_another_kernel_leaves_its_layer_to_the_modules(
     ],
 )
 def test_matrices_in_int8_and_all_widths_in_one_layer(
-    policy: tuple[Rule, ...], pack: Callable[..., PackedModel]
+    policy: tuple[Rule, ...],
+    pack: Callable[..., PackedModel],
+    pipeline: Callable[..., Pipeline],
 ) -> None:
     packed = pack(TAKEN[3], Precision(policy))
     (tokens,) = random_prompts(VOCAB_SIZE, (20,))
@@ -192,7 +238,9 @@ def test_matrices_in_int8_and_all_widths_in_one_layer(
     assert float((got - expected).norm() / expected.norm()) < 0.01
 
 
-def test_weights_that_go_and_come_again_are_looked_for_anew(pack: Callable[..., PackedModel]) -> None:
+def test_weights_that_go_and_come_again_are_looked_for_anew(
+    pack: Callable[..., PackedModel], pipeline: Callable[..., Pipeline]
+) -> None:
     packed = pack(TAKEN[0])
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
     with pipeline(packed) as opened:
@@ -203,10 +251,9 @@ def test_weights_that_go_and_come_again_are_looked_for_anew(pack: Callable[..., 
         assert in_use(opened) == 3
 
 
-def test_where_weights_stream_nothing_is_compiled(pack: Callable[..., PackedModel]) -> None:
+def test_where_weights_stream_nothing_is_compiled(own: Own, pack: Callable[..., PackedModel]) -> None:
     packed = pack(TAKEN[0])
     (tokens,) = random_prompts(VOCAB_SIZE, (12,))
-    low_bit = LowBitProducts(always_low_bit("compiled"), LAYOUT, compiled=compiled_low_bit())
-    with Pipeline(packed, low_bit=low_bit, attention=CompiledAttention(), compile_layers=True) as opened:
+    with Pipeline(packed, low_bit=own.low_bit(), attention=CompiledAttention(), compile_layers=True) as opened:
         logits(opened, tokens, 8)
         assert not layers_of(opened)._layers
