@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import instruction_set, obstacle
 from pipo_ray.device import Device
 from pipo_ray.errors import BudgetError
 from pipo_ray.model.facts import ModelFacts
@@ -40,7 +40,7 @@ def asks_for_rates(*, tokens: int | None, elsewhere: bool) -> bool:
     """Whether `open_kv_place` may find a place open, as far as that is known before the model is: then the rates of a
     GPU's link and of RAM matter.
     """
-    return tokens is not None and not elsewhere and obstacle() is None
+    return tokens is not None and not elsewhere and instruction_set() is not None
 
 
 def open_kv_place(
@@ -61,6 +61,8 @@ def open_kv_place(
     if not asks_for_rates(tokens=tokens, elsewhere=elsewhere) or precision != "bfloat16":
         return None
     if not facts.ragged or not facts.kv_bytes_per_token:
+        return None
+    if low_bit_kv is not None and obstacle() is not None:
         return None
     return OpenKVPlace(tokens, facts.kv_bytes_per_token if low_bit_kv is None else low_bit_kv.token_bytes)
 

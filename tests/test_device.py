@@ -70,12 +70,12 @@ def test_rates_are_asked_for_where_the_place_of_the_kv_cache_is_open(
         raise Seen(wanted, rates_folder)
 
     monkeypatch.setattr(llm, "choose_device", choose)
-    monkeypatch.setattr(planner, "obstacle", lambda: None)
+    monkeypatch.setattr(planner, "instruction_set", lambda: "avx2")
     monkeypatch.setenv("PIPO_CACHE", str(tmp_path))
     with pytest.raises(Seen) as seen:
         LLM("a model", device="cuda", **options)
     assert seen.value.args == ("cuda", tmp_path / "profiles" if asks else None)
-    monkeypatch.setattr(planner, "obstacle", lambda: "no compiler")
+    monkeypatch.setattr(planner, "instruction_set", lambda: None)
     with pytest.raises(Seen) as seen:
         LLM("a model", device="cuda", **options)
     assert seen.value.args == ("cuda", None)

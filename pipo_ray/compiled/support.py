@@ -27,8 +27,8 @@ _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILE_DATA = 158, 0x1023, 18
 
 
 def obstacle(flags: Set[str] | None = None) -> str | None:
-    """Why nothing can be compiled here, in words for the user; None if it can. `flags` are those of the processor in
-    /proc/cpuinfo.
+    """Why kernels for AVX512 with bf16 cannot be compiled here, in words for the user; None if they can. `flags` are
+    those of the processor in /proc/cpuinfo.
     """
     if (missing := _missing(_NEEDED, flags)) is not None:
         return missing

@@ -13,7 +13,7 @@ from harness import CPU, PackedModel, Pipeline, pack_checkpoint, random_prompts,
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.machine import run_here
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.model import host_link
 from pipo_ray.model.batch import PrefixPart, SweepEntry
 from pipo_ray.model.dense_attention import attend
@@ -64,7 +64,7 @@ def exactly(cache: SequenceCache, query: torch.Tensor, rule: AttentionRule) -> t
     return attend(query.double(), keys, values, rule)
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("window", [None, 7])
 def test_tokens_that_come_alone_are_the_kernels(window: int | None) -> None:
     """In 16 bits; with a token of a sequence that has a prefix, and a chunk, which are not."""
@@ -101,7 +101,7 @@ def test_tokens_that_come_alone_are_the_kernels(window: int | None) -> None:
             assert torch.equal(tensor[:, : cache.length + b - a], before[:, : cache.length + b - a])
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 def test_a_row_of_single_tokens_is_left_to_the_stream() -> None:
     """Two layers, whose calls come when the host is done with both."""
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def test_a_row_of_single_tokens_is_left_to_the_stream() -> None:
     assert torch.equal(got[:, ::4], rows[2].transpose(0, 1))
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_call_is_told_again_only_where_tokens_lie_elsewhere(window: int | None) -> None:
     """Token by token, in another order, with one sequence less, with one that has moved: as without a stream."""
