@@ -13,7 +13,7 @@ from pipeline.pages_on_disk import pages_on_disk
 from transformers import AutoModelForCausalLM
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import instruction_set
 from pipo_ray.model.dense_attention import attend
 from pipo_ray.model.fused_rows import attend_row, can_attend
 from pipo_ray.model.kv_host import HostKV
@@ -109,7 +109,7 @@ def test_logits_with_keys_and_values_in_ram(architecture: Architecture, num_slot
     """Chunks on the GPU, single tokens on the processor; in 16 bits by its kernel, if it has one."""
     architecture.save(tmp_path / "checkpoint")
     device = torch.device("cuda", 0)
-    attention = None if obstacle() is not None else CompiledAttention(tmp_path / "code")
+    attention = None if instruction_set() is None else CompiledAttention(tmp_path / "code")
     calls = HostFunctions(device)
     for dtype, kernel, tolerance in ((torch.float32, None, 1e-4), (torch.bfloat16, attention, 0.05)):
         packed = pack_checkpoint(tmp_path / "checkpoint", tmp_path / f"store {dtype}", dtype)

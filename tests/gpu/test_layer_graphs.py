@@ -12,7 +12,7 @@ from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_pro
 from pipeline.pages_on_disk import pages_on_disk
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import instruction_set
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.pipeline.cuda_graph import CudaGraphs
 from pipo_ray.pipeline.host_functions import HostFunctions
@@ -67,7 +67,7 @@ def test_logits_are_those_without(slug: str, dtype: torch.dtype, options: dict[s
 def test_keys_and_values_in_ram(dtype: torch.dtype, tmp_path: Path) -> None:
     """The processor attends, in 16 bits by its kernel."""
     model = packed("llama", tmp_path, dtype)
-    kernel = None if dtype is torch.float32 or obstacle() is not None else CompiledAttention(tmp_path / "code")
+    kernel = None if dtype is torch.float32 or instruction_set() is None else CompiledAttention(tmp_path / "code")
     calls = HostFunctions(DEVICE)
     options = {"kv_store": lambda *_: HostKV(DEVICE, kernel, calls)}
     wanted, _ = follow(model, False, **options)
