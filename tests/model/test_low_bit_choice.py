@@ -55,8 +55,9 @@ def test_kernels_of_a_gpu_are_measured_once_for_a_format_and_a_driver(
 
     def measure(products: object, kinds: Sequence[Panels], device: torch.device) -> KernelProfile:
         asked.extend(one.format for one in kinds)
-        costs = {k: Cost(float(len(asked)), (1,), (1.0,), 1.0) for k in KERNELS["cuda-int4"]}
-        return KernelProfile("bfloat16", 1, {layout_of(one): costs for one in kinds})
+        cost = Cost(float(len(asked)), (1,), (1.0,), 1.0)
+        layouts = map(layout_of, kinds)
+        return KernelProfile("bfloat16", 1, {layout: dict.fromkeys(KERNELS[layout], cost) for layout in layouts})
 
     def layout_of(panels: Panels) -> Layout:
         return "cuda-int4" if panels.low_bit.bits == 4 else "cuda-int8"
