@@ -47,6 +47,7 @@ class FloatLowBit:
         """Products with a panel's codes."""
         if self._int8 is None:
             self._int8 = CompiledFloats(torch.int8, self._folder)
+            self._int8.stay_awake(self._awake)
         return self._int8
 
     def stay_awake(self, on: bool) -> None:

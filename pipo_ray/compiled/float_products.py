@@ -84,7 +84,9 @@ class CompiledFloats:
         Another row's of this length are in the same memory, so that lists of many layers take no more: products with
         one row come before the step of the next.
         """
-        inputs = self._row_inputs.setdefault(len(row), torch.empty(len(row)))
+        inputs = self._row_inputs.get(len(row))
+        if inputs is None:
+            inputs = self._row_inputs[len(row)] = torch.empty(len(row))
         words = row.data_ptr(), inputs.data_ptr(), len(row)
         steps.add(self._codes[0].address(float_dots.WIDEN), context_of(words), None, row, inputs)
         return inputs

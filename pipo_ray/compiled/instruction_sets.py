@@ -23,6 +23,10 @@ class Avx2Function(Function):
 
     KEPT_VECTORS = 4
 
+    def dot(self, sums: str, left: str, right: str) -> str:
+        """Raises NotImplementedError: LLVM would end the process."""
+        raise NotImplementedError("AVX2 multiplies no numbers in bf16")
+
     def rounded(self, floats: str) -> str:
         """See `Function`."""
         bits = self.value(f"and {INTS} {rounded_bits(self, floats, 16)}, splat (i32 -65536)")

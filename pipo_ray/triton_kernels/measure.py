@@ -15,9 +15,11 @@ from pipo_ray.triton_kernels.products import MOST_INPUTS, RowsProduct, TritonPro
 
 _MEASURED_ROWS = (1, 4, 16, 64, 256)
 _MEASURED_SHAPE = (8192, 4096)
-"""About what a slot of the usual size holds. Of a weight with fewer rows the kernel `tiles` makes more parts, each of
-which has less to do: at 16 rows [4096, 4096] took twice as long for an element as [8192, 7168].
+"""About what a slot of the usual size holds. Of a weight with fewer rows `codes` and `tiles` make more parts, each of
+which has less to do: at one row [4096, 4096] takes `codes` twice as long for an element as [8192, 8192].
 """
+_CHECKED_ROWS = 4, 16
+"""Rows of inputs: each is for another variant of `codes`, and what does not compile is to be found at the start."""
 _ROTATING_BYTES = 48 << 20
 """Weights in turn are more, so that none is in a cache: 57 MB of int4, 67 of int8. When this is measured the 96 MiB and
 more that every plan has for activations are free.
@@ -26,7 +28,7 @@ _TIMES = 3
 _LAUNCHES = 32
 _SLOWER_IN_A_RUN = 3.0
 """A launch takes longer where other threads want Python's lock and the processor's cache: in sweeps of OPT-30B in int4
-80 us instead of 27 for `tiles`, 350 instead of 80 - 95 for `native` in two chunks (H200, 16 cores, 2026-11-26).
+80 us instead of 27 for a kernel, 350 instead of 80 - 95 for `native` in two chunks (H200, 16 cores, 2026-11-26).
 """
 _SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than launching what is timed
 _TOLERANCE = 0.02
@@ -45,14 +47,17 @@ def check(products: TritonProducts, panels: Panels, device: torch.device) -> Non
         if small.low_bit.bits == 4 and small.low_bit.symmetric:
             scales[..., 1] = 0
     weight = torch.cat([values_of(read_rows(views_of(panel, small), small), small.low_bit) for panel in memory])
-    inputs = torch.randn(min(MOST_INPUTS.values()), small.columns, generator=generator).bfloat16()
-    wanted = inputs.double() @ weight[: small.rows].double().T
-    for kernel in KERNELS[layout_of(panels)]:
-        product = products.product(memory.to(device), small, small.rows, len(inputs), kernel)
-        got = product(inputs.to(device)).double().cpu()
-        error = float((got - wanted).norm() / wanted.norm())
-        if not error < _TOLERANCE:
-            raise ArithmeticError(f"the kernel {kernel} for {panels.format} is off by {error:.1%}")
+    for rows in _CHECKED_ROWS:
+        inputs = torch.randn(rows, small.columns, generator=generator).bfloat16()
+        wanted = inputs.double() @ weight[: small.rows].double().T
+        for kernel in KERNELS[layout_of(panels)]:
+            if rows > MOST_INPUTS.get(kernel, rows):
+                continue
+            product = products.product(memory.to(device), small, small.rows, rows, kernel)
+            got = product(inputs.to(device)).double().cpu()
+            error = float((got - wanted).norm() / wanted.norm())
+            if not error < _TOLERANCE:
+                raise ArithmeticError(f"the kernel {kernel} for {panels.format} is off by {error:.1%}")
 
 
 def measure(products: TritonProducts, kinds: Collection[Panels], device: torch.device) -> KernelProfile:

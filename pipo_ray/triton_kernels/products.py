@@ -1,9 +1,9 @@
 """Products with low-bit panels on a CUDA device. Importing this needs triton.
 
 Kernels by name: for int4 "codes" multiplies by tensor cores, with codes as they are; for int8 "vector" multiplies up to
-four rows of inputs in float32, and "tiles" any number by tensor cores. All of them straight from the panels, as exactly
-as float32 can but for "tiles", which rounds weights to bf16, and with one launch for all panels of a weight. "native"
-unpacks part of a weight into scratch memory as bf16 and has torch multiply.
+four rows of inputs in float32, and "tiles" any number by tensor cores. All of them straight from the panels, with one
+launch for all panels of a weight; "tiles" rounds weights to bf16, the others do not. "native" unpacks part of a weight
+into scratch memory as bf16 and has torch multiply.
 """
 
 from __future__ import annotations
@@ -87,11 +87,9 @@ class TritonProducts:
         """
         if not num_inputs:
             return _nothing(num_rows)
-        is_int4 = panels.low_bit.bits == 4
-        makers = {
-            "codes": self._int4_codes, "vector": self._int8_vector, "tiles": self._int8_tiles,
-            "native": self._int4_unpacked if is_int4 else self._int8_unpacked,
-        }  # fmt: skip
+        of_int4 = {"codes": self._int4_codes, "native": self._int4_unpacked}
+        of_int8 = {"vector": self._int8_vector, "tiles": self._int8_tiles, "native": self._int8_unpacked}
+        makers = of_int4 if panels.low_bit.bits == 4 else of_int8
         return makers[kernel](memory, panels, num_rows, num_inputs)
 
     def choose(self, profile: KernelProfile, num_inputs: int, panels: Panels, num_rows: int) -> Kernel:

@@ -17,6 +17,7 @@ from pipo_ray.compiled.float_low_bit import FloatLowBit
 from pipo_ray.compiled.machine import MachineCode
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.support import floats_obstacle
+from pipo_ray.compiled.word_inputs import WordInputs
 from pipo_ray.quant.formats import LowBitFormat
 
 pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
@@ -98,7 +99,7 @@ def test_steps_give_the_same_bits(num_rows: int, name: str, layout: str, panel_b
     panels = weight.panels
     taken = OWN.takes_row(panels, num_rows)
     assert taken == (name == "int8" or layout == "avx2" or num_rows % 64 == 0)
-    if not taken:  # its last block would be written behind the output
+    if not taken:  # its last block is not computed
         return
     row, behind = torch.empty(columns, dtype=torch.bfloat16), torch.full((num_rows + 64,), 7.0, dtype=torch.bfloat16)
     output, listed, code = behind[:num_rows], Steps(), MachineCode(steps.module())
@@ -125,6 +126,13 @@ def test_lists_of_many_layers_have_one_place_for_inputs(name: str) -> None:
     made = [OWN.add_inputs(listed, row, low_bit) for row in rows]
     places = [(one if isinstance(one, torch.Tensor) else one.words).data_ptr() for one in made]
     assert places[0] == places[1] != places[2]
+
+
+def test_inputs_for_other_groups_have_places_of_their_own() -> None:
+    row = torch.zeros(256, dtype=torch.bfloat16)
+    made = [OWN.add_inputs(Steps(), row, LowBitFormat.parse(name)) for name in ("int4-g32", "int4", "int4-g128")]
+    for which in range(4):
+        assert len({one.tensors[which].data_ptr() for one in made if isinstance(one, WordInputs)}) == 3
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])

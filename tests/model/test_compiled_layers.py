@@ -221,6 +221,7 @@ def test_a_matrix_for_another_kernel_leaves_its_layer_to_the_modules(
         (Rule("*", "int8"),),
         (Rule("*.[qk]_proj.*", "int8"), Rule("*", "int4-g32")),
         (Rule("*.[qk]_proj.*", "int8"), Rule("*.v_proj.*", "16bit"), Rule("*", "int4-g32")),
+        (Rule("*.q_proj.*", "int4-g32"), Rule("*.gate_proj.*", "int4-g32-sym"), Rule("*", "int4")),
     ],
 )
 def test_matrices_in_int8_and_all_widths_in_one_layer(

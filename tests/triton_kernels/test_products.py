@@ -100,6 +100,16 @@ def test_the_profile_chooses_and_the_vector_kernel_only_for_few() -> None:
     assert products.product(torch.empty(0), panels, 64, 0, "native")(torch.empty(0, 128).bfloat16()).shape == (0, 64)
 
 
+def test_columns_are_cut_as_far_as_scratch_memory_and_counters_go() -> None:
+    """For 1000 outputs, whose sums take 4,000 bytes a part."""
+    products = TritonProducts(CPU, scratch_bytes=16_000)
+    assert products._divide(1024, 64, 8, 1000, 5) == (4, 256)  # of 8 that were wanted
+    assert products._divide(1024, 64, 2, 1000, 5) == (2, 512)
+    assert products._divide(1024, 64, 8, 4001, 5) == (1, 1024)
+    assert products._divide(1024, 64, 8, 1, (1 << 16) + 1) == (1, 1024)
+    assert products._divide(192, 64, 8, 1, 5) == (3, 64)
+
+
 def test_each_chunk_that_is_unpacked_is_launched() -> None:
     """512 rows of 1024 columns at a time."""
     panels = divide(4096, 1024, LowBitFormat.parse("int4"), "avx512")
