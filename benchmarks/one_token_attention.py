@@ -1,7 +1,7 @@
 """Attention of one token to its sequence's keys and values: the compiled kernels beside torch's, in bf16 and with a KV
 cache of 8 and 4 bits.
 
-How to run (some minutes; half a minute with --quick; needs a processor with AVX512-BF16):
+How to run (some minutes; half a minute with --quick; needs a processor with AVX2):
 
     python benchmarks/one_token_attention.py [--quick] [--threads N] [--rounds 10] [--json FILE]
 
@@ -29,7 +29,7 @@ import torch
 from cpu_compute import seconds
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.model.kv_cache import SequenceCache, SequenceKV
 from pipo_ray.model.kv_low_bit import LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
@@ -140,8 +140,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if reason := obstacle():
-        parser.error(reason)
+    if instruction_set() is None:
+        parser.error(str(floats_obstacle()))
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads")
     with torch.inference_mode():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipo_ray.compiled.support import instruction_set, obstacle
+from pipo_ray.compiled.support import instruction_set
 from pipo_ray.device import Device
 from pipo_ray.errors import BudgetError
 from pipo_ray.model.facts import ModelFacts
@@ -61,8 +61,6 @@ def open_kv_place(
     if not asks_for_rates(tokens=tokens, elsewhere=elsewhere) or precision != "bfloat16":
         return None
     if not facts.ragged or not facts.kv_bytes_per_token:
-        return None
-    if low_bit_kv is not None and obstacle() is not None:
         return None
     return OpenKVPlace(tokens, facts.kv_bytes_per_token if low_bit_kv is None else low_bit_kv.token_bytes)
 

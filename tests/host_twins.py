@@ -8,7 +8,7 @@ from packed_pages import joined
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.pack import CompiledPacking
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import instruction_set
 from pipo_ray.model.kv_cache import Segment
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
@@ -18,8 +18,8 @@ from pipo_ray.plan.low_bit_pages import packed_pages
 from pipo_ray.quant.kv_rounding import pack_pages, unpack_pages, views_of
 
 BITS = (8, 4, 16)
-COMPILED = CompiledAttention() if obstacle() is None else None
-PACKING = CompiledPacking() if obstacle() is None else None
+COMPILED = CompiledAttention() if instruction_set() else None
+PACKING = CompiledPacking() if instruction_set() else None
 
 
 class Twins:

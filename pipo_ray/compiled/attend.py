@@ -86,11 +86,6 @@ class CompiledAttention:
         self._context = context_of([0] * len(attention.FIELDS))
         self._packed_context = context_of([0] * len(packed_attention.FIELDS))
 
-    @property
-    def takes_pages(self) -> bool:
-        """Whether it attends to packed pages, too."""
-        return self._instructions == "avx512"
-
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether these are for the kernel: `query` [heads, 1, dim], `keys` and `values` [kv_heads, 1, dim] in bf16 on
         the CPU.
@@ -251,14 +246,12 @@ class CompiledAttention:
         return found[1:]
 
     def _packed_functions(self, layout: PageLayout, heads: int) -> tuple[int, int]:
-        """The same for packed pages. Raises RuntimeError if it does not take them."""
-        if not self.takes_pages:
-            raise RuntimeError("attention to packed pages is for AVX512 with bf16")
+        """The same for packed pages."""
         at_once = attention.heads_at_once(heads // layout.heads)
         key = layout.key_dim, layout.bits, at_once
         found = self._packed_codes.get(key)
         if found is None:
-            code = MachineCode(packed_attention.module(layout, at_once), self._folder)
+            code = MachineCode(packed_attention.module(layout, at_once, self._instructions), self._folder)
             found = code, code.address(packed_attention.NAME), code.address(packed_attention.EACH)
             self._packed_codes[key] = found
         return found[1:]

@@ -2,7 +2,7 @@
 
 Vectors have 16 numbers for both: of each operation on floats LLVM makes one instruction or two. Only what AVX512 has
 instructions for and AVX2 has not is written otherwise: rounding to bf16, storing it, and, by who needs them, products
-of bf16.
+of bf16 and of a packed page's codes.
 """
 
 from __future__ import annotations

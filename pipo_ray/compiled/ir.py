@@ -171,6 +171,11 @@ class Function:
         words = self.value(f"zext <16 x i16> {halves} to {INTS}")
         return self.cast(INTS, self.value(f"shl {INTS} {words}, splat (i32 16)"), FLOATS)
 
+    def chosen(self, kind: str, left: str, right: str, which: Sequence[int]) -> str:
+        """Elements of two vectors of type `kind`, those of `right` numbered behind those of `left`; -1: any."""
+        mask = ", ".join("i32 poison" if one < 0 else f"i32 {one}" for one in which)
+        return self.value(f"shufflevector {kind} {left}, {kind} {right}, <{len(which)} x i32> <{mask}>")
+
     def first_lanes(self, count: str) -> str:
         """A mask of the first `count` (i64, at most 32) of 32 lanes."""
         bits = self.value(f"trunc i64 {self.add(self.value(f'shl i64 1, {count}'), -1)} to i32")

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipo_ray.compiled import page_packing
 from pipo_ray.compiled.attend import Call
 from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.support import InstructionSet, row_instructions
 from pipo_ray.plan.low_bit_pages import PageLayout
 
 
@@ -28,18 +29,20 @@ class LeavingPage:
 
 class CompiledPacking:
     """Packs pages of heads of which `packed_attention.takes` says that there is a function. Compiled for each layout
-    when it is first used; `folder` is where machine code is kept (see `MachineCode`).
+    when it is first used; `folder` is where machine code is kept (see `MachineCode`). `instructions` are those of this
+    processor unless it is told others that it has, too.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, instructions: InstructionSet | None = None) -> None:
         self._folder = folder
+        self._instructions = instructions or row_instructions()
         self._codes: dict[PageLayout, tuple[MachineCode, int]] = {}
 
     def each(self, layout: PageLayout, pages: Sequence[LeavingPage]) -> Call:
         """A call for `CompiledAttention.run` or `deferred`. The tensors have to stay until it is over."""
         found = self._codes.get(layout)
         if found is None:
-            code = MachineCode(page_packing.module(layout), self._folder)
+            code = MachineCode(page_packing.module(layout, self._instructions), self._folder)
             found = self._codes[layout] = code, code.address(page_packing.EACH)
         words: list[int] = []
         for one in pages:

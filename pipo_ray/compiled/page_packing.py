@@ -4,7 +4,7 @@ What `quant/kv_rounding.py` does in some twenty passes over memory is one here, 
 float16, each rounded by itself: the bytes are the same. The window that the page leaves moves up behind it. A number
 that is none makes its scale and zero none, as there.
 
-Needs AVX512F and BF16, as `packed_attention.py` does, for whose pages it is.
+For AVX512F, or for AVX2 and F16C, as `packed_attention.py` is, for whose pages it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import itertools
 from collections.abc import Sequence
 
 from pipo_ray.compiled import attention
-from pipo_ray.compiled.ir import FLOATS, INTS, Function, float_bits, vector
+from pipo_ray.compiled.instruction_sets import FUNCTIONS
+from pipo_ray.compiled.ir import FLOATS, INTS, float_bits, vector
+from pipo_ray.compiled.support import InstructionSet
 from pipo_ray.plan.kv_pages import PAGE_TOKENS
 from pipo_ray.plan.low_bit_pages import PageLayout
 
@@ -42,19 +44,19 @@ declare void @llvm.memmove.p0.p0.i64(ptr, ptr, i64, i1)
 """
 
 
-def module(layout: PageLayout) -> str:
+def module(layout: PageLayout, instructions: InstructionSet = "avx512") -> str:
     """The functions for such pages; `packed_attention.takes` says of which there are any."""
-    return "\n".join([_DECLARATIONS, _Code(layout).text(), attention.each(EACH, NAME, len(FIELDS))])
+    return "\n".join([_DECLARATIONS, _Code(layout, instructions).text(), attention.each(EACH, NAME, len(FIELDS))])
 
 
 class _Code:
     """Writes the function."""
 
-    def __init__(self, layout: PageLayout) -> None:
+    def __init__(self, layout: PageLayout, instructions: InstructionSet) -> None:
         self._layout, self._dim = layout, layout.key_dim
         self._levels = float((1 << layout.bits) - 1)
         self._rows = PAGE_TOKENS * layout.bits // 8
-        self._f = Function(NAME, FIELDS)
+        self._f = FUNCTIONS[instructions](NAME, FIELDS)
 
     def text(self) -> str:
         """The function."""

@@ -11,7 +11,7 @@ import torch
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.pack import CompiledPacking
-from pipo_ray.compiled.support import floats_obstacle, instruction_set, obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.errors import DriveError
 from pipo_ray.messages import (
     ComputeSetup,
@@ -157,8 +157,7 @@ class ComputeEngine:
             attention = CompiledAttention(code_folder)
             layers = compile_model(graph, products, low_bit, attention, code_folder)
         if compute.kv_bits is not None and not compute.kv_on_cpu:
-            compiled = attention if attention is not None and attention.takes_pages else None
-            compiled = compiled or self._attention_to_pages(dtype, code_folder, notes)
+            compiled = attention or self._attention_to_pages(dtype, code_folder, notes)
             rows = self._rows_of_pages(compute.kv_bits, dtype, code_folder, notes)
             kv_store = LowBitStore(compute.kv_bits, compiled, self._kv_disk or self._kv_tiers, rows)
         self.notes = tuple(notes)
@@ -188,7 +187,7 @@ class ComputeEngine:
     def _host_kv(
         self, dtype: torch.dtype, bits: tuple[int, ...] | None, code_folder: Path | None, notes: list[str]
     ) -> HostKV:
-        reason = _not_compiled(dtype, pages=bits is not None)
+        reason = _not_compiled(dtype)
         if reason is not None:
             notes.append(f"attention on the processor is torch's, which is slower: {reason}")
         compiled = CompiledAttention(code_folder) if reason is None else None
@@ -202,7 +201,7 @@ class ComputeEngine:
     ) -> CompiledAttention | None:
         if self._device.type != "cpu":
             return None
-        reason = _not_compiled(dtype, pages=True)
+        reason = _not_compiled(dtype)
         if reason is not None:
             notes.append(f"the KV cache is unpacked for every token, which is slower: {reason}")
             return None
@@ -449,14 +448,10 @@ def _profile_places(compute: ComputeSetup, name: str) -> ProfilePlaces:
     return ProfilePlaces(session, Path(compute.profile_folder) if compute.profile_folder else None)
 
 
-def _not_compiled(dtype: torch.dtype, *, pages: bool) -> str | None:
-    """Why attention on the processor, to packed `pages` or to numbers of 16 bits, is not compiled, in words for the
-    user; None if it is.
-    """
+def _not_compiled(dtype: torch.dtype) -> str | None:
+    """Why attention on the processor is not compiled, in words for the user; None if it is."""
     if dtype is not torch.bfloat16:
         return f"the model is computed in {str(dtype)[6:]}"
-    if pages:
-        return obstacle()
     return floats_obstacle() if instruction_set() is None else None
 
 

@@ -10,11 +10,10 @@ import torch
 from instruction_params import INSTRUCTIONS
 from torch import Tensor
 
-from pipo_ray.compiled.attend import CompiledAttention, PackedTokens
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.machine import run_here
 from pipo_ray.model.kv_cache import SequenceCache
 from pipo_ray.model.kv_spans import AttentionRule
-from pipo_ray.plan.low_bit_pages import PageLayout
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -153,13 +152,3 @@ def test_tokens_of_several_sequences_are_as_each_alone(
         for i, (copy, length, expected) in enumerate(zip(copies, lengths, alone, strict=True)):
             assert torch.equal(output[i], expected[:, 0])
             assert torch.equal(copy[0][:, length - 1], new[0][:, i])
-
-
-def test_packed_pages_are_refused_where_there_are_no_instructions_for_them() -> None:
-    attention = CompiledAttention(instructions="avx2")
-    assert not attention.takes_pages
-    memory = PackedTokens((), (normal(2, 8, 64), normal(2, 8, 64)), 1)
-    with pytest.raises(RuntimeError, match="for AVX512 with bf16"):
-        attention.attend_packed(
-            normal(4, 1, 64), (normal(2, 1, 64), normal(2, 1, 64)), memory, PageLayout(2, 64, 64, 4), 0.1
-        )

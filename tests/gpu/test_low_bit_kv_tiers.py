@@ -11,7 +11,7 @@ from harness import Pipeline, pack_checkpoint, random_prompts, relative_errors
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.pack import CompiledPacking
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.model.kv_cache import RaggedCache, Segment
 from pipo_ray.model.kv_host import HostKV
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
@@ -49,7 +49,7 @@ def test_logits_with_few_bits_in_ram(slug: str, bits: tuple[int, ...], tmp_path:
     assert max(relative_errors(in_ram, on_gpu)) <= 0.1 * rounding
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 def test_tokens_in_the_streams_order(tmp_path: Path) -> None:
     """In bf16 by the kernel, for 80 tokens of two sequences: each has a page that leaves its window meanwhile. As near
     to float32 as the cache on the GPU is.

@@ -18,7 +18,7 @@ from prefix_runs import Stage, alone_and_together, answers, conversations, step
 
 from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.compiled.pack import CompiledPacking
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import instruction_set
 from pipo_ray.model import attention, cascade
 from pipo_ray.model.batch import PrefixUse
 from pipo_ray.model.cascade import KeyRanges
@@ -207,7 +207,7 @@ def test_few_bits_in_ram_are_shared(dtype: torch.dtype, device: torch.device, tm
         12_000, 512, state_tokens=-(-low.window_bytes // low.token_bytes),
         window=Window(WINDOW_TOKENS, PAGE_TOKENS, low.short_share),
     )  # fmt: skip
-    kernel = None if dtype == torch.float32 or obstacle() is not None else CompiledAttention(tmp_path / "code")
+    kernel = None if dtype == torch.float32 or instruction_set() is None else CompiledAttention(tmp_path / "code")
     calls = None if kernel is None else HostFunctions(device)
     packing = None if kernel is None else CompiledPacking(tmp_path / "code")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipo_ray.compiled.machine import run_here
 from pipo_ray.compiled.pack import CompiledPacking
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle
 from pipo_ray.model import host_link, packed_pages
 from pipo_ray.model.kv_cache import Segment
 from pipo_ray.model.kv_host import HostKV
@@ -64,7 +64,7 @@ def test_sequences_that_come_and_go(
                 twins.drop(next(iter(twins.pairs)))
 
 
-@pytest.mark.skipif(COMPILED is None, reason=str(obstacle()))
+@pytest.mark.skipif(COMPILED is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("packing", [PACKING, None], ids=["kernel", "torch"])
 @pytest.mark.parametrize("window", [None, 70])
 def test_in_the_streams_order_a_page_leaves_its_window_when_the_next_token_comes(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from prefix_runs import Stage, answers, conversations, step
 
 from pipo_ray.compiled.machine import run_here
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle
 from pipo_ray.messages import SweepRequest, SweepResult
 from pipo_ray.model import host_link, packed_pages
 from pipo_ray.model.batch import KeptPoint, PrefixPart, SweepEntry
@@ -169,7 +169,7 @@ def test_a_page_that_has_just_left_a_window_is_packed_before_anybody_begins_on_i
     twins.sweep([(1, 3)])
 
 
-@pytest.mark.skipif(COMPILED is None, reason=str(obstacle()))
+@pytest.mark.skipif(COMPILED is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("packing", [PACKING, None], ids=["kernel", "torch"])
 def test_in_the_streams_order_tokens_attend_to_others_pages(packing: Any) -> None:
     """Of two that stand on a third and one that stands on them; each packs pages of its own, and what they stand on

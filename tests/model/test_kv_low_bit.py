@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from packed_pages import joined
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model import low_bit_layer
 from pipo_ray.model.dense_attention import attend
@@ -107,7 +107,7 @@ def test_in_16_bits_it_is_the_same_within_their_rounding(dtype: torch.dtype) -> 
     assert float((got.double() - expected).abs().max()) < 4 * torch.finfo(dtype).eps * float(tensors[2].abs().max())
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("window", [None, 3, 150, 300])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_token_that_comes_alone_attends_to_pages_as_they_are(
@@ -137,7 +137,7 @@ def test_a_token_that_comes_alone_attends_to_pages_as_they_are(
     )
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 def test_what_is_not_for_the_kernel_is_unpacked() -> None:
     for dim, rule in (
         (64, AttentionRule(0.2, softcap=5.0)),

@@ -19,7 +19,7 @@ from packed_pages import joined
 from pipeline.pages_on_disk import pages_on_disk
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.errors import DriveError, UnsupportedModelError
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.disk_cache import DiskCache
@@ -300,7 +300,7 @@ def test_larger_pages_than_the_facts_say_are_refused() -> None:
             cache.attend(0, *wide, AttentionRule(1.0))
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("bits", [(8, 8), (4, 16)])
 def test_the_compiled_kernel_reads_them(bits: tuple[int, ...]) -> None:
     """A token that comes alone: to the last bit what it is with all pages in one place."""

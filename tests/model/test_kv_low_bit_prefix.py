@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prefix_runs import Stage, answers, conversations
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 from pipo_ray.model import low_bit_layer
 from pipo_ray.model.kv_low_bit import LowBitCache, LowBitStore
 from pipo_ray.model.kv_spans import AttentionRule
@@ -146,7 +146,7 @@ def test_whoever_begins_on_another_has_what_it_would_have_alone(
         torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 @pytest.mark.parametrize("window", [None, 150, 300])
 def test_a_token_that_comes_alone_attends_to_others_pages_as_they_are(
     window: int | None, monkeypatch: pytest.MonkeyPatch

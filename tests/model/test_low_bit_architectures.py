@@ -10,7 +10,7 @@ from architectures import BASE, BY_SLUG, VOCAB_SIZE, Architecture
 from harness import Followed, PackedModel, Pipeline, pack_checkpoint, random_prompts
 
 from pipo_ray.compiled.attend import CompiledAttention
-from pipo_ray.compiled.support import obstacle
+from pipo_ray.compiled.support import floats_obstacle, instruction_set
 
 FOUR = (4, 4, 4)
 LENGTHS = (251, 30)
@@ -44,7 +44,7 @@ def test_logits_stay_near_and_depend_on_no_chunk_and_no_neighbour(packed: Packed
     torch.testing.assert_close(alone[0].logits, few[0].logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(instruction_set() is None, reason=str(floats_obstacle()))
 def test_attention_to_packed_pages_changes_logits_by_bf16s_rounding_alone(tmp_path: Path) -> None:
     wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     llama = Architecture("llama", "", "llama", {**BASE, **wide})

@@ -64,10 +64,9 @@ def test_not_if_weights_would_come_from_the_drive_instead() -> None:
     assert not attends_on_cpu(on_gpu, on_cpu, 4000, 4000 * TOKEN_BYTES, RATES)
 
 
-@pytest.fixture
-def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "obstacle", lambda: None)
-    monkeypatch.setattr(planner, "instruction_set", lambda: "avx512")
+@pytest.fixture(params=["avx512", "avx2"])
+def compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "instruction_set", lambda: request.param)
 
 
 @pytest.mark.usefixtures("compiles")
@@ -89,19 +88,9 @@ def test_it_is_open_where_nobody_chose_and_everything_is_known() -> None:
 
 
 def test_it_is_not_open_where_attention_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "obstacle", lambda: "no llvmlite")
     monkeypatch.setattr(planner, "instruction_set", lambda: None)
     facts = replace(model(24, 2048, 1000)[1], kv_bytes_per_token=TOKEN_BYTES)
     assert open_kv_place(DEVICE, facts, None, tokens=8, precision="bfloat16", elsewhere=False) is None
-
-
-def test_with_avx2_it_is_open_at_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "obstacle", lambda: "no AVX512")
-    monkeypatch.setattr(planner, "instruction_set", lambda: "avx2")
-    facts = replace(model(24, 2048, 1000)[1], kv_bytes_per_token=TOKEN_BYTES)
-    few = LowBitKV((4,) * 24, 1000, 0, TOKEN_BYTES)
-    for bits, wanted in ((None, OpenKVPlace(8, TOKEN_BYTES)), (few, None)):
-        assert open_kv_place(DEVICE, facts, bits, tokens=8, precision="bfloat16", elsewhere=False) == wanted
 
 
 def choose(kv_tokens: int, place: OpenKVPlace | None, **options: int) -> tuple[RunPlan, list[str]]:
