@@ -23,7 +23,7 @@ from pipo_ray.compiled.widened import (
     VECTOR,
     Element,
     multiply_add,
-    rounded_bits,
+    rounded_halves,
     row_of,
     total,
     widened,
@@ -104,9 +104,8 @@ def _row(element: Element) -> str:
                 for name, stride in (("scales", "scale_bytes"), ("bias", "bias_bytes"))
             )
             one = f.value(f"fadd float {f.value(f'fmul float {one}, {scale}')}, {bias}")
-            bits = f.cast("<1 x i32>", rounded_bits(f, f.cast("float", one, "<1 x float>"), 1), "i32")
-            half = f.value(f"trunc i32 {f.value(f'lshr i32 {bits}, 16')} to i16")
-            f.store("i16", half, f.at(f.field("output", "ptr"), f.multiply(number, 2)), align=2)
+            half = rounded_halves(f, f.cast("float", one, "<1 x float>"), 1)
+            f.store("<1 x i16>", half, f.at(f.field("output", "ptr"), f.multiply(number, 2)), align=2)
     return f.text()
 
 

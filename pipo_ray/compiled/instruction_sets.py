@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from pipo_ray.compiled.ir import FLOATS, HALVES, INTS, Function
 from pipo_ray.compiled.support import InstructionSet
-from pipo_ray.compiled.widened import rounded_bits
+from pipo_ray.compiled.widened import rounded_bits, rounded_halves
 
 _HALF_INTS = "<16 x i16>"
 
@@ -36,8 +36,7 @@ class Avx2Function(Function):
         """See `Function`; `count` has to be "16": single 16-bit numbers cannot be left out."""
         if count != "16":
             raise ValueError(f"AVX2 stores 16 numbers in bf16 and not {count}")
-        words = self.value(f"lshr {INTS} {rounded_bits(self, floats, 16)}, splat (i32 16)")
-        self.store(_HALF_INTS, self.value(f"trunc {INTS} {words} to {_HALF_INTS}"), place, align=2)
+        self.store(_HALF_INTS, rounded_halves(self, floats, 16), place, align=2)
 
     def even_and_odd(self, halves: str) -> tuple[str, str]:
         """Of 32 numbers in bf16 those with even places, and the others, as floats."""

@@ -24,7 +24,7 @@ from pipo_ray.compiled.widened import (
     VECTOR,
     everywhere,
     multiply_add,
-    rounded_bits,
+    rounded_halves,
     shuffled,
     splat,
     total,
@@ -247,8 +247,7 @@ def _few(group: int, half: int) -> str:
             for number, place in enumerate(block.output(index, tile, 2)):
                 pair = vectors[number - number % 2 :][:2]
                 lanes = [lane + 8 * odd for lane in range(4 * (number % 2), 4 * (number % 2) + 4) for odd in (0, 1)]
-                bits = rounded_bits(f, shuffled(f, EIGHT, (pair[0], pair[1]), lanes))
-                halves = f.value(f"trunc {_INTS} {f.value(f'lshr {_INTS} {bits}, splat (i32 16)')} to <8 x i16>")
+                halves = rounded_halves(f, shuffled(f, EIGHT, (pair[0], pair[1]), lanes))
                 f.store("<8 x i16>", halves, place, align=2)
     return f.text()
 

@@ -50,6 +50,13 @@ def rounded_bits(f: Function, floats: str, lanes: int = LANES) -> str:
     return f.value(f"select <{lanes} x i1> {is_none}, {ints} {quiet}, {ints} {raised}")
 
 
+def rounded_halves(f: Function, floats: str, lanes: int = LANES) -> str:
+    """The same as i16."""
+    kind = f"<{lanes} x i32>"
+    words = f.value(f"lshr {kind} {rounded_bits(f, floats, lanes)}, splat (i32 16)")
+    return f.value(f"trunc {kind} {words} to <{lanes} x i16>")
+
+
 def row_of(f: Function, number: str) -> str:
     """Where row `number` of a weight in panels begins, by the words `weight`, `stride`, `panel_rows` and `panel_bytes`
     of a context.

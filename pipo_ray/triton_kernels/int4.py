@@ -28,7 +28,7 @@ import triton.language as tl
 WORDS = tl.constexpr(16)
 """32-bit words of a column that a program multiplies: as many as a tensor core takes rows."""
 
-PROGRAM_ROWS = 8 * 16
+PROGRAM_ROWS = 8 * WORDS.value
 """Rows of the weight that they are."""
 
 
@@ -40,8 +40,7 @@ def _pair(shift: int) -> tl.constexpr:
     return tl.constexpr(f"{{ .reg .b32 pair; {both} }}")
 
 
-_PAIRS = tuple(_pair(4 * place) for place in range(8))
-_PAIR0, _PAIR1, _PAIR2, _PAIR3, _PAIR4, _PAIR5, _PAIR6, _PAIR7 = _PAIRS
+_PAIR0, _PAIR1, _PAIR2, _PAIR3, _PAIR4, _PAIR5, _PAIR6, _PAIR7 = (_pair(4 * place) for place in range(8))
 BIAS = tl.constexpr(128 + 8)  # what is too much in a code that is multiplied
 
 TO_126, TO_19, TO_23 = tl.constexpr(2.0**126), tl.constexpr(2.0**19), tl.constexpr(2.0**23)

@@ -150,7 +150,9 @@ class TritonProducts:
             num_inputs, num_rows, panels.columns, memory.stride(0), panels.panel_rows, part_columns, parts,
             inputs, BLOCK_ROWS, 64, self._dot,
         )  # fmt: skip
-        return self._tiles(int8.int8_tiles, (blocks, parts, tiles), memory, numbers, inputs)
+        sums = self._partials, self._arrivals
+        options = {"num_warps": 8 if inputs >= 64 else 4, "num_stages": self._tuning.tiles_stages}
+        return _in_one_launch(int8.int8_tiles, (blocks, parts, tiles), memory, sums, numbers, **options)
 
     def _int8_unpacked(self, memory: torch.Tensor, panels: Panels, num_rows: int, num_inputs: int) -> RowsProduct:
         columns = panels.columns
@@ -166,14 +168,6 @@ class TritonProducts:
             chunks.append((launch, matrix, matrix[:count].t(), slice(first, first + count)))
 
         return _by_chunks(chunks, memory, num_rows)
-
-    def _tiles(
-        self, kernel: triton.JITFunction, grid: tuple[int, ...], memory: torch.Tensor, numbers: tuple[Any, ...],
-        inputs: int,
-    ) -> RowsProduct:  # fmt: skip
-        """A kernel with programs of `inputs` rows of inputs."""
-        options = {"num_warps": 8 if inputs >= 64 else 4, "num_stages": self._tuning.tiles_stages}
-        return _in_one_launch(kernel, grid, memory, (self._partials, self._arrivals), numbers, **options)
 
     @property
     def _partials(self) -> torch.Tensor:
