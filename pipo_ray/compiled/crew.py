@@ -110,19 +110,6 @@ def deferred_on_threads(function: int, context: int, folder: Path | None = None)
     return _crews[0].deferred(function, context, others)
 
 
-def call_on_threads(folder: Path | None) -> tuple[Crew, int, Any] | None:
-    """The crew, a function and its context: who has set word 1 of that to a function and word 2 to the function's
-    context has those run on as many threads as torch computes with, within `Crew.run_steps`. None where that is one
-    thread alone.
-    """
-    others = torch.get_num_threads() - 1
-    if not others:
-        return None
-    _enlist(others, folder)
-    crew = _crews[0]
-    return crew, *crew.deferred(0, 0, others)
-
-
 def add_on_threads(
     steps: Steps, function: int, context: Any, counter: int, folder: Path | None, *owned: object
 ) -> tuple[Any, int]:

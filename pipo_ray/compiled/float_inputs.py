@@ -27,17 +27,17 @@ class PaddedInputs:
 
 @dataclass(frozen=True)
 class GroupedInputs:
-    """For `float_outer`: of at most `MOST_GROUPS` each, float32 [groups, columns, `width`]; where the last one lacks
-    rows, it has others.
+    """For `float_outer`: `num_rows` rows in `memory`, float32 [groups, columns, rows side by side]; where the last
+    group lacks rows, it has the last one again.
     """
 
-    parts: tuple[torch.Tensor, ...]
-    vectors: int
+    memory: torch.Tensor
+    num_rows: int
 
     @property
-    def width(self) -> int:
-        """Rows of inputs in a group."""
-        return float_outer.width(self.vectors)
+    def vectors(self) -> int:
+        """Of inputs side by side."""
+        return self.memory.shape[2] // LANES
 
 
 def vectors_for(num_rows: int) -> int:

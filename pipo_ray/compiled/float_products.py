@@ -12,6 +12,7 @@ from pipo_ray.compiled import float_dots, float_outer
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs, vectors_for
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
+from pipo_ray.compiled.outer_rows import OuterRows
 from pipo_ray.compiled.row_products import inputs_at_once, product_name
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.widened import LANES, Element
@@ -30,8 +31,8 @@ _NAMES: dict[torch.dtype, Element] = {torch.bfloat16: "bfloat", torch.float16: "
 class CompiledFloats:
     """Multiplies inputs with weights of `dtype` in float32. One caller at a time.
 
-    Compiled when it is made; `folder` is where machine code is kept (see `MachineCode`). A call takes 4 bytes for each
-    sum, for `MOST_SUMS` at most.
+    Compiled when it is made; `folder` is where machine code is kept (see `MachineCode`). With few inputs a call takes 4
+    bytes for each sum, for `MOST_SUMS` at most.
     """
 
     def __init__(self, dtype: torch.dtype, folder: Path | None = None) -> None:
@@ -110,36 +111,30 @@ class CompiledFloats:
         """Inputs [n, columns], side by side: of this dtype, or bf16 for int8."""
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        vectors = vectors_for(len(rows))
+        num_rows, columns = rows.shape
+        vectors = vectors_for(num_rows)
         width = float_outer.width(vectors)
-        parts = []
-        for part in rows.split(width * float_outer.MOST_GROUPS):
-            num_rows, columns = part.shape
-            inputs = torch.empty(-(-num_rows // width), columns, width)
-            places = part.data_ptr(), inputs.data_ptr()
-            words = (*places, num_rows, len(inputs), columns, 2 * part.stride(0), 0)
-            make_ready(self._group[vectors], words, part.numel(), self._folder)
-            parts.append(inputs)
-        return GroupedInputs(tuple(parts), vectors)
+        inputs = torch.empty(-(-num_rows // width), columns, width)
+        words = (rows.data_ptr(), inputs.data_ptr(), num_rows, len(inputs), columns, 2 * rows.stride(0), 0)
+        make_ready(self._group[vectors], words, rows.numel(), self._folder)
+        return GroupedInputs(inputs, num_rows)
 
     def outer_into(
         self, inputs: GroupedInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor,
         scales: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """The same of many inputs."""
-        side = float_outer.rows_side_by_side(inputs.vectors)
-        rows = output.split(inputs.width * float_outer.MOST_GROUPS)
-        for part, target in zip(inputs.parts, rows, strict=True):
-            for start, stop, some in _slabs(weight, output.shape[1], len(part) * inputs.width):
-                sums = torch.empty(len(part), stop - start, inputs.width)
-                self._context[:] = _words(part, some, sums, len(part), stop - start, side)
-                run_on_threads(self._outer[inputs.vectors], self._address, False, self._folder)
-                if scales is not None:
-                    sums *= scales[start:stop, None]
-                if bias is not None:
-                    sums += bias[start:stop, None]
-                for group, one in zip(target.split(inputs.width), sums, strict=True):
-                    group[:, start:stop] = one[:, : len(group)].T
+        """The same of many inputs. The rows of `output` are contiguous."""
+        product = self.rows_product(inputs, bias, output, scales)
+        size = weight.element_size()
+        panel = None if weight.dim() == 2 else (weight.shape[1], size * weight.stride(0))
+        context = context_of(product.words(0, output.shape[1], weight.data_ptr(), size * weight.stride(-2), panel))
+        run_on_threads(product.function, ctypes.addressof(context), False, self._folder)
+
+    def rows_product(
+        self, inputs: GroupedInputs, bias: torch.Tensor | None, output: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> OuterRows:
+        """The same with rows of a weight."""
+        return OuterRows(self._outer[inputs.vectors], inputs, output, scales, bias)
 
 
 def make_ready(function: int, words: Sequence[int], count: int, folder: Path | None) -> None:
@@ -176,7 +171,7 @@ def _slabs(weight: torch.Tensor, num_rows: int, num_inputs: int) -> Iterator[tup
 def _words(
     inputs: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor, count: int, num_rows: int, side: int
 ) -> tuple[int, ...]:
-    """The context of either kernel; their words are the same but for what `count` counts."""
+    """The context of "dots"."""
     size, columns = weight.element_size(), weight.shape[-1]
     at_once = max(1, _TASK_BYTES // (size * columns * side)) * side
     places = inputs.data_ptr(), weight.data_ptr(), sums.data_ptr()

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo_ray.compiled import float_outer, float_products, steps
+from pipo_ray.compiled import float_outer, float_products, outer_rows, steps
 from pipo_ray.compiled.crew import run_steps
 from pipo_ray.compiled.float_inputs import PaddedInputs, vectors_for
 from pipo_ray.compiled.float_products import LEAST_COLUMNS, CompiledFloats
 from pipo_ray.compiled.machine import MachineCode
+from pipo_ray.compiled.outer_rows import shares
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.support import floats_obstacle
 
@@ -24,10 +25,23 @@ WEIGHTS = (*DTYPES, torch.int8)
 KERNELS = ("dots", "outer")
 
 
+SHARES = st.tuples(st.integers(1, 2), st.integers(1, 5))
+"""Of rows, in smallest ones, and of groups."""
+
+
 @cache
 def kernels(dtype: torch.dtype) -> CompiledFloats:
     """Compiled once for all tests."""
     return CompiledFloats(dtype)
+
+
+def shared_out(patch: pytest.MonkeyPatch, share: tuple[int, int]) -> None:
+    """So many rows and groups are taken at once, however many there are."""
+
+    def chosen(rows: int, groups: int, vectors: int, num_threads: int) -> tuple[int, int]:
+        return share[0] * outer_rows.row_multiple(vectors), min(share[1], groups)
+
+    patch.setattr(outer_rows, "shares", chosen)
 
 
 def product(
@@ -47,12 +61,12 @@ def product(
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(DTYPES), st.integers(1, 40) | st.integers(120, 300), st.integers(LEAST_COLUMNS, 600),
-    st.integers(1, 40), st.booleans(), st.integers(0, 20), st.booleans(), st.sampled_from([200, 1 << 20]),
-    st.sampled_from([1 << 10, 256 << 10]),
+    st.integers(1, 120), st.booleans(), st.integers(0, 20), st.booleans(), st.sampled_from([200, 1 << 20]),
+    st.sampled_from([1 << 10, 256 << 10]), SHARES,
 )  # fmt: skip
 def test_any_shape(
     kernel: str, dtype: torch.dtype, num_inputs: int, columns: int, num_rows: int, with_bias: bool, gap: int,
-    transposed: bool, most_sums: int, task_bytes: int,
+    transposed: bool, most_sums: int, task_bytes: int, share: tuple[int, int],
 ) -> None:  # fmt: skip
     """Within a rounding of the exact result; nothing is read between the rows of a weight, nor behind it."""
     rows = (torch.randn(columns, num_inputs).T if transposed else torch.randn(num_inputs, columns)).to(dtype)
@@ -62,6 +76,7 @@ def test_any_shape(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(float_products, "MOST_SUMS", most_sums)
         patch.setattr(float_products, "_TASK_BYTES", task_bytes)
+        shared_out(patch, share)
         got = product(kernel, rows, weight, bias)
     exact = rows.double() @ weight.double().T + (0 if bias is None else bias.double())
     terms = rows.double().abs() @ weight.double().abs().T
@@ -73,11 +88,11 @@ def test_any_shape(
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 40) | st.integers(120, 140), st.integers(LEAST_COLUMNS, 600), st.integers(1, 5), st.integers(1, 20),
-    st.integers(0, 19), st.sampled_from([200, 1 << 20]), st.sampled_from(WEIGHTS),
+    st.integers(0, 19), st.sampled_from([200, 1 << 20]), st.sampled_from(WEIGHTS), SHARES,
 )  # fmt: skip
 def test_panels_and_scales(
     kernel: str, num_inputs: int, columns: int, panels: int, panel_rows: int, missing: int, most_sums: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, share: tuple[int, int],
 ) -> None:  # fmt: skip
     """Of the last panel some rows are not wanted. Behind each panel's codes is something else."""
     weight = torch.full((panels, panel_rows * columns + 77), 99, dtype=dtype)[:, : panel_rows * columns]
@@ -88,6 +103,7 @@ def test_panels_and_scales(
     scales = torch.rand(panels * panel_rows).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(float_products, "MOST_SUMS", most_sums)
+        shared_out(patch, share)
         got = product(kernel, rows, weight, scales=scales, num_rows=num_rows)
     scaled = (weight.double().flatten(0, 1) * scales.double()[:, None])[:num_rows]
     exact, terms = rows.double() @ scaled.T, rows.double().abs() @ scaled.abs().T
@@ -166,3 +182,43 @@ def test_how_many_inputs_lie_side_by_side() -> None:
     for count in range(1, 200):
         width = float_outer.width(vectors_for(count))
         assert -(-count // width) * width < count + 24
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 90), st.integers(0, 20), st.integers(0, 20), st.sampled_from(DTYPES))
+def test_only_its_columns_of_the_output_are_written(
+    num_inputs: int, num_rows: int, before: int, behind: int, dtype: torch.dtype
+) -> None:
+    own, rows, weight = kernels(dtype), torch.randn(num_inputs, 33).to(dtype), torch.randn(num_rows, 33).to(dtype)
+    around = torch.full((num_inputs + 1, before + num_rows + behind), 7.0, dtype=dtype)
+    own.outer_into(own.group(rows), weight, None, around[:-1, before : before + num_rows])
+    assert torch.equal(around[:-1, before : before + num_rows], product("outer", rows, weight))
+    around[:-1, before : before + num_rows] = 7
+    assert (around == 7).all()
+
+
+@given(st.integers(1, 40000), st.integers(1, 700), st.sampled_from(float_outer.VECTORS), st.integers(1, 64))
+def test_shares_are_such_as_the_kernel_takes(rows: int, groups: int, vectors: int, num_threads: int) -> None:
+    at_once, some = shares(rows, groups, vectors, num_threads)
+    assert at_once % float_outer.rows_side_by_side(vectors) == at_once % 8 == 0
+    assert 0 < at_once <= float_outer.MOST_ROWS
+    assert 0 < some <= min(groups, float_outer.MOST_GROUPS)
+
+
+def test_small_parts_are_shared_out_evenly() -> None:
+    """A part of 2 MiB has 72 rows of 14,336 columns: of those, 40 for one thread and 32 for the other were a tenth
+    too many.
+    """
+    for rows, groups in ((72, 11), (72, 6), (256, 11), (96, 22)):
+        at_once, some = shares(rows, groups, 3, 2)
+        loads = [0, 0]
+        for first in range(0, rows, at_once):
+            for start in range(0, groups, some):
+                loads.sort()
+                loads[0] += min(at_once, rows - first) * min(some, groups - start)
+        assert max(loads) <= 1.05 * rows * groups / 2
+
+
+def test_a_thread_alone_takes_all_groups_of_a_row() -> None:
+    """Rows are widened once."""
+    assert shares(4096, 22, 3, 1) == (48, 22)

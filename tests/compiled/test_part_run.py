@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,15 +15,17 @@ import pytest
 import torch
 from bf16_matrices import matrix
 
+from pipo_ray.compiled import outer_rows
 from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
+from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.part_run import RESIDENT, Part, PartRun, PartRunner, RowsProduct
-from pipo_ray.compiled.support import amx_obstacle, obstacle
+from pipo_ray.compiled.support import amx_obstacle, floats_obstacle, obstacle
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotState, SlotTable, StoppedError
 
-pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +39,13 @@ def amx() -> CompiledAmx | None:
 
 
 @pytest.fixture(scope="module")
-def bf16() -> CompiledBf16:
-    return CompiledBf16()
+def bf16() -> CompiledBf16 | None:
+    return None if obstacle() else CompiledBf16()
+
+
+@pytest.fixture(scope="module")
+def floats() -> CompiledFloats:
+    return CompiledFloats(torch.bfloat16)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -123,16 +132,17 @@ def finish(run: PartRun, matrix: Matrix) -> int:
 
 
 class Probe:
-    """A product that only notes what the slot table says meanwhile."""
+    """A product that only notes what the slot table says meanwhile: one thread of those that come."""
 
-    FIELDS = ("row", "header", "seen")
+    FIELDS = ("row", "header", "seen", "next")
 
     def __init__(self, parts: Matrix) -> None:
         f = Function("probe", self.FIELDS)
         row, seen = f.field("row", "ptr"), f.field("seen", "ptr")
-        f.store("i32", f.load("i32", row), seen)
-        f.store("i64", f.load("i64", f.at(row, 24)), f.at(seen, 8))
-        f.store("i64", f.load("i64", f.at(f.field("header", "ptr"), 8)), f.at(seen, 16))
+        with f.tasks(f.place_of("next"), "1"):
+            f.store("i32", f.load("i32", row), seen)
+            f.store("i64", f.load("i64", f.at(row, 24)), f.at(seen, 8))
+            f.store("i64", f.load("i64", f.at(f.field("header", "ptr"), 8)), f.at(seen, 16))
         self._code, self._parts = MachineCode(f.text()), parts
         self.seen: list[list[int]] = []
         self._memory = [context_of([99, 99, 99]) for _ in parts.cuts]
@@ -140,12 +150,47 @@ class Probe:
     def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[tuple[int, tuple[int, ...]]]:
         part = self._parts.cuts.index(start)
         place = ctypes.addressof(self._memory[part])
-        return [(self._code.address("probe"), (self._parts.address(part), self._parts.table.header_address, place))]
+        return [(self._code.address("probe"), (self._parts.address(part), self._parts.table.header_address, place, 0))]
 
     def saw(self, part: int) -> tuple[int, int, int]:
         """State, the slot's last released load plus 1, and the table's."""
         state, released, consumed = self._memory[part]
         return state & 0xFFFFFFFF, released, consumed
+
+
+class Counting:
+    """A product that reads a part's first number again and again, for a tenth of a millisecond, in each of 4 tasks."""
+
+    FIELDS = ("weight", "sums", "next")
+    TASKS, TIMES = 4, 20_000
+
+    def __init__(self, parts: Matrix) -> None:
+        f = Function("count", self.FIELDS)
+        weight, sums = f.field("weight", "ptr"), f.field("sums", "ptr")
+        with f.tasks(f.place_of("next"), str(self.TASKS)) as task, f.loop(self.TIMES):
+            number = f.value(f"zext i16 {f.value(f'load volatile i16, ptr {weight}')} to i64")
+            place = f.at(sums, f.multiply(task, 8))
+            f.store("i64", f.add(f.load("i64", place), number), place)
+        self._code, self._parts = MachineCode(f.text()), parts
+        self.sums = [context_of([0] * self.TASKS) for _ in parts.cuts]
+
+    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[tuple[int, tuple[int, ...]]]:
+        sums = ctypes.addressof(self.sums[self._parts.cuts.index(start)])
+        return [(self._code.address("count"), (address, sums, 0))]
+
+
+def test_a_slot_stays_until_the_last_thread_has_left_it(runner: PartRunner, threads: int) -> None:
+    cuts = list(range(121))
+    weight = torch.arange(1, 121, dtype=torch.int16)[:, None].expand(-1, 4).contiguous().view(torch.bfloat16)
+    parts = Matrix(weight, cuts, residents=(7, 8, 40))
+    counting = Counting(parts)
+    run = parts.run(runner, counting)
+    loader = threading.Thread(target=lambda: [parts.bring(part) for part in range(120)])
+    loader.start()
+    finish(run, parts)
+    loader.join()
+    for part in range(120):
+        assert list(counting.sums[part]) == [(part + 1) * Counting.TIMES] * Counting.TASKS
 
 
 def test_a_slot_is_released_behind_its_product_and_not_before(runner: PartRunner, threads: int) -> None:
@@ -238,8 +283,8 @@ CUTS = [0, 64, 128, 192, 193, 256, 320, 384, 448, 511]
 @pytest.mark.parametrize("columns", [96, 77])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_bits_are_those_of_one_product_for_each_part(
-    runner: PartRunner, amx: CompiledAmx | None, bf16: CompiledBf16, threads: int, inputs: int, columns: int,
-    biased: bool,
+    runner: PartRunner, amx: CompiledAmx | None, bf16: CompiledBf16 | None, floats: CompiledFloats, threads: int,
+    inputs: int, columns: int, biased: bool,
 ) -> None:  # fmt: skip
     weight, x, bias = matrix(CUTS[-1], columns), matrix(inputs, columns), matrix(CUTS[-1], 1)[:, 0] if biased else None
     parts_of = [(slice(a, b), weight[a:b], None if bias is None else bias[a:b]) for a, b in itertools.pairwise(CUTS)]
@@ -250,12 +295,15 @@ def test_the_bits_are_those_of_one_product_for_each_part(
         for rows, part, added in parts_of:
             amx.linear_into(packed, part, added, wanted[:, rows])
         kinds.append((amx.rows_product(packed, columns, bias, got[:, :-5]), got, wanted))
-    if inputs == 1:
+    wanted, got = (torch.full((inputs, CUTS[-1] + 5), 7.0).bfloat16() for _ in range(2))
+    grouped = floats.group(x)
+    for rows, part, added in parts_of:
+        floats.outer_into(grouped, part, added, wanted[:, rows])
+    kinds.append((floats.rows_product(grouped, bias, got[:, :-5]), got, wanted))
+    if inputs == 1 and bf16 is not None:
         wanted = torch.cat([bf16.linear(x, part, added) for _, part, added in parts_of], 1)
         got = torch.zeros_like(wanted)
         kinds.append((bf16.rows_product(x[0], bias, got[0]), got, wanted))
-    if not kinds:
-        pytest.skip(str(amx_obstacle()))
     for product, got, wanted in kinds:
         parts = Matrix(weight, CUTS, residents=(2, 5), first_load=30)
         loader = threading.Thread(target=lambda parts=parts: [parts.bring(n) for n in range(9)])
@@ -267,6 +315,38 @@ def test_the_bits_are_those_of_one_product_for_each_part(
         assert parts.table.consumed == 37
         assert all(parts.table.view(slot).state == SlotState.FREE for slot in range(2))
         assert all(parts.table.resident_ready(index) for index in range(2))
+
+
+@pytest.mark.parametrize("num_slots", [2, 5])
+def test_threads_that_are_in_several_parts_at_a_time(
+    runner: PartRunner, floats: CompiledFloats, threads: int, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late each of them comes, and the loader with it: every row once, every slot released once, in order."""
+    monkeypatch.setattr(outer_rows, "shares", lambda *_: (8, 1))
+    cuts, chance = [*range(0, 40 * 150, 40)], random.Random(num_slots)
+    weight, x = matrix(cuts[-1], 16), matrix(60, 16)
+    wanted = torch.empty(60, cuts[-1], dtype=torch.bfloat16)
+    grouped = floats.group(x)
+    floats.outer_into(grouped, weight, None, wanted)
+    got = torch.zeros_like(wanted)
+    for first_load in (0, 1000, 2000):
+        residents = tuple(sorted(chance.sample(range(149), 20)))
+        parts = Matrix(weight, cuts, residents, num_slots, first_load)
+
+        def load(parts: Matrix = parts) -> None:
+            for part in range(149):
+                if chance.random() < 0.3:
+                    time.sleep(chance.random() * 0.002)
+                parts.bring(part)
+
+        loader = threading.Thread(target=load)
+        run = parts.run(runner, floats.rows_product(grouped, None, got.zero_()))
+        loader.start()
+        finish(run, parts)
+        loader.join()
+        assert torch.equal(got, wanted)
+        assert parts.table.consumed == first_load + 129
+        assert all(parts.table.view(slot).state == SlotState.FREE for slot in range(num_slots))
 
 
 def _sleeps(thread: threading.Thread) -> bool:

@@ -11,8 +11,9 @@ import torch
 from architectures import BY_SLUG, VOCAB_SIZE
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 
+from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.part_run import PartRun
-from pipo_ray.compiled.support import amx_obstacle, obstacle
+from pipo_ray.compiled.support import amx_obstacle, floats_obstacle, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.cpu_linear import CpuProducts, always
@@ -20,13 +21,14 @@ from pipo_ray.model.kernel_profile import Kernel
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 
-REASONS: dict[Kernel, str | None] = {"compiled": obstacle(), "amx": amx_obstacle()}
-needs_compiled = pytest.mark.skipif(REASONS["compiled"] is not None, reason=str(REASONS["compiled"]))
+REASONS: dict[Kernel, str | None] = {"compiled": obstacle(), "amx": amx_obstacle(), "outer": floats_obstacle()}
+OF_ANY_ROWS = ("amx", "outer")
 
 
 @cache
 def products(kernel: Kernel) -> CpuProducts:
-    return CpuProducts(always(kernel), OwnKernels.of(torch.bfloat16))
+    own = OwnKernels(floats=CompiledFloats(torch.bfloat16)) if kernel == "outer" else OwnKernels.of(torch.bfloat16)
+    return CpuProducts(always(kernel), own)
 
 
 @pytest.fixture(params=REASONS)
@@ -87,7 +89,7 @@ def test_logits_and_books_are_those_of_one_part_after_the_other(
                 pipeline.binder._part_runs = None
             logits.append(pipeline.follow([prompt], [10])[0].logits)  # sweeps of 7, 3, 1 and 1 tokens
             times.append(pipeline.stream.times)
-            assert taken == (split * (4 if kernel == "amx" else 2) if native else [])
+            assert taken == (split * (4 if kernel in OF_ANY_ROWS else 2) if native else [])
             taken.clear()
     assert torch.equal(*logits)
     assert (times[0].acquired, times[0].streamed_bytes) == (times[1].acquired, times[1].streamed_bytes)
@@ -122,10 +124,9 @@ def test_a_part_that_cannot_be_read_ends_the_sweep_and_the_next_one_works(
         assert pipeline.greedy([prompt], 2) == wanted
 
 
-@needs_compiled
-def test_sequences_that_walk_alone_share_each_part(packed: PackedModel, taken: list[int]) -> None:
+def test_sequences_that_walk_alone_share_each_part(packed: PackedModel, kernel: Kernel, taken: list[int]) -> None:
     prompts = random_prompts(VOCAB_SIZE, (3, 5))
-    with Pipeline(packed, products=products("compiled")) as pipeline:
+    with Pipeline(packed, products=products(kernel)) as pipeline:
         wanted = [pipeline.greedy([prompt], 2)[0] for prompt in prompts]
         assert taken
         taken.clear()
@@ -134,8 +135,9 @@ def test_sequences_that_walk_alone_share_each_part(packed: PackedModel, taken: l
         assert not taken
 
 
-@needs_compiled
-def test_a_traced_stream_tells_of_every_part(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traced_stream_tells_of_every_part(
+    packed: PackedModel, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = HostStream.__init__
 
     def traced(self: HostStream, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +146,7 @@ def test_a_traced_stream_tells_of_every_part(packed: PackedModel, monkeypatch: p
 
     monkeypatch.setattr(HostStream, "__init__", traced)
     monkeypatch.setattr(PartRun, "run", lambda self: pytest.fail("taken by machine code"))
-    with Pipeline(packed, products=products("compiled")) as pipeline:
+    with Pipeline(packed, products=products(kernel)) as pipeline:
         pipeline.greedy(random_prompts(VOCAB_SIZE, (3,)), 2)
 
 
