@@ -32,6 +32,14 @@ class LiveBytes(TorchDispatchMode):
                 self._add(storage)
         return result
 
+    def held(self) -> dict[int, int]:
+        """Bytes of what is there, by the id of its storage."""
+        return {key: nbytes for key, (_, nbytes) in self._live.items()}
+
+    def reach(self, nbytes: int) -> None:
+        """As if so many bytes had been there."""
+        self.peak = max(self.peak, nbytes)
+
     def _add(self, storage: Any) -> None:
         key, nbytes = id(storage), storage.nbytes()
 
@@ -41,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
 
         self._live[key] = weakref.ref(storage, gone), nbytes
         self.now += nbytes
-        self.peak = max(self.peak, self.now)
+        self.reach(self.now)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

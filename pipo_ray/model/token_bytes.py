@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from pipo_ray.errors import UnsupportedModelError
 from pipo_ray.model.cpu_linear import HALF_DTYPES
 from pipo_ray.model.kernel_profile import SCRATCH_BYTES
+from pipo_ray.model.layer_replay import layer_kinds, replayed_layers
 from pipo_ray.model.live_bytes import LiveBytes
 from pipo_ray.model.trace import Scratch, attention_scratch, run_on_meta
 
@@ -38,24 +40,26 @@ def token_bytes(model: PreTrainedModel) -> tuple[int, int] | None:
     tell: values decide how much is computed (experts), or memory grows faster than the row.
     """
     try:
-        lean, most = _per_token(model, "lean"), _per_token(model, "most")
+        kinds = layer_kinds(model)
+        lean = _per_token(model, kinds, "lean")
+        most = None if lean is None else _per_token(model, kinds, "most")
     except UnsupportedModelError:  # with so many tokens; it has been traced with a few
         return None
     return None if lean is None or most is None else (lean, max(lean, most))
 
 
-def _per_token(model: PreTrainedModel, scratch: Scratch) -> int | None:
-    few, many = _peak(model, _TOKENS, scratch), _peak(model, 2 * _TOKENS, scratch)
+def _per_token(model: PreTrainedModel, kinds: dict[nn.Module, Hashable], scratch: Scratch) -> int | None:
+    few, many = (_peak(model, kinds, count, scratch) for count in (_TOKENS, 2 * _TOKENS))
     if few is None or many is None or many > 2 * few:
         return None
     return -(-few // _TOKENS)
 
 
-def _peak(model: PreTrainedModel, num_tokens: int, scratch: Scratch) -> int | None:
+def _peak(model: PreTrainedModel, kinds: dict[nn.Module, Hashable], num_tokens: int, scratch: Scratch) -> int | None:
     products = _ConvertedProducts() if scratch == "most" else contextlib.nullcontext()
     # As `ModelRunner` does; architectures that do not know it make the logits of all tokens in a run, too.
     kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with attention_scratch(scratch), LiveBytes() as live, products:
+    with attention_scratch(scratch), LiveBytes() as live, products, replayed_layers(kinds, live):
         asked = run_on_meta(model, num_tokens, "its activations cannot be measured", use_cache=False, **kept)
     return None if asked else live.peak
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from architectures import BY_SLUG, VOCAB_SIZE, Architecture
+from architectures import ARCHITECTURES, BY_SLUG, VOCAB_SIZE, Architecture
 from fake_device import FakeDevice
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 from transformers import LlamaForCausalLM
 
 from pipo_ray.model.batch import PrefixPart, SweepEntry
 from pipo_ray.model.cpu_linear import CpuProducts, always
+from pipo_ray.model.layer_replay import layer_kinds
 from pipo_ray.model.live_bytes import LiveBytes
 from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
 from pipo_ray.model.token_bytes import token_bytes
@@ -145,6 +147,23 @@ def test_where_the_graph_cannot_tell_nothing_is_said(slug: str) -> None:
     """Experts: how many tokens each has is a matter of values. Falcon makes scores of all pairs."""
     model, _ = trace_config(enlarged(slug).config(), torch.bfloat16)
     assert token_bytes(model) is None
+
+
+@pytest.mark.parametrize("one", ARCHITECTURES, ids=lambda one: one.slug)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_of_one_kind_stand_for_each_other(
+    one: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, and only some of them are run: of any architecture no more than there are kinds."""
+    depth = 4
+    deep = {"num_hidden_layers": depth, "n_layer": depth, "max_position_embeddings": LONGEST, "n_positions": LONGEST}
+    if "layer_types" in one.options:
+        deep["layer_types"] = one.options["layer_types"][:2] * (depth // 2)
+    model, _ = trace_config(replace(one, options=dict(one.options) | deep).config(), dtype)
+    assert len(set(layer_kinds(model).values())) <= 2
+    shortened = token_bytes(model)
+    monkeypatch.setattr("pipo_ray.model.token_bytes.replayed_layers", lambda *_: nullcontext())
+    assert shortened == token_bytes(model)
 
 
 def test_nor_where_it_cannot_be_run_with_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

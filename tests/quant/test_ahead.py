@@ -106,7 +106,7 @@ def test_what_cannot_be_rounded_is_left_to_packing(folder: Path) -> None:
             assert len(ahead._panels) == sum(panels.rows >= 64 for panels in guesses.values()) - 1
 
 
-def test_an_eighth_of_the_memory_and_half_a_gibibyte_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    for available, wanted in ((800 << 20, 100 << 20), (64 << 30, 512 << 20)):
+def test_an_eighth_of_the_memory_and_one_gibibyte_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, wanted in ((800 << 20, 100 << 20), (64 << 30, 1 << 30)):
         monkeypatch.setattr(ahead_module, "available_memory", lambda available=available: available)
         assert read_ahead_bytes() == wanted

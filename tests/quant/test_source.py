@@ -13,7 +13,7 @@ from pipo_ray.errors import CheckpointError
 from pipo_ray.model.blocks import BlockSpec, TensorSpec
 from pipo_ray.quant.codec import read_rows, views_of
 from pipo_ray.quant.formats import LowBitFormat
-from pipo_ray.quant.panels import divide
+from pipo_ray.quant.panels import Panels, divide
 from pipo_ray.quant.rounding import round_to_nearest, values_of
 from pipo_ray.quant.source import QuantizedSource
 
@@ -93,6 +93,43 @@ def test_the_compiled_kernel_makes_the_same_panels(name: str) -> None:
     ):
         assert torch.equal(source.read(spec, 0, spec.shape[0]), plain.read(spec, 0, spec.shape[0]))
     assert compiled.most_rows == (0 if name == "int8" else 40)
+
+
+class SomeAhead:
+    """Panels that are there already: `content` by number. `left` are those that nobody has taken."""
+
+    def __init__(self, content: dict[int, np.ndarray]) -> None:  # type: ignore[type-arg]
+        self.left = dict(content)
+
+    def take(self, name: str, panels: Panels, number: int) -> np.ndarray | None:  # type: ignore[type-arg]
+        assert name == "w"
+        return self.left.pop(number, None)
+
+
+class AheadTensor(Bf16Tensor):
+    """The checkpoint knows the weight by its name."""
+
+    def bf16_key(self, spec: TensorSpec) -> str:  # type: ignore[override]
+        return spec.name
+
+
+def test_what_is_there_already_is_taken_whether_one_panel_is_read_or_several() -> None:
+    pytest.importorskip("llvmlite")
+    weight = torch.randn(1500, 128).bfloat16().float()
+    spec = spec_of(weight, "int8")
+    assert spec.panels is not None
+    count, marks = spec.panels.num_panels, (0, 2, 3)
+    assert count > 4
+    ahead = SomeAhead({number: np.full(spec.panels.panel_bytes, number, np.uint8) for number in marks})
+    with (
+        QuantizedSource(AheadTensor(weight), 2, None, CompiledRounding(), ahead) as source,  # type: ignore[arg-type]
+        QuantizedSource(OneTensor(weight), 2) as plain,
+    ):
+        wanted = plain.read(spec, 0, count)
+        for number in marks:
+            wanted[number] = number
+        assert torch.equal(torch.cat([source.read(spec, 0, 1), source.read(spec, 1, count)]), wanted)
+    assert not ahead.left
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
