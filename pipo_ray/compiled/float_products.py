@@ -10,6 +10,7 @@ import torch
 
 from pipo_ray.compiled import float_dots, float_outer
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
+from pipo_ray.compiled.dots_row import DotsRow, rows_at_once
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs, vectors_for
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.outer_rows import OuterRows
@@ -24,7 +25,6 @@ MOST_SUMS = 1 << 20
 """How many sums a call makes at a time."""
 
 _FEW_NUMBERS = 1 << 16  # that are sooner made ready than other threads are woken
-_TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
 _NAMES: dict[torch.dtype, Element] = {torch.bfloat16: "bfloat", torch.float16: "half", torch.int8: "i8"}
 
 
@@ -107,6 +107,12 @@ class CompiledFloats:
         owned = inputs, weight, bias, scales, output, self
         add_on_threads(steps, self._codes[0].address(float_dots.ROW), context, counter, self._folder, *owned)
 
+    def row_product(self, row: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> DotsRow:
+        """The same with rows of a weight, while threads sleep between products: `row` and `output` are bf16."""
+        added, stride = (self._no_bias, 0) if bias is None else (bias, 2 * bias.stride(0))
+        inputs = row.to(torch.float32, memory_format=torch.contiguous_format)
+        return DotsRow(self._codes[0].address(float_dots.ROW), inputs, self._no_scale, added, stride, output)
+
     def group(self, rows: torch.Tensor) -> GroupedInputs:
         """Inputs [n, columns], side by side: of this dtype, or bf16 for int8."""
         if rows.stride(1) != 1:
@@ -173,7 +179,7 @@ def _words(
 ) -> tuple[int, ...]:
     """The context of "dots"."""
     size, columns = weight.element_size(), weight.shape[-1]
-    at_once = max(1, _TASK_BYTES // (size * columns * side)) * side
+    at_once = rows_at_once(size * columns, side)
     places = inputs.data_ptr(), weight.data_ptr(), sums.data_ptr()
     panel = (weight.shape[1], size * weight.stride(0)) if weight.dim() == 3 else (num_rows, 0)
     return (*places, count, columns, num_rows, 0, size * weight.stride(-2), at_once, *panel)

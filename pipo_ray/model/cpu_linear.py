@@ -138,8 +138,11 @@ class CpuProducts:
             return self._own.amx.rows_product(inputs.packed(self._own.amx), columns, bias, output)
         if kernel == "compiled" and self._own.compiled is not None and len(rows) == 1:
             return self._own.compiled.rows_product(rows[0].contiguous(), bias, output[0])
-        if kernel == "outer" and self._own.floats is not None:
-            return self._own.floats.rows_product(inputs.grouped(self._own.floats), bias, output)
+        floats = self._own.floats
+        if kernel == "dots" and floats is not None and len(rows) == 1 and floats.takes_row(weight):
+            return floats.row_product(rows[0], bias, output[0])
+        if kernel == "outer" and floats is not None:
+            return floats.rows_product(inputs.grouped(floats), bias, output)
         return None
 
     def stay_awake(self, on: bool) -> None:

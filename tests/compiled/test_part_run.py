@@ -18,6 +18,7 @@ from bf16_matrices import matrix
 from pipo_ray.compiled import outer_rows
 from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
+from pipo_ray.compiled.float_inputs import PaddedInputs
 from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
@@ -300,6 +301,11 @@ def test_the_bits_are_those_of_one_product_for_each_part(
     for rows, part, added in parts_of:
         floats.outer_into(grouped, part, added, wanted[:, rows])
     kinds.append((floats.rows_product(grouped, bias, got[:, :-5]), got, wanted))
+    if inputs == 1 and columns % 8 == 0:
+        wanted, got = (torch.full((1, CUTS[-1] + 5), 7.0).bfloat16() for _ in range(2))
+        for rows, part, added in parts_of:
+            floats.dots_into(PaddedInputs.of(x), part, added, wanted[:, rows])
+        kinds.append((floats.row_product(x[0], bias, got[0, :-5]), got, wanted))
     if inputs == 1 and bf16 is not None:
         wanted = torch.cat([bf16.linear(x, part, added) for _, part, added in parts_of], 1)
         got = torch.zeros_like(wanted)

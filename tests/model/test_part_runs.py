@@ -21,13 +21,19 @@ from pipo_ray.model.kernel_profile import Kernel
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 
-REASONS: dict[Kernel, str | None] = {"compiled": obstacle(), "amx": amx_obstacle(), "outer": floats_obstacle()}
+REASONS: dict[Kernel, str | None] = {
+    "compiled": obstacle(), "amx": amx_obstacle(), "dots": floats_obstacle(), "outer": floats_obstacle(),
+}  # fmt: skip
 OF_ANY_ROWS = ("amx", "outer")
 
 
 @cache
 def products(kernel: Kernel) -> CpuProducts:
-    own = OwnKernels(floats=CompiledFloats(torch.bfloat16)) if kernel == "outer" else OwnKernels.of(torch.bfloat16)
+    own = (
+        OwnKernels(floats=CompiledFloats(torch.bfloat16))
+        if kernel in ("dots", "outer")
+        else OwnKernels.of(torch.bfloat16)
+    )
     return CpuProducts(always(kernel), own)
 
 

@@ -1,0 +1,42 @@
+"""Products of one row of inputs with rows of a bf16 weight by the kernel `ROW` of `float_dots.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipo_ray.compiled import float_dots
+from pipo_ray.compiled.part_run import Step
+
+TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
+
+
+@dataclass(frozen=True)
+class DotsRow:
+    """A `RowsProduct`: one row of `inputs`, float32 [columns], a multiple of 8, with rows of a weight bf16
+    [out, columns], times `scale`, one number, plus `bias` bf16 [out], or one number for all, into `output` bf16 [out].
+    All are contiguous but the bias. `function` is the kernel's address.
+    """
+
+    function: int
+    inputs: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    bias_bytes: int
+    output: torch.Tensor
+
+    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+        """See `RowsProduct`."""
+        rows, columns = stop - start, len(self.inputs)
+        words = (
+            self.inputs.data_ptr(), address, self.output.data_ptr() + 2 * start, 1, columns, rows, 0, row_bytes,
+            rows_at_once(2 * columns, float_dots.rows_side_by_side(1)), rows, 0,
+            self.scale.data_ptr(), 0, self.bias.data_ptr() + start * self.bias_bytes, self.bias_bytes,
+        )  # fmt: skip
+        return [(self.function, words)]
+
+
+def rows_at_once(row_bytes: int, side: int) -> int:
+    """Rows of a weight that a thread takes at once, of which `side` are computed side by side."""
+    return max(1, TASK_BYTES // (row_bytes * side)) * side
