@@ -12,10 +12,8 @@ from pipo_ray.compiled import bf16
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.part_run import Step
-from pipo_ray.compiled.row_products import inputs_at_once, product_name
+from pipo_ray.compiled.row_products import inputs_at_once, product_name, rows_at_once
 from pipo_ray.compiled.steps import Steps
-
-_TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,6 @@ def _words(
     """The context of a product (`bf16.FIELDS`)."""
     block = -(-columns // 32) * 64 if num_inputs <= bf16.MOST_INPUTS else bf16.BLOCK_BYTES
     return (
-        inputs, weight, bias, output, num_inputs, columns, num_rows, 0, row_bytes, bias_stride, _rows_at_once(columns),
-        block,
+        inputs, weight, bias, output, num_inputs, columns, num_rows, 0, row_bytes, bias_stride,
+        rows_at_once(2 * columns, bf16.ROWS), block,
     )  # fmt: skip
-
-
-def _rows_at_once(columns: int) -> int:
-    return max(1, _TASK_BYTES // (2 * columns * bf16.ROWS)) * bf16.ROWS

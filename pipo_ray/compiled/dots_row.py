@@ -8,8 +8,7 @@ import torch
 
 from pipo_ray.compiled import float_dots
 from pipo_ray.compiled.part_run import Step
-
-TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
+from pipo_ray.compiled.row_products import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,3 @@ class DotsRow:
             self.scale.data_ptr(), 0, self.bias.data_ptr() + start * self.bias_bytes, self.bias_bytes,
         )  # fmt: skip
         return [(self.function, words)]
-
-
-def rows_at_once(row_bytes: int, side: int) -> int:
-    """Rows of a weight that a thread takes at once, of which `side` are computed side by side."""
-    return max(1, TASK_BYTES // (row_bytes * side)) * side

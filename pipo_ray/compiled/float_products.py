@@ -10,11 +10,11 @@ import torch
 
 from pipo_ray.compiled import float_dots, float_outer
 from pipo_ray.compiled.crew import add_on_threads, run_on_threads
-from pipo_ray.compiled.dots_row import DotsRow, rows_at_once
+from pipo_ray.compiled.dots_row import DotsRow
 from pipo_ray.compiled.float_inputs import GroupedInputs, PaddedInputs, vectors_for
 from pipo_ray.compiled.machine import MachineCode, context_of, run_here
 from pipo_ray.compiled.outer_rows import OuterRows
-from pipo_ray.compiled.row_products import inputs_at_once, product_name
+from pipo_ray.compiled.row_products import inputs_at_once, product_name, rows_at_once
 from pipo_ray.compiled.steps import Steps
 from pipo_ray.compiled.widened import LANES, Element
 

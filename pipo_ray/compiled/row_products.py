@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from pipo_ray.compiled.ir import Function
 
+TASK_BYTES = 256 << 10  # of a weight: what threads take from each other
+
 
 def product_name(num_inputs: int) -> str:
     """The function that computes `num_inputs` rows at once, or fewer where they do not divide all rows of inputs."""
@@ -16,6 +18,11 @@ def product_name(num_inputs: int) -> str:
 def inputs_at_once(num_inputs: int, most: int) -> int:
     """Of rows of inputs, those that are computed at once, at most `most`: about the same every time."""
     return -(-num_inputs // -(-num_inputs // most))
+
+
+def rows_at_once(row_bytes: int, side: int) -> int:
+    """Rows of a weight that a thread takes at once, of which `side` are computed side by side."""
+    return max(1, TASK_BYTES // (row_bytes * side)) * side
 
 
 @contextlib.contextmanager

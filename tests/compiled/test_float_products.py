@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo_ray.compiled import dots_row, float_outer, float_products, outer_rows, steps
+from pipo_ray.compiled import float_outer, float_products, outer_rows, row_products, steps
 from pipo_ray.compiled.crew import run_steps
 from pipo_ray.compiled.float_inputs import PaddedInputs, vectors_for
 from pipo_ray.compiled.float_products import LEAST_COLUMNS, CompiledFloats
@@ -75,7 +75,7 @@ def test_any_shape(
     bias = torch.randn(num_rows).to(dtype) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(float_products, "MOST_SUMS", most_sums)
-        patch.setattr(dots_row, "TASK_BYTES", task_bytes)
+        patch.setattr(row_products, "TASK_BYTES", task_bytes)
         shared_out(patch, share)
         got = product(kernel, rows, weight, bias)
     exact = rows.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -127,7 +127,7 @@ def test_steps_give_the_same_bits(
     output = behind[:num_rows]
     assert own.takes_row(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dots_row, "TASK_BYTES", task_bytes)
+        patch.setattr(row_products, "TASK_BYTES", task_bytes)
         own.add_product(listed, own.add_inputs(listed, row), weight, bias, output, scales)
         context = listed.context()
         for _ in range(2):
