@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipo_ray.compiled.amx import DEPTH, LINE, ROWS, TILE_BYTES, place_in_block, tile_columns
+from pipo_ray.compiled.amx import LINE, ROWS, TILE_BYTES, place_in_block, tile_columns
 from pipo_ray.compiled.ir import FLOATS, HALVES, WORDS, Function
 
 
@@ -32,13 +32,21 @@ class Bf16Rows:
             place = f.at(block, f.multiply(tile, TILE_BYTES))
             for number, weight in enumerate(weights):
                 line = f.at(weight, at)
-                f.prefetch(f.at(line, DEPTH * LINE))
                 f.store(WORDS, f.load(WORDS, line, align=2), f.at(place, place_in_block(number)), align=LINE)
         with f.loop(f.without(count, full)):  # once, if the columns are no multiple of 32
             at, place = f.multiply(whole, LINE), f.at(block, f.multiply(full, TILE_BYTES))
             for number, weight in enumerate(weights):
                 line = f.cast(HALVES, f.load_first(f.at(weight, at), rest), WORDS)
                 f.store(WORDS, line, f.at(place, place_in_block(number)), align=LINE)
+
+    def ask_ahead(self, f: Function, first: str, tile: str, part: str, parts: str) -> None:
+        """See `Weights`."""
+        column = f.at(f.field("weight", "ptr"), f.multiply(tile, LINE))
+        each = f.value(f"udiv i64 {f.add(parts, ROWS - 1)}, {parts}")
+        begin = f.add(first, f.multiply(part, each))
+        with f.loop(each) as number:
+            row = f.least(f.add(begin, number), f.add(f.field("rows"), -1))
+            f.prefetch(f.at(column, f.multiply(row, f.field("stride"))))
 
     def finishing(self, f: Function, first: str) -> Callable[[int, str], str]:
         """See `Weights`."""

@@ -13,7 +13,6 @@ from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
 
 _ALIGNED = 64
-_FEW_INPUTS = 64
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,3 @@ class InputPacking:
             run_on_threads(self._code.address(amx.PACK), ctypes.addressof(context), folder=self._folder)
             parts.append((memory, num_inputs))
         return PackedInputs(tuple(parts))
-
-
-def rows_at_once(num_rows: int, num_inputs: int, block_rows: int) -> int:
-    """As many tasks for every thread, of about the same size. With few inputs it is memory that takes the time, and a
-    block's next columns are better asked for right before they are read.
-    """
-    if num_inputs <= _FEW_INPUTS:
-        return block_rows
-    threads = torch.get_num_threads()
-    tasks = threads * -(-num_rows // (amx.MOST_ROWS * threads))
-    return -(-num_rows // (tasks * block_rows)) * block_rows

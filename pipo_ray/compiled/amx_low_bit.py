@@ -52,6 +52,9 @@ class Int4Panels:
                 of_tile = f.at(codes, f.multiply(f.add(start, index), BLOCK // 2 * TILE_COLUMNS))
                 _look_up(f, of_tile, tables, f.at(block, f.multiply(index, TILE_BYTES)))
 
+    def ask_ahead(self, f: Function, first: str, tile: str, part: str, parts: str) -> None:
+        """See `Weights`: `copy_block` asks."""
+
     def finishing(self, f: Function, first: str) -> Callable[[int, str], str]:
         """See `Weights`: nothing is left to be done."""
         return lambda half, sums: sums
@@ -114,6 +117,9 @@ class Int8Panels:
                 place = f.at(target, f.multiply(full, TILE_BYTES))
                 _widen(f, f.at(line, f.multiply(full, TILE_COLUMNS)), place)
                 f.store("<16 x bfloat>", "zeroinitializer", f.at(place, 32), align=32)
+
+    def ask_ahead(self, f: Function, first: str, tile: str, part: str, parts: str) -> None:
+        """See `Weights`: `copy_block` asks."""
 
     def finishing(self, f: Function, first: str) -> Callable[[int, str], str]:
         """See `Weights`."""

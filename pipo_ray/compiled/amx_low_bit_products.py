@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from pipo_ray.compiled import amx
-from pipo_ray.compiled.amx_inputs import InputPacking, PackedInputs, rows_at_once
+from pipo_ray.compiled.amx_inputs import InputPacking, PackedInputs
 from pipo_ray.compiled.amx_low_bit import Int4Panels, Int8Panels
+from pipo_ray.compiled.amx_shares import shares
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.quant.formats import LowBitFormat
@@ -51,7 +52,9 @@ class CompiledAmxLowBit:
         }  # fmt: skip
         for packed, num_inputs in inputs.parts:
             words["packed"], words["num_inputs"] = packed.data_ptr(), num_inputs
-            words["rows_at_once"] = rows_at_once(num_rows, num_inputs, BLOCK_ROWS)
+            words["rows_at_once"], words["inputs_at_once"] = shares(
+                num_rows, num_inputs, BLOCK_ROWS, torch.get_num_threads()
+            )
             context = context_of([words.get(field, 0) for field in fields])
             run_on_threads(code.address(amx.PRODUCT), ctypes.addressof(context), folder=self._folder)
             words["output"] += num_inputs * output_bytes

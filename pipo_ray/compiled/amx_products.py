@@ -10,7 +10,8 @@ import torch
 
 from pipo_ray.compiled import amx
 from pipo_ray.compiled.amx_bf16 import Bf16Rows
-from pipo_ray.compiled.amx_inputs import InputPacking, PackedInputs, rows_at_once
+from pipo_ray.compiled.amx_inputs import InputPacking, PackedInputs
+from pipo_ray.compiled.amx_shares import shares
 from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.part_run import Step
@@ -38,7 +39,8 @@ class AmxRows:
         for memory, num_inputs in self.inputs.parts:
             words = (
                 memory.data_ptr(), output, num_inputs, self.columns, rows, 0, output_bytes,
-                rows_at_once(rows, num_inputs, Bf16Rows.block_rows), address, row_bytes, bias, self.bias_stride,
+                *shares(rows, num_inputs, Bf16Rows.block_rows, torch.get_num_threads()), address, row_bytes, bias,
+                self.bias_stride,
             )  # fmt: skip
             made.append((self.function, words))
             output += num_inputs * output_bytes

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from bf16_matrices import at_the_end, check_no_numbers, matrix
+from emulated_tiles import matrix_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipo_ray.compiled import amx, amx_products
 from pipo_ray.compiled.amx_products import CompiledAmx
+from pipo_ray.compiled.amx_shares import shares
 from pipo_ray.compiled.support import amx_obstacle
-from pipo_ray.quant.panels import processor_flags
-
-pytestmark = pytest.mark.skipif(amx_obstacle() is not None, reason=str(amx_obstacle()))
 
 
 @pytest.fixture(scope="module")
-def products() -> CompiledAmx:
-    return CompiledAmx()
+def products() -> Iterator[CompiledAmx]:
+    with matrix_unit():
+        yield CompiledAmx()
 
 
 def linear(
@@ -67,6 +69,36 @@ def test_a_row_comes_out_the_same_in_every_batch_in_every_part_and_on_any_number
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("share", [(32, 32), (64, 96), (96, 32), (320, 160)])
+def test_a_row_comes_out_the_same_however_threads_share_a_product(
+    products: CompiledAmx, share: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, inputs = matrix(300, 600), matrix(157, 600)
+    whole = linear(products, inputs, weight)
+    monkeypatch.setattr(amx_products, "shares", lambda *_: share)
+    assert torch.equal(linear(products, inputs, weight), whole)
+
+
+@given(st.integers(1, 2000), st.integers(1, amx.MOST_INPUTS), st.sampled_from([32, 64]), st.integers(1, 64))
+def test_shares_are_whole_blocks_whose_sums_have_room(
+    num_rows: int, num_inputs: int, block_rows: int, num_threads: int
+) -> None:
+    rows_at_once, inputs_at_once = shares(num_rows, num_inputs, block_rows, num_threads)
+    assert rows_at_once in range(block_rows, 2048, block_rows)
+    assert inputs_at_once in range(amx.INPUTS, amx.MOST_INPUTS + 1, amx.INPUTS)
+    assert rows_at_once * inputs_at_once <= amx.MOST_SUMS
+
+
+def test_threads_have_equal_shares() -> None:
+    """By rows where these are blocks for all of them; by inputs where they are not."""
+    assert shares(64, 256, 32, 2) == (32, 256)
+    assert shares(256, 256, 32, 2) == (128, 256)
+    assert shares(288, 256, 32, 2) == (160, 256)
+    assert shares(72, 256, 32, 2) == (96, 128)
+    assert shares(72, 256, 32, 1) == (96, 256)
+    assert shares(1000, 33, 32, 2) == (32, 64)  # few inputs
+
+
 def test_packed_inputs_serve_several_weights(products: CompiledAmx) -> None:
     inputs = matrix(530, 70)
     packed = products.pack(inputs)
@@ -98,7 +130,7 @@ def test_values_that_are_no_numbers_stay_so_in_their_row_and_nowhere_else(
 
 
 def test_an_unusable_processor_is_named() -> None:
-    assert amx_obstacle(processor_flags() - {"amx_bf16"}) == "this processor has no AMX_BF16"
+    assert amx_obstacle({"amx_tile"}) == "this processor has no AMX_BF16"
     assert amx_obstacle({"amx_bf16"}) == "this processor has no AMX_TILE"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bf16_matrices import matrix
+from emulated_tiles import matrix_unit
 
 from pipo_ray.compiled import outer_rows
 from pipo_ray.compiled.amx_products import CompiledAmx
@@ -23,7 +24,7 @@ from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.part_run import RESIDENT, Part, PartRun, PartRunner, RowsProduct
-from pipo_ray.compiled.support import amx_obstacle, floats_obstacle, obstacle
+from pipo_ray.compiled.support import floats_obstacle, obstacle
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotState, SlotTable, StoppedError
 
 pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
@@ -35,8 +36,9 @@ def runner() -> PartRunner:
 
 
 @pytest.fixture(scope="module")
-def amx() -> CompiledAmx | None:
-    return None if amx_obstacle() else CompiledAmx()
+def amx() -> Iterator[CompiledAmx]:
+    with matrix_unit():
+        yield CompiledAmx()
 
 
 @pytest.fixture(scope="module")
@@ -284,18 +286,17 @@ CUTS = [0, 64, 128, 192, 193, 256, 320, 384, 448, 511]
 @pytest.mark.parametrize("columns", [96, 77])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_bits_are_those_of_one_product_for_each_part(
-    runner: PartRunner, amx: CompiledAmx | None, bf16: CompiledBf16 | None, floats: CompiledFloats, threads: int,
+    runner: PartRunner, amx: CompiledAmx, bf16: CompiledBf16 | None, floats: CompiledFloats, threads: int,
     inputs: int, columns: int, biased: bool,
 ) -> None:  # fmt: skip
     weight, x, bias = matrix(CUTS[-1], columns), matrix(inputs, columns), matrix(CUTS[-1], 1)[:, 0] if biased else None
     parts_of = [(slice(a, b), weight[a:b], None if bias is None else bias[a:b]) for a, b in itertools.pairwise(CUTS)]
     kinds: list[tuple[RowsProduct, torch.Tensor, torch.Tensor]] = []
-    if amx is not None:
-        wanted, got = (torch.full((inputs, CUTS[-1] + 5), 7.0).bfloat16() for _ in range(2))
-        packed = amx.pack(x)
-        for rows, part, added in parts_of:
-            amx.linear_into(packed, part, added, wanted[:, rows])
-        kinds.append((amx.rows_product(packed, columns, bias, got[:, :-5]), got, wanted))
+    wanted, got = (torch.full((inputs, CUTS[-1] + 5), 7.0).bfloat16() for _ in range(2))
+    packed = amx.pack(x)
+    for rows, part, added in parts_of:
+        amx.linear_into(packed, part, added, wanted[:, rows])
+    kinds.append((amx.rows_product(packed, columns, bias, got[:, :-5]), got, wanted))
     wanted, got = (torch.full((inputs, CUTS[-1] + 5), 7.0).bfloat16() for _ in range(2))
     grouped = floats.group(x)
     for rows, part, added in parts_of:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_tiles import matrix_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.float_inputs import PaddedInputs
 from pipo_ray.compiled.float_products import LEAST_COLUMNS, CompiledFloats
-from pipo_ray.compiled.support import amx_obstacle, floats_obstacle, obstacle
+from pipo_ray.compiled.support import floats_obstacle, obstacle
 from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.cpu_linear import (
     HALF_DTYPES,
@@ -34,7 +35,7 @@ from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LA
 from pipo_ray.model.streamed import SplitMatrix
 
 REASONS: dict[Kernel, str | None] = {
-    "compiled": obstacle(), "amx": amx_obstacle(), "dots": floats_obstacle(), "outer": floats_obstacle(),
+    "compiled": obstacle(), "amx": floats_obstacle(), "dots": floats_obstacle(), "outer": floats_obstacle(),
 }  # fmt: skip
 MISSING = {kernel for kernel, reason in REASONS.items() if reason is not None}
 KINDS = sorted({kernel for layout in SIXTEEN_BIT_LAYOUTS for kernel in KERNELS[layout]} - MISSING)
@@ -61,11 +62,12 @@ def weight_at(shape: tuple[int, int], dtype: torch.dtype, offset: int) -> torch.
 def own(dtype: torch.dtype = torch.bfloat16) -> OwnKernels:
     """All that this machine can have, also those that it would not use; compiled once for all tests."""
     is_bf16 = dtype is torch.bfloat16
-    return OwnKernels(
-        CompiledBf16() if is_bf16 and not REASONS["compiled"] else None,
-        CompiledAmx() if is_bf16 and not REASONS["amx"] else None,
-        None if REASONS["dots"] else CompiledFloats(dtype),
-    )
+    with matrix_unit():
+        return OwnKernels(
+            CompiledBf16() if is_bf16 and not REASONS["compiled"] else None,
+            CompiledAmx() if is_bf16 and not REASONS["amx"] else None,
+            None if REASONS["dots"] else CompiledFloats(dtype),
+        )
 
 
 def chunked(profile: KernelProfile, scratch_elements: int, dtype: torch.dtype = torch.bfloat16) -> CpuProducts:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import BY_SLUG, VOCAB_SIZE
+from emulated_tiles import matrix_unit
 from harness import PackedModel, Pipeline, pack_checkpoint, random_prompts
 
+from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.part_run import PartRun
-from pipo_ray.compiled.support import amx_obstacle, floats_obstacle, obstacle
+from pipo_ray.compiled.support import floats_obstacle, obstacle
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.cpu_kernels import OwnKernels
 from pipo_ray.model.cpu_linear import CpuProducts, always
@@ -22,18 +24,20 @@ from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 
 REASONS: dict[Kernel, str | None] = {
-    "compiled": obstacle(), "amx": amx_obstacle(), "dots": floats_obstacle(), "outer": floats_obstacle(),
+    "compiled": obstacle(), "amx": floats_obstacle(), "dots": floats_obstacle(), "outer": floats_obstacle(),
 }  # fmt: skip
 OF_ANY_ROWS = ("amx", "outer")
 
 
 @cache
 def products(kernel: Kernel) -> CpuProducts:
-    own = (
-        OwnKernels(floats=CompiledFloats(torch.bfloat16))
-        if kernel in ("dots", "outer")
-        else OwnKernels.of(torch.bfloat16)
-    )
+    if kernel in ("dots", "outer"):
+        own = OwnKernels(floats=CompiledFloats(torch.bfloat16))
+    elif kernel == "amx":
+        with matrix_unit():
+            own = OwnKernels(amx=CompiledAmx())
+    else:
+        own = OwnKernels.of(torch.bfloat16)
     return CpuProducts(always(kernel), own)
 
 
