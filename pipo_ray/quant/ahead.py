@@ -2,7 +2,8 @@
 
 Importing torch and transformers takes longer than a fast drive needs for some billion bytes. In that time the matrices
 of the first layers are read and rounded into memory, as far as they can be told by names and shapes. That is a guess:
-what the model then wants in another form, or not at all, is dropped and made anew from the checkpoint.
+what the model then wants in another form, or not at all, is dropped and made anew from the checkpoint. While packing
+writes what is ready, it goes on, so that the drive still reads; until packing has caught up, and reads by itself.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ _MOST_BYTES = 1 << 30
 _MEMORY_SHARE = 8
 """No more than this part of the memory that is left."""
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 8 << 20
+"""Of a matrix in bf16, read at once: what most panels are made of."""
+_THREADS = 2
+"""One reads while another one rounds. Each asks for Python's lock, that the imports want, once a chunk or twice."""
 _SWITCH_S = 0.0005
-"""An import holds Python's lock for 5 ms at a time otherwise, and our thread asks for it after every read."""
+"""An import holds Python's lock for 5 ms at a time otherwise, and our threads ask for it after every read."""
 
 _Panel = tuple[str, int]
 
@@ -64,8 +68,8 @@ def guessed_panels(
 
 
 class PanelsAhead:
-    """Reads and rounds `guesses` in their order until `settle`, or until `most_bytes` of panels are there. A context
-    manager; leaving it ends its thread and gives the memory back.
+    """Reads and rounds `guesses` in their order, as long as no more than `most_bytes` of panels are there, until
+    somebody wants one that is not begun. A context manager; leaving it ends its threads and gives the memory back.
     """
 
     def __init__(
@@ -73,34 +77,41 @@ class PanelsAhead:
     ) -> None:
         self._checkpoint, self._guesses, self._rounding = checkpoint, dict(guesses), rounding
         self._left = most_bytes
+        self._all = dict(guesses)
         self._todo = deque((name, number) for name, panels in guesses.items() for number in range(panels.num_panels))
         # A panel that is being made is there without its memory; one that could not be made is not there.
         self._panels: dict[_Panel, NDArray[np.uint8] | None] = {}
         self._changed = threading.Condition()
         self._interval = sys.getswitchinterval()
-        # A second one would take more from the imports than it gives: it is Python's lock that both wait for.
-        self._thread = threading.Thread(target=self._work, name="pack-ahead", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"pack-ahead-{number}", daemon=True) for number in range(_THREADS)
+        ]
 
     def __enter__(self) -> PanelsAhead:
         sys.setswitchinterval(_SWITCH_S)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.settle({})
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._panels.clear()
 
     def settle(self, wanted: Mapping[str, Panels]) -> None:
-        """The model is known: nothing more is begun, and only panels of the tensors `wanted` are kept."""
+        """The model is known: only panels of the tensors `wanted` are kept, and made from now on."""
         sys.setswitchinterval(self._interval)
         with self._changed:
-            self._todo.clear()
             right = {name for name, panels in self._guesses.items() if wanted.get(name) == panels}
             self._guesses = {name: self._guesses[name] for name in right}
+            self._todo = deque(panel for panel in self._todo if panel[0] in right)
+            wrong = [memory for (name, _), memory in self._panels.items() if name not in right]
+            self._left += sum(memory.nbytes for memory in wrong if memory is not None)
             self._panels = {panel: memory for panel, memory in self._panels.items() if panel[0] in right}
+            self._changed.notify_all()
 
     def take(self, name: str, panels: Panels, number: int) -> NDArray[np.uint8] | None:
         """A panel, uint8 [panel_bytes], which is forgotten here; None if it is not there. Waits for one that is being
@@ -109,8 +120,13 @@ class PanelsAhead:
         with self._changed:
             if self._guesses.get(name) != panels:
                 return None
+            if (name, number) in self._todo:
+                self._todo.clear()  # packing has caught up, and has more threads
             self._changed.wait_for(lambda: self._panels.get((name, number), 0) is not None)
-            return self._panels.pop((name, number), None)
+            memory = self._panels.pop((name, number), None)
+            self._left += 0 if memory is None else memory.nbytes
+            self._changed.notify_all()
+            return memory
 
     def _work(self) -> None:
         while (panel := self._next()) is not None:
@@ -121,24 +137,26 @@ class PanelsAhead:
                 pass  # it is found again, and said, when the panel is packed
             finally:
                 with self._changed:
-                    if panel in self._panels:
-                        if memory is None:
-                            del self._panels[panel]
-                        else:
-                            self._panels[panel] = memory
+                    kept = panel in self._panels
+                    if kept and memory is not None:
+                        self._panels[panel] = memory
+                    else:
+                        self._left += self._all[panel[0]].panel_bytes
+                        self._panels.pop(panel, None)
                     self._changed.notify_all()
 
     def _next(self) -> _Panel | None:
         with self._changed:
-            if not self._todo or self._guesses[self._todo[0][0]].panel_bytes > self._left:
+            self._changed.wait_for(lambda: not self._todo or self._all[self._todo[0][0]].panel_bytes <= self._left)
+            if not self._todo:
                 return None
             panel = self._todo.popleft()
-            self._left -= self._guesses[panel[0]].panel_bytes
+            self._left -= self._all[panel[0]].panel_bytes
             self._panels[panel] = None
             return panel
 
     def _made(self, name: str, number: int) -> NDArray[np.uint8] | None:
-        panels = self._guesses[name]
+        panels = self._all[name]
         memory = _fresh(panels.panel_bytes)  # zeros, where it has no row
         first, last = panels.rows_of(number, number + 1)
         row = 2 * panels.columns

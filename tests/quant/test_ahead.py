@@ -59,10 +59,10 @@ def test_panels_are_those_that_packing_makes(checkpoint: Checkpoint) -> None:
     guesses = guessed_panels(checkpoint, INT4, "avx512")
     interval = sys.getswitchinterval()
     with PanelsAhead(checkpoint, guesses, CompiledRounding(), 1 << 30) as ahead:
+        finished(ahead)
         for name, panels in guesses.items():
             panel = ahead.take(name, panels, 0)
-            while panel is None and ahead._todo:  # it is not begun yet
-                panel = ahead.take(name, panels, 0)
+            assert (panel is not None) == (panels.rows >= 64)  # others fill no block
             if panel is not None:
                 assert torch.equal(torch.from_numpy(panel), panel_of(checkpoint, name, panels))
                 assert ahead.take(name, panels, 0) is None
@@ -71,8 +71,21 @@ def test_panels_are_those_that_packing_makes(checkpoint: Checkpoint) -> None:
 
 
 def finished(ahead: PanelsAhead) -> PanelsAhead:
-    ahead._thread.join()
+    """When it has made all that it may for now."""
+
+    def rests() -> bool:
+        has_room = ahead._todo and ahead._all[ahead._todo[0][0]].panel_bytes <= ahead._left
+        return not has_room and all(memory is not None for memory in ahead._panels.values())
+
+    with ahead._changed:
+        assert ahead._changed.wait_for(rests, 20)
     return ahead
+
+
+def join(ahead: PanelsAhead) -> None:
+    for thread in ahead._threads:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_only_what_the_model_wants_is_kept(checkpoint: Checkpoint) -> None:
@@ -91,6 +104,37 @@ def test_memory_is_bounded(checkpoint: Checkpoint) -> None:
         made = sum(panel.nbytes for panel in finished(ahead)._panels.values() if panel is not None)
         assert limit / 2 < made <= limit
     assert not ahead._panels
+
+
+def test_it_goes_on_as_panels_are_taken_until_packing_has_caught_up(checkpoint: Checkpoint) -> None:
+    guesses = guessed_panels(checkpoint, INT4, "avx512")
+    limit = 3 * max(panels.panel_bytes for panels in guesses.values())
+    whole = [name for name, panels in guesses.items() if panels.rows >= 64]  # others fill no block
+    with PanelsAhead(checkpoint, guesses, CompiledRounding(), limit) as ahead:
+        finished(ahead).settle(guesses)
+        for name in whole[:20]:
+            panel = ahead.take(name, guesses[name], 0)
+            assert panel is not None
+            assert torch.equal(torch.from_numpy(panel), panel_of(checkpoint, name, guesses[name]))
+            finished(ahead)
+            assert sum(one.nbytes for one in ahead._panels.values() if one is not None) <= limit
+        assert all(thread.is_alive() for thread in ahead._threads)
+        assert ahead.take(whole[-1], guesses[whole[-1]], 0) is None  # not begun
+        join(ahead)
+        made = {name for name, _ in ahead._panels}
+        assert made
+        for name in made:
+            assert ahead.take(name, guesses[name], 0) is not None
+
+
+def test_a_tensor_that_the_model_does_not_want_is_not_made_any_more(checkpoint: Checkpoint) -> None:
+    guesses = guessed_panels(checkpoint, INT4, "avx512")
+    limit = 2 * max(panels.panel_bytes for panels in guesses.values())
+    with PanelsAhead(checkpoint, guesses, CompiledRounding(), limit) as ahead:
+        finished(ahead).settle({UP: guesses[UP]})
+        join(ahead)  # the last of them is made
+        assert set(ahead._panels) == {(UP, 0)}
+        assert ahead._left == limit - guesses[UP].panel_bytes
 
 
 def test_what_cannot_be_rounded_is_left_to_packing(folder: Path) -> None:
