@@ -12,9 +12,9 @@ _FEW_INPUTS = 64
 # all rows that a thread takes, and copying a block of the weight, once for all inputs. 72 rows of 14336 columns and 256
 # inputs are better shared out by inputs, 64 by rows (`docs/architecture.md`).
 _READ, _COPY = 0.5, 2.5
+_FEW_TASKS = 8
 
 
-@lru_cache(maxsize=1024)
 def shares(num_rows: int, num_inputs: int, block_rows: int, num_threads: int) -> tuple[int, int]:
     """Rows of a weight and of inputs, multiples of `block_rows` and of `INPUTS`: with them `num_threads` threads, each
     of which takes the next task when it has done one, are ready first.
@@ -23,12 +23,18 @@ def shares(num_rows: int, num_inputs: int, block_rows: int, num_threads: int) ->
     """
     if num_inputs <= _FEW_INPUTS:
         return block_rows, _up(num_inputs, INPUTS)
+    return _chosen(num_rows, _up(num_inputs, INPUTS), block_rows, num_threads)
+
+
+@lru_cache(maxsize=1024)
+def _chosen(num_rows: int, num_inputs: int, block_rows: int, num_threads: int) -> tuple[int, int]:
     candidates: list[tuple[int, int]] = []
     for inputs_at_once in {_up(-(-num_inputs // parts), INPUTS) for parts in (1, num_threads)}:
         most = MOST_SUMS // inputs_at_once // block_rows * block_rows
         fewest = -(-num_rows // most)
-        for tasks in range(fewest, fewest + num_threads + 1):
-            candidates.append((_up(-(-num_rows // tasks), block_rows), inputs_at_once))
+        # Of many tasks for each thread one more or less is no matter.
+        tasks = range(fewest, fewest + num_threads + 1) if fewest <= _FEW_TASKS * num_threads else (fewest,)
+        candidates.extend((_up(-(-num_rows // number), block_rows), inputs_at_once) for number in tasks)
     # Where that is as long, the largest shares.
     return min(
         candidates, key=lambda share: (_duration(num_rows, num_inputs, share, num_threads), -share[0], -share[1])
