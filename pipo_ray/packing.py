@@ -216,7 +216,7 @@ def _is_begun(destination: Path) -> bool:
 def _panels_ahead(
     checkpoint: Checkpoint, policy: Precision, rounding: CompiledRounding | None, stack: contextlib.ExitStack
 ) -> PanelsAhead | None:
-    """What reads and rounds the first weights while torch is imported, entered into `stack`."""
+    """What reads and rounds weights from when torch is imported on, entered into `stack`."""
     if rounding is None or checkpoint.origin.is_file() or source_format(checkpoint.config, checkpoint.origin):
         return None
     from pipo_ray.quant.ahead import PanelsAhead, guessed_panels, read_ahead_bytes

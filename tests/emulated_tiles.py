@@ -1,7 +1,7 @@
 """The processor's matrix unit in plain LLVM IR, so that kernels for it (`pipo_ray/compiled/amx.py`) run anywhere.
 
-Slow, and not bit by bit what the unit gives: it adds up in another order, and does not take tiny numbers for zero. What
-it shows is where kernels read and write, and what they multiply with what.
+Slow, and not bit by bit what the unit gives: it adds up in another order, does not take tiny numbers for zero, and does
+not look at the tiles' configuration. What it shows is where kernels read and write, and what they multiply with what.
 
 Reference: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, the pseudocode of TILELOADD,
 TILESTORED, TDPBF16PS, VPERMW and VCVTNEPS2BF16.

@@ -8,7 +8,8 @@ over these columns; the sums wait in memory until the next columns come. At last
 rows of inputs.
 
 Inputs are more than the second cache holds, and are read again for each few rows of a weight. So what a thread reads
-next, inputs and weights, it asks for between the products, a little at each: a burst of it would have them wait.
+next of inputs, and of weights in bf16, it asks for between the products, a little at each: a burst of it would have
+them wait.
 
 A sum is added up in the order of its columns, so a row of inputs gives the same bits however many others it is computed
 with, and on however many threads. Like VDPBF16PS, the unit takes numbers below 2^-126 for zero.
@@ -61,7 +62,7 @@ _SIDE = 16
 _PAIR_BYTES = 2 * DEPTH * TILE_BYTES
 """Of `INPUTS` rows of inputs, the columns that are multiplied with a block: a tile of each half, and then the next."""
 _AHEAD = 2 * TILE_BYTES
-"""Bytes of inputs that are asked for beyond those at work: farther ahead is slower."""
+"""Bytes of inputs that are asked for beyond those at work: farther ahead is no faster."""
 _A, _B = (4, 5), (6, 7)  # tiles of weights and of inputs; the first four hold sums
 
 _DECLARATIONS = f"""

@@ -32,7 +32,9 @@ class InputPacking:
         self._code = MachineCode(amx.pack_module(), folder)
 
     def pack(self, rows: torch.Tensor) -> PackedInputs:
-        """Inputs bf16 [n, columns]: as much memory again, and up to 15 rows. Nothing may be empty."""
+        """Inputs bf16 [n, columns]: as much memory again, with rows rounded up to 32 and columns to 256. Nothing may be
+        empty.
+        """
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         parts = []

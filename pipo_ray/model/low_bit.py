@@ -58,7 +58,7 @@ class LowBitProducts:
     product's output takes. Panels of another int4 layout than `machine` (see `machine_layout`) are unpacked however few
     rows there are, unless `floats` takes them. Elsewhere than on the CPU all are: `profile` is not asked then. Without
     `compiled` or `floats` there is no kernel of our own, and without the former's `amx` none for the matrix unit. That
-    takes as much memory again as the inputs, and `floats` twice as much, and 4 MiB for sums.
+    takes as much memory again as the inputs, rounded up, and `floats` twice as much, and 4 MiB for sums.
     """
 
     def __init__(

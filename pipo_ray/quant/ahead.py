@@ -42,7 +42,7 @@ _Panel = tuple[str, int]
 
 
 def read_ahead_bytes() -> int:
-    """What may be kept in memory before the model is known."""
+    """What may be kept in memory ahead of packing."""
     return min(_MOST_BYTES, available_memory() // _MEMORY_SHARE)
 
 
@@ -79,6 +79,7 @@ class PanelsAhead:
         self._left = most_bytes
         self._all = dict(guesses)
         self._todo = deque((name, number) for name, panels in guesses.items() for number in range(panels.num_panels))
+        self._not_begun = set(self._todo)
         # A panel that is being made is there without its memory; one that could not be made is not there.
         self._panels: dict[_Panel, NDArray[np.uint8] | None] = {}
         self._changed = threading.Condition()
@@ -108,6 +109,7 @@ class PanelsAhead:
             right = {name for name, panels in self._guesses.items() if wanted.get(name) == panels}
             self._guesses = {name: self._guesses[name] for name in right}
             self._todo = deque(panel for panel in self._todo if panel[0] in right)
+            self._not_begun = set(self._todo)
             wrong = [memory for (name, _), memory in self._panels.items() if name not in right]
             self._left += sum(memory.nbytes for memory in wrong if memory is not None)
             self._panels = {panel: memory for panel, memory in self._panels.items() if panel[0] in right}
@@ -120,8 +122,9 @@ class PanelsAhead:
         with self._changed:
             if self._guesses.get(name) != panels:
                 return None
-            if (name, number) in self._todo:
+            if (name, number) in self._not_begun:
                 self._todo.clear()  # packing has caught up, and has more threads
+                self._not_begun.clear()
             self._changed.wait_for(lambda: self._panels.get((name, number), 0) is not None)
             memory = self._panels.pop((name, number), None)
             self._left += 0 if memory is None else memory.nbytes
@@ -151,6 +154,7 @@ class PanelsAhead:
             if not self._todo:
                 return None
             panel = self._todo.popleft()
+            self._not_begun.discard(panel)
             self._left -= self._all[panel[0]].panel_bytes
             self._panels[panel] = None
             return panel

@@ -22,6 +22,8 @@ from pipo_ray.quant.rounding import Rounded
 
 NAMES = ("int4-g32", "int4", "int4-g128", "int4-sym", "int8")
 
+pytest.importorskip("llvmlite")
+
 
 @pytest.fixture(scope="module")
 def products() -> Iterator[CompiledAmxLowBit]:
