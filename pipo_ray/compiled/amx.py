@@ -306,11 +306,11 @@ def _store(f: Function, weights: Weights, sums: str, first: str, tiles: str, fir
 
 
 def _tiles(f: Function, num_inputs: str) -> str:
-    return f.value(f"lshr i64 {f.add(num_inputs, _SIDE - 1)}, {_SIDE.bit_length() - 1}")
+    return _times(f, num_inputs, str(_SIDE))
 
 
 def _pairs(f: Function, num_inputs: str) -> str:
-    return f.value(f"lshr i64 {f.add(num_inputs, INPUTS - 1)}, {INPUTS.bit_length() - 1}")
+    return _times(f, num_inputs, str(INPUTS))
 
 
 def _times(f: Function, number: str, at_once: str) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 from functools import lru_cache
 
 from pipo_ray.compiled.amx import INPUTS, MOST_SUMS, ROWS
+from pipo_ray.compiled.thread_shares import end, parts
 
 _FEW_INPUTS = 64
 # Of the product of `ROWS` rows of a weight with `INPUTS` of inputs over the same columns: reading the inputs, once for
 # all rows that a thread takes, and copying a block of the weight, once for all inputs. 72 rows of 14336 columns and 256
 # inputs are better shared out by inputs, 64 by rows (`docs/architecture.md`).
 _READ, _COPY = 0.5, 2.5
-_FEW_TASKS = 8
 
 
 def shares(num_rows: int, num_inputs: int, block_rows: int, num_threads: int) -> tuple[int, int]:
@@ -29,28 +28,20 @@ def shares(num_rows: int, num_inputs: int, block_rows: int, num_threads: int) ->
 @lru_cache(maxsize=1024)
 def _chosen(num_rows: int, num_inputs: int, block_rows: int, num_threads: int) -> tuple[int, int]:
     candidates: list[tuple[int, int]] = []
-    for inputs_at_once in {_up(-(-num_inputs // parts), INPUTS) for parts in (1, num_threads)}:
+    for inputs_at_once in {_up(-(-num_inputs // number), INPUTS) for number in (1, num_threads)}:
         most = MOST_SUMS // inputs_at_once // block_rows * block_rows
         fewest = -(-num_rows // most)
-        # Of many tasks for each thread one more or less is no matter.
-        tasks = range(fewest, fewest + num_threads + 1) if fewest <= _FEW_TASKS * num_threads else (fewest,)
+        tasks = range(fewest, fewest + num_threads + 1)
         candidates.extend((_up(-(-num_rows // number), block_rows), inputs_at_once) for number in tasks)
     # Where that is as long, the largest shares.
-    return min(
-        candidates, key=lambda share: (_duration(num_rows, num_inputs, share, num_threads), -share[0], -share[1])
-    )
+    return min(candidates, key=lambda share: (_end(num_rows, num_inputs, share, num_threads), -share[0], -share[1]))
 
 
-def _duration(num_rows: int, num_inputs: int, share: tuple[int, int], num_threads: int) -> float:
-    """Until all threads are ready, in products of `ROWS` with `INPUTS` rows."""
-    rows_at_once, inputs_at_once = share
-    ready = [0.0] * num_threads
-    for first in range(0, num_rows, rows_at_once):
-        blocks = -(-min(rows_at_once, num_rows - first) // (ROWS // 2)) / 2  # a half is multiplied by itself
-        for first_input in range(0, num_inputs, inputs_at_once):
-            pairs = -(-min(inputs_at_once, num_inputs - first_input) // INPUTS)
-            heapq.heapreplace(ready, ready[0] + blocks * pairs + _READ * pairs + _COPY * blocks)
-    return max(ready)
+def _end(num_rows: int, num_inputs: int, share: tuple[int, int], num_threads: int) -> float:
+    # In products of `ROWS` with `INPUTS` rows; half of `ROWS` are multiplied by themselves.
+    blocks = [-(-rows // (ROWS // 2)) / 2 for rows in parts(num_rows, share[0])]
+    pairs = [inputs // INPUTS for inputs in parts(num_inputs, share[1])]
+    return end(blocks, pairs, num_threads, row_cost=_COPY, input_cost=_READ)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from functools import lru_cache
 
@@ -11,6 +10,7 @@ import torch
 from pipo_ray.compiled import float_outer
 from pipo_ray.compiled.float_inputs import GroupedInputs
 from pipo_ray.compiled.part_run import Step
+from pipo_ray.compiled.thread_shares import end, parts
 from pipo_ray.compiled.widened import LANES
 
 _ROW_COST = 0.15
@@ -18,8 +18,6 @@ _GROUP_COST = 1.5
 """What it takes to widen a row of the weight, and to bring a group of inputs near, when a row times a group takes 1."""
 _LATE = 16.0
 """What the other threads come late, in the same unit: 0.03 ms of 4,096 columns."""
-_FEW_SHARES = 8
-"""For each thread: with more it does not matter who takes the last ones."""
 
 _ALL_ROWS = {number: torch.full((LANES,), number) for number in (1.0, -0.0)}
 """Multiplied with one of them, or added to the other, every number stays what it is."""
@@ -84,22 +82,8 @@ def shares(rows: int, groups: int, vectors: int, num_threads: int) -> tuple[int,
     fewest = -(-groups // float_outer.MOST_GROUPS)
     choices = [
         (at_once, some)
-        for some in sorted({-(-groups // parts) for parts in range(fewest, groups + 1)}, reverse=True)
+        for some in sorted({-(-groups // number) for number in range(fewest, groups + 1)}, reverse=True)
         for at_once in range(multiple, float_outer.MOST_ROWS + 1, multiple)
     ]
-    return min(choices, key=lambda choice: _end(_parts(rows, choice[0]), _parts(groups, choice[1]), num_threads))
-
-
-def _end(row_parts: list[int], group_parts: list[int], num_threads: int) -> float:
-    """When threads are done that take one share after the other."""
-    costs = [height * (width + _ROW_COST) + width * _GROUP_COST for height in row_parts for width in group_parts]
-    if len(costs) > _FEW_SHARES * num_threads:
-        return sum(costs) / num_threads + max(costs) / 2
-    ends = [0.0] + [_LATE] * (num_threads - 1)
-    for cost in costs:
-        heapq.heapreplace(ends, ends[0] + cost)
-    return max(ends)
-
-
-def _parts(count: int, at_once: int) -> list[int]:
-    return [min(at_once, count - start) for start in range(0, count, at_once)]
+    costs = {"row_cost": _ROW_COST, "input_cost": _GROUP_COST, "late": _LATE}
+    return min(choices, key=lambda choice: end(parts(rows, choice[0]), parts(groups, choice[1]), num_threads, **costs))

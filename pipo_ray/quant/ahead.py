@@ -12,7 +12,7 @@ import mmap
 import re
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -78,8 +78,9 @@ class PanelsAhead:
         self._checkpoint, self._guesses, self._rounding = checkpoint, dict(guesses), rounding
         self._left = most_bytes
         self._all = dict(guesses)
-        self._todo = deque((name, number) for name, panels in guesses.items() for number in range(panels.num_panels))
-        self._not_begun = set(self._todo)
+        self._todo = OrderedDict.fromkeys(
+            (name, number) for name, panels in guesses.items() for number in range(panels.num_panels)
+        )
         # A panel that is being made is there without its memory; one that could not be made is not there.
         self._panels: dict[_Panel, NDArray[np.uint8] | None] = {}
         self._changed = threading.Condition()
@@ -108,8 +109,7 @@ class PanelsAhead:
         with self._changed:
             right = {name for name, panels in self._guesses.items() if wanted.get(name) == panels}
             self._guesses = {name: self._guesses[name] for name in right}
-            self._todo = deque(panel for panel in self._todo if panel[0] in right)
-            self._not_begun = set(self._todo)
+            self._todo = OrderedDict.fromkeys(panel for panel in self._todo if panel[0] in right)
             wrong = [memory for (name, _), memory in self._panels.items() if name not in right]
             self._left += sum(memory.nbytes for memory in wrong if memory is not None)
             self._panels = {panel: memory for panel, memory in self._panels.items() if panel[0] in right}
@@ -122,9 +122,8 @@ class PanelsAhead:
         with self._changed:
             if self._guesses.get(name) != panels:
                 return None
-            if (name, number) in self._not_begun:
+            if (name, number) in self._todo:
                 self._todo.clear()  # packing has caught up, and has more threads
-                self._not_begun.clear()
             self._changed.wait_for(lambda: self._panels.get((name, number), 0) is not None)
             memory = self._panels.pop((name, number), None)
             self._left += 0 if memory is None else memory.nbytes
@@ -150,14 +149,18 @@ class PanelsAhead:
 
     def _next(self) -> _Panel | None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._todo or self._all[self._todo[0][0]].panel_bytes <= self._left)
+            self._changed.wait_for(lambda: not self._todo or self._has_room())
             if not self._todo:
                 return None
-            panel = self._todo.popleft()
-            self._not_begun.discard(panel)
+            panel, _ = self._todo.popitem(last=False)
             self._left -= self._all[panel[0]].panel_bytes
             self._panels[panel] = None
             return panel
+
+    def _has_room(self) -> bool:
+        """For the next panel."""
+        name, _ = next(iter(self._todo))
+        return self._all[name].panel_bytes <= self._left
 
     def _made(self, name: str, number: int) -> NDArray[np.uint8] | None:
         panels = self._all[name]

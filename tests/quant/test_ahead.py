@@ -74,8 +74,8 @@ def finished(ahead: PanelsAhead) -> PanelsAhead:
     """When it has made all that it may for now."""
 
     def rests() -> bool:
-        has_room = ahead._todo and ahead._all[ahead._todo[0][0]].panel_bytes <= ahead._left
-        return not has_room and all(memory is not None for memory in ahead._panels.values())
+        works = ahead._todo and ahead._has_room()
+        return not works and all(memory is not None for memory in ahead._panels.values())
 
     with ahead._changed:
         assert ahead._changed.wait_for(rests, 20)
