@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -56,6 +57,7 @@ Progress = Callable[[str, int, int], None]
 
 _PROGRESS_INTERVAL_S = 0.1
 _STOP_DEADLINE_S = 5.0
+_STOP_AGAIN_S = 0.005
 _NETWORK_STALL_S = 120.0
 
 
@@ -383,6 +385,7 @@ def _obey_parent() -> None:
     """End when stdin closes. The terminal's Ctrl-C reaches us, too, but the parent is the one to act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
+    sys.unraisablehook = _stop_again
     threading.Thread(target=_watch_parent, daemon=True).start()
 
 
@@ -409,6 +412,19 @@ def _watch_network(model_id: str, channel: _Channel) -> None:
 
 def _stop(*_: Any) -> NoReturn:
     raise _Stopped
+
+
+def _stop_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised while it finalizes an object, as happens behind every chunk that was read: the order
+    to stop, too.
+    """
+    if not issubclass(unraisable.exc_type, _Stopped):
+        sys.__unraisablehook__(unraisable)
+        return
+    # Later, and from another thread: in here it would be dropped again.
+    again = threading.Timer(_STOP_AGAIN_S, _thread.interrupt_main, [signal.SIGTERM])
+    again.daemon = True
+    again.start()
 
 
 def _one_line(error: BaseException) -> str:

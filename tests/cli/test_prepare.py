@@ -319,6 +319,33 @@ def test_a_module_in_the_current_folder_is_not_taken_for_pythons(
         find_model("some-org/some-model")
 
 
+STOPPED_IN_A_FINALIZER = """
+import os, signal, time, weakref
+from pipo_ray import packing
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(3))
+
+def job(options, channel):
+    weakref.finalize(set(), stop)  # Python calls it at once, and drops what it raises
+    for _ in range(100):
+        time.sleep(0.1)
+    return {}
+
+packing._job = job
+os._exit(packing.main(["facts", "a store"]))
+"""
+
+
+def test_the_order_to_stop_is_obeyed_when_it_comes_while_an_object_is_finalized() -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, "-c", STOPPED_IN_A_FINALIZER], **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout is not None
+        assert child.stdout.read() == b""  # and not because its stdin was closed
+        assert child.wait() == 130
+
+
 def child_of(pid: int) -> int | None:
     """The child that packs."""
     for entry in Path("/proc").glob("[0-9]*/stat"):

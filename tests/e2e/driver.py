@@ -10,15 +10,19 @@ import time
 from pipo_ray import LLM, SamplingParams
 from pipo_ray.session import processes
 
+_packers: list[int] = []
 _packing = False
 
 
 def on_progress(phase: str, done: int, total: int) -> None:
     """Say that packing has begun, and stop whoever packs: else it may be done before the test has looked."""
     global _packing
+    if phase == "inspect":
+        # Before there is anything to pack: to look through all processes takes about as long as to pack does.
+        _packers[:] = processes.descendants([os.getpid()])
     if phase == "pack" and not _packing:
         _packing = True
-        for pid in processes.descendants([os.getpid()]):
+        for pid in _packers:
             os.kill(pid, signal.SIGSTOP)
         print("packing", flush=True)
 

@@ -89,26 +89,38 @@ def check_status(driver: Driver, number: signal.Signals) -> None:
     assert driver.wait() == -number
 
 
+def bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def test_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     """What is packed stays in the cache and is used by the next start; nothing goes on packing."""
     folder = make_checkpoint(tmp_path / "wide", Architecture("wide", "Llama", "llama", WIDE))
-    with Driver(folder, "end", tmp_path / "cache") as driver:
-        driver.wait_for("packing")
-        found = (processes.identify(pid) for pid in processes.descendants([driver.pid]))
-        children = [child for child in found if child is not None]
-        assert children
-        driver.end(number)
-        for child in children:
-            processes.send_signal(child, signal.SIGCONT)
-        begin = time.monotonic()
-        while left := [child for child in children if processes.is_alive(child)]:
-            assert time.monotonic() - begin < GONE_S, f"left: {left}"
-            time.sleep(0.05)
-        check_status(driver, number)
-    packed = {path.name for path in (tmp_path / "cache").rglob("*")}
-    assert "manifest.json" not in packed
-    size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    assert size < 1.2 * sum(path.stat().st_size for path in folder.iterdir())
+    for attempt in range(5):
+        cache = tmp_path / f"cache-{attempt}"
+        with Driver(folder, "end", cache) as driver:
+            driver.wait_for("packing")
+            found = (processes.identify(pid) for pid in processes.descendants([driver.pid]))
+            children = [child for child in found if child is not None]
+            assert children
+            # On a busy machine the packer may have come to its end before it was stopped, or nearly so.
+            is_early = bytes_below(cache) < bytes_below(folder) / 2
+            driver.end(number)
+            if number == signal.SIGKILL:
+                check_status(driver, number)  # it is gone, and not only told to go, before the packer goes on
+            for child in children:
+                processes.send_signal(child, signal.SIGCONT)
+            begin = time.monotonic()
+            while left := [child for child in children if processes.is_alive(child)]:
+                assert time.monotonic() - begin < GONE_S, f"left: {left}"
+                time.sleep(0.05)
+            check_status(driver, number)
+        if is_early:
+            break
+    else:
+        pytest.fail("the packer was never stopped in the first half of its work")
+    assert "manifest.json" not in {path.name for path in cache.rglob("*")}
+    assert bytes_below(cache) < 1.2 * bytes_below(folder)
 
 
 @pytest.mark.parametrize("moment", ["starting", "generating", pytest.param("idle", marks=pytest.mark.slow)])
