@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipo_ray.actors.calls import obtain_lease
 
 from pipo_ray.messages import KVDiskSetup, StageTimes
 from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.compiled_loader import make_loader
 from pipo_ray.pipeline.drive import Drive
-from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.roll import ActorRoll, loader_name
 from pipo_ray.pipeline.stage_memory import KVMemory, StageMemory
@@ -40,12 +41,12 @@ class NvmeLoader:
         trace_file = f"{setup.trace_folder}/{self._name}-{os.getpid()}.jsonl" if setup.trace_folder else None
         trace = TraceWriter(trace_file, self._name)
         drive = PoliteDrive(folder, trace=trace) if setup.background else Drive(folder)
-        self._loader = Loader(
+        self._loader = make_loader(
             drive, setup.plan.pieces, self._memory.load_order(setup), self._memory.table, self._memory.slots,
             self._memory.residents, checksums=checksums, threads=setup.read_threads,
             transfer_bytes=setup.transfer_bytes,
             preloads=self._memory.preload_order(setup), trace=trace,
-            number=number,
+            number=number, folder=None if setup.code_folder is None else Path(setup.code_folder),
         )  # fmt: skip
         self._drive = drive
         self._loader.start()

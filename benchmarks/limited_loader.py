@@ -1,8 +1,8 @@
 """A loader that can be told, from one sweep to the next, to use fewer slots than there are, and other reads.
 
 `staging_modes.py` imports `limited_loader.py`, which does nothing by itself, and puts this in the place of the
-session's loader: so sizes of staging take turns within one session and over the same memory, while two sessions differ
-by more than what is to be told apart.
+session's loader, and without its machine code: so sizes of staging take turns within one session and over the same
+memory, while two sessions differ by more than what is to be told apart.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray.cloudpickle
@@ -64,12 +65,17 @@ class LimitedLoader(Loader):
             task()
 
 
+def limited(*what: Any, folder: Path | None, **options: Any) -> LimitedLoader:
+    """In the place of `make_loader`."""
+    return LimitedLoader(*what, **options)
+
+
 class LimitedNvmeLoader(nvme_loader.NvmeLoader):
     """The actor around it."""
 
     def __init__(self, roll: str, number: int = 0) -> None:
         # By way of the function: the class that it belongs to may have come from the driver as a copy.
-        super().__init__.__func__.__globals__["Loader"] = LimitedLoader  # type: ignore[attr-defined]
+        super().__init__.__func__.__globals__["make_loader"] = limited  # type: ignore[attr-defined]
         super().__init__(roll, number)
 
     def limit(self, limited: LoadOrder, transfer_bytes: int, read_threads: int) -> None:

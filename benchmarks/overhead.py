@@ -41,13 +41,13 @@ from pipo_ray.model.kept_profiles import ProfilePlaces
 from pipo_ray.model.layout import TORCH_DTYPES
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.compiled_loader import make_loader
 from pipo_ray.pipeline.drive import Drive
-from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 from pipo_ray.plan.budget import RunPlan
-from pipo_ray.prepare import prepare_store
+from pipo_ray.prepare import cache_folder, prepare_store
 from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.rows import RowReader
@@ -83,10 +83,11 @@ class LocalPipeline:
             return LoadOrder(sweep.order, sweep.releases, rows, placement.num_slots)
 
         drive = Drive(folder)
-        self._loader = Loader(
+        self._loader = make_loader(
             drive, sweep.pieces, loads(), self._table, slots, residents, threads=plan.transfer.read_threads,
             transfer_bytes=plan.transfer.transfer_bytes,
             checksums=BlockChecksums({b.name: b for b in manifest.blocks}, sweep.pieces, Drive(folder)),
+            folder=cache_folder() / "machine-code",
         )  # fmt: skip
         self._loader.start()
         self._folder, self._manifest = folder, manifest

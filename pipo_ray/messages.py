@@ -56,7 +56,7 @@ class StageSetup:
     """What loader, staging pool and compute worker must know of the run; the same for all three.
 
     `table_ref`, `slot_refs` and `arena_refs` are object references to memory that the driver made and holds. `kv_disk`:
-    None without KV pages on the drive.
+    None without KV pages on the drive. `code_folder` is where machine code is kept that was compiled for the processor.
     """
 
     store: str
@@ -71,6 +71,7 @@ class StageSetup:
     transfer_bytes: int = 8 << 20
     background: bool = False
     kv_disk: KVDiskSetup | None = None
+    code_folder: str | None = None
 
 
 @dataclass(frozen=True)

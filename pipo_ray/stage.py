@@ -125,7 +125,7 @@ class Stage:
             slot_refs=[buffer.ref for buffer in self._buffers], arena_refs=[arena.ref for arena in self._arenas],
             trace_folder=str(self.trace_folder) if self.trace_folder else None, verify_checksums=verify_checksums,
             background=background, read_threads=plan.transfer.read_threads, transfer_bytes=plan.transfer.transfer_bytes,
-            kv_disk=kv_setup,
+            kv_disk=kv_setup, code_folder=compute.code_folder,
         )  # fmt: skip
         self._setup = setup
         self.memory = StageMemory.attach(setup)

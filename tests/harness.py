@@ -35,16 +35,17 @@ from pipo_ray.model.low_bit import LowBitProducts, always_low_bit
 from pipo_ray.model.runner import ModelRunner
 from pipo_ray.model.settled_layers import SettledLayers
 from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.compiled_loader import make_loader
 from pipo_ray.pipeline.cuda_graph import Graphs
 from pipo_ray.pipeline.device_ops import CudaOps, DeviceOps
 from pipo_ray.pipeline.device_stream import DeviceStream
 from pipo_ray.pipeline.drive import Drive
-from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
 from pipo_ray.plan.kv_pages import KVPlacement, page_bytes
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
+from pipo_ray.prepare import cache_folder
 from pipo_ray.quant.assign import assign
 from pipo_ray.quant.panels import PANEL_BYTES, machine_layout
 from pipo_ray.quant.policy import Precision
@@ -200,9 +201,9 @@ class Pipeline:
         self.loaders = []
         for number, folder in enumerate(manifest.folders(packed.folder)[: self.plan.num_drives]):
             drive = Drive(folder)
-            loader = Loader(
+            loader = make_loader(
                 drive, self.pieces, self.loads(), self.table, self._slots, self._residents, threads=threads,
-                preloads=self.preloads(), number=number,
+                preloads=self.preloads(), number=number, folder=cache_folder() / "machine-code",
                 checksums=BlockChecksums(blocks, self.pieces, drive) if checksums else None,
             )  # fmt: skip
             loader.start()

@@ -102,3 +102,8 @@ def _missing(needed: Set[str], flags: Set[str] | None = None) -> str | None:
 
 def _without_compiler() -> str | None:
     return "llvmlite is not installed" if importlib.util.find_spec("llvmlite") is None else None
+
+
+def compiler_obstacle() -> str | None:
+    """Why nothing at all can be compiled here, in words for the user; None if something can."""
+    return _without_compiler()

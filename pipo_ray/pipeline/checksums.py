@@ -68,6 +68,10 @@ class BlockChecksums:
             if piece.block not in self._checked:
                 self._expected.add(piece.index)
 
+    def is_checked(self, piece: Piece) -> bool:
+        """Whether the block of `piece` is known to be right: nothing is to be expected, or checked, any more."""
+        return piece.block in self._checked
+
     def missed(self, piece: Piece) -> None:
         """An expected piece could not be read."""
         with self._lock:

@@ -62,7 +62,7 @@ class Drive:
         attempts = 0
         while done < len(memory):
             direct = self.direct  # another thread may find out, while this one reads, that O_DIRECT is refused
-            descriptor = self._descriptor(file)
+            descriptor = self.descriptor(file)
             try:
                 count = os.preadv(descriptor, [memory[done:]], offset + done)
                 if direct and count % PAGE and offset + done + count < os.fstat(descriptor).st_size:
@@ -106,7 +106,8 @@ class Drive:
             self._descriptors.clear()
             self._retired.clear()
 
-    def _descriptor(self, file: str) -> int:
+    def descriptor(self, file: str) -> int:
+        """Of the open file; StoreError, naming it, if it cannot be opened."""
         with self._lock:
             if file not in self._descriptors:
                 path = self._folder / file

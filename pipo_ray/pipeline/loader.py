@@ -214,7 +214,7 @@ class Loader:
         try:
             self._table.wait_free(slot, epoch, self._loads.load_before(load, first_load))
         finally:
-            self.counters.waiting_for_slots_s = self._waiting_s()
+            self.counters.waiting_for_slots_s = self._dispatcher_waiting_s()
             self._waiting_since = None
             self._trace_wait(begin, {"piece": piece.block, "slot": slot, "load": load})
         self._table.begin_fill(slot, load, self._number)
@@ -258,7 +258,7 @@ class Loader:
                 try:
                     self._checksums.check(piece, np.frombuffer(memory, np.uint8))
                 except Exception as mismatch:
-                    error = _as_pipo_error(mismatch, piece)
+                    error = as_pipo_error(mismatch, piece)
             now = time.perf_counter()
             self.counters.bytes_read += piece.read_bytes
             self.counters.pieces_read += 1
@@ -288,7 +288,7 @@ class Loader:
             try:
                 self._drive.read_into(memory[start:stop], piece.file, piece.file_offset + start)
             except Exception as failure:  # whatever it is, the compute worker must hear of it instead of waiting
-                error = _as_pipo_error(failure, piece)
+                error = as_pipo_error(failure, piece)
             self._ask_drive(-1)
             fill.part_done(error)
 
@@ -348,6 +348,9 @@ class Loader:
 
     def _waiting_s(self) -> float:
         """What was waited for slots while nothing was being read, up to now."""
+        return self._dispatcher_waiting_s()
+
+    def _dispatcher_waiting_s(self) -> float:
         since = self._waiting_since
         if since is None:
             return self.counters.waiting_for_slots_s
@@ -356,7 +359,7 @@ class Loader:
         return self.counters.waiting_for_slots_s + max(0.0, idle)
 
 
-def _as_pipo_error(error: Exception, piece: Piece) -> PipoError:
+def as_pipo_error(error: Exception, piece: Piece) -> PipoError:
     if isinstance(error, DriveError) and not str(error).startswith("block "):
         return type(error)(f"block {piece.block} cannot be read: {error}")
     if isinstance(error, PipoError):

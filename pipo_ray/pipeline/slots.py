@@ -44,8 +44,11 @@ _EPOCH, _CONSUMED, _STOP, _FIRST_LOAD, _PRELOAD = 0, 1, 2, 3, 5
 _LOAD, _LOADER, _RELEASED = 1, 2, 3
 # Words of a loader's row (uint64).
 _EPOCH_SEEN, _DRIVE_ASKED, _DRIVE_BUFFERED = range(3)
-CONSUMED_BYTE, LOAD_BYTE, RELEASED_BYTE = 8 * _CONSUMED, 8 * _LOAD, 8 * _RELEASED
-"""Where machine code (`compiled/part_run.py`) finds those words, in bytes: from the header on, and from a row on."""
+EPOCH_BYTE, CONSUMED_BYTE, STOP_BYTE = 8 * _EPOCH, 8 * _CONSUMED, 8 * _STOP
+LOAD_BYTE, LOADER_BYTE, RELEASED_BYTE = 8 * _LOAD, 8 * _LOADER, 8 * _RELEASED
+"""Where machine code (`compiled/part_run.py`, `compiled/reading.py`) finds those words, in bytes: from the header on,
+and from a row on.
+"""
 
 
 class StoppedError(Exception):
@@ -229,8 +232,8 @@ class SlotTable:
         row = self._row(slot)
 
         def done() -> bool:
-            state = self._state_at(row)
-            return self._load_at(row) == load and state in (SlotState.READY, SlotState.FAILED)
+            # In this order: a state that is read first may be that of the load before, whose end comes in between.
+            return self._load_at(row) == load and self._state_at(row) in (SlotState.READY, SlotState.FAILED)
 
         waited = self._wait_row(row, done, lambda: self.stopped or stopped())
         if self._state_at(row) == SlotState.FAILED:
@@ -265,6 +268,10 @@ class SlotTable:
     def slot_address(self, slot: int) -> int:
         """Where the row of `slot` begins."""
         return self._address + self._row(slot) * ROW_BYTES
+
+    def asked_address(self, loader: int = 0) -> int:
+        """Where the word of `drive_asked` is."""
+        return self._address + 8 * self._loader_word(loader, _DRIVE_ASKED)
 
     def resident_address(self, index: int) -> int:
         """Where the row of the resident piece in resident row `index` begins."""

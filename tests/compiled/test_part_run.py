@@ -16,7 +16,7 @@ import torch
 from bf16_matrices import matrix
 from emulated_tiles import matrix_unit
 
-from pipo_ray.compiled import outer_rows
+from pipo_ray.compiled import outer_rows, part_run
 from pipo_ray.compiled.amx_products import CompiledAmx
 from pipo_ray.compiled.bf16_products import CompiledBf16
 from pipo_ray.compiled.float_inputs import PaddedInputs
@@ -359,3 +359,9 @@ def test_threads_that_are_in_several_parts_at_a_time(
 def _sleeps(thread: threading.Thread) -> bool:
     with open(f"/proc/self/task/{thread.native_id}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] == "S"
+
+
+def test_the_number_is_read_before_the_state() -> None:
+    """As `SlotTable.wait_ready` does: the slot may be handed on between the two, which no test can bring about here."""
+    look = part_run.module().partition("@is_there(")[2].partition("\n}")[0]
+    assert 0 < look.index("load atomic i64, ptr %number_at acquire") < look.index("load atomic i32, ptr %row acquire")

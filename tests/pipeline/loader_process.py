@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.compiled_loader import make_loader
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
-from pipo_ray.pipeline.tracing import TraceWriter
+from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import SweepPlan
+from pipo_ray.prepare import cache_folder
 from pipo_ray.store.manifest import StoredBlock
 
 PAGE = 4096
@@ -76,6 +79,18 @@ class Specification:
     shared: Shared
 
 
+def kind_of_loader() -> Callable[..., Loader]:
+    """What makes it, as PIPO_TEST_LOADER says."""
+    if os.environ.get("PIPO_TEST_LOADER") == "python":
+        return lambda *what, folder, **options: Loader(*what, **options)
+    return make_loader
+
+
+def code_folder() -> Path:
+    """Where machine code is kept."""
+    return cache_folder() / "machine-code"
+
+
 def main() -> None:
     with open(sys.argv[1], "rb") as file:
         arguments = pickle.load(file)
@@ -86,8 +101,8 @@ def main() -> None:
     drive = Drive(specification.folders[number])
     loads = LoadOrder(plan.order, plan.releases, specification.resident_rows, shared.num_slots)
     checksums = BlockChecksums({block.name: block for block in specification.blocks}, plan.pieces, drive)
-    trace = TraceWriter(sys.argv[2], "loader")
-    loader = Loader(
+    trace = NO_TRACE if sys.argv[2] == "-" else TraceWriter(sys.argv[2], "loader")
+    loader = kind_of_loader()(
         drive,
         plan.pieces,
         loads,
@@ -99,6 +114,7 @@ def main() -> None:
         transfer_bytes=16 << 10,
         trace=trace,
         number=number,
+        folder=code_folder(),
     )
     loader.start()
     print("started", flush=True)

@@ -38,7 +38,7 @@ def test_no_more_slots_than_the_limit_and_all_in_turn(
     limit: int, limited_loader: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store: FakeStore = make_store(tmp_path / "store", SIZES)
-    monkeypatch.setattr(test_loader, "Loader", lambda *a, **k: limited_loader.LimitedLoader(*a, **k))
+    monkeypatch.setattr(test_loader, "kind_of_loader", lambda: limited_loader.limited)
     pipeline = Pipeline(store, NUM_SLOTS, resident=(1,))
     try:
         check_sweep(pipeline.stream, store)

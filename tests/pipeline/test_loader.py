@@ -12,29 +12,53 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
-from pipeline.loader_process import Shared, loads_in
+from pipeline.loader_process import Shared, code_folder, kind_of_loader, loads_in
 
 from pipo_ray.errors import DriveError, MisreadError, StoreError
 from pipo_ray.pipeline import drive_watch, polite_drive
 from pipo_ray.pipeline.checksums import BlockChecksums
+from pipo_ray.pipeline.compiled_loader import CompiledLoader
 from pipo_ray.pipeline.drive import Drive
 from pipo_ray.pipeline.drive_watch import DriveWatch
-from pipo_ray.pipeline.loader import Loader
 from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable, StoppedError
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.pipeline.weight_stream import HostStream
 
+Test = TypeVar("Test", bound=Callable[..., None])
+
 # Blocks of one and of several pieces, small and up to a slot, tensors that end within a page.
 SIZES = [(30_000, 30_000, 100), (60_000,), (50_001, 40_000), (10,), (20_000, 20_001, 20_002, 20_003), (61_000,)]
+
+
+def replaces_reads(test: Test) -> Test:
+    """For a test in which a method of Python's takes the place of a read: machine code would not call it."""
+    test.replaces_reads = True  # type: ignore[attr-defined]
+    return test
+
+
+@pytest.fixture(autouse=True, params=["compiled", "handing over", "python"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loader of machine code, where there is one, also with all its reads left to Python; and the one that is
+    Python's, here and in other processes.
+    """
+    if request.param == "compiled" and getattr(request.function, "replaces_reads", False):
+        pytest.skip("machine code would not call what takes the place of a read here")
+    if request.param == "handing over":
+        monkeypatch.setattr(CompiledLoader, "_descriptor", lambda *_: -1)
+    monkeypatch.setenv("PIPO_TEST_LOADER", request.param)
+    return str(request.param)
+
+
 PROCESS = Path(__file__).with_name("loader_process.py")
 
 
@@ -58,10 +82,10 @@ class Pipeline:
         self.slots = [aligned(SLOT_BYTES) for _ in range(num_slots)]
         self.residents = [aligned(store.pieces[piece].read_bytes) for piece in resident]
         drive = Drive(store.folder) if drive is None else drive
-        self.loader = Loader(
+        self.loader = kind_of_loader()(
             drive, store.pieces, store.loads(num_slots, rows), self.table, self.slots, self.residents, threads=threads,
             checksums=BlockChecksums({b.name: b for b in store.blocks}, store.pieces, drive) if checked else None,
-            transfer_bytes=16 << 10, trace=trace,
+            transfer_bytes=16 << 10, trace=trace, folder=code_folder(),
         )  # fmt: skip
         self.loader.start()
         self.stream = HostStream(
@@ -185,6 +209,7 @@ def test_a_drive_that_gives_way_is_not_called_silent(store: FakeStore, monkeypat
         monkeypatch.setattr(polite_drive, "_WINDOW_S", 0.01)
 
 
+@replaces_reads
 def test_resident_pieces_are_read_once(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the loader is a sweep ahead before the first read is through."""
     real = Drive.read_into
@@ -274,6 +299,7 @@ def test_a_flipped_byte_is_reported_at_the_first_load(block: int, resident: tupl
     assert str(error).startswith(f"block block{block} in {path.name} is damaged: its checksum is ")
 
 
+@replaces_reads
 def test_a_drive_that_breaks_fails_the_sweep_and_the_next_one_succeeds(
     store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +328,7 @@ def test_a_drive_that_breaks_fails_the_sweep_and_the_next_one_succeeds(
 
 @pytest.mark.parametrize("resident", [(), (0, 1, 2, 3), range(12)])
 @pytest.mark.parametrize("block", [0, 1, 4])
+@replaces_reads
 def test_bytes_that_came_out_wrong_once_are_loaded_again(
     block: int, resident: Sequence[int], store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +359,7 @@ def test_bytes_that_came_out_wrong_once_are_loaded_again(
 
 
 @pytest.mark.parametrize("resident", [(), (0, 1, 2, 3), range(12)])
+@replaces_reads
 def test_a_resident_piece_that_failed_is_read_when_the_drive_is_back(
     resident: Sequence[int], store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +387,7 @@ def test_a_resident_piece_that_failed_is_read_when_the_drive_is_back(
         check_sweep(pipeline.stream, store)
 
 
+@replaces_reads
 def test_a_drive_that_does_not_answer_is_told_once(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drive_watch, "SILENT_S", 0.2)
     answer = threading.Event()
@@ -407,7 +436,7 @@ def test_that_reads_are_buffered_is_told_once(store: FakeStore, monkeypatch: pyt
 # --- a loader that is killed ------------------------------------------------------------------------------------------
 
 
-def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
+def test_a_killed_loader_loses_nothing(kind: str, tmp_path: Path) -> None:
     """SIGKILL a loader process again and again; what its successor finds READY is not read again, everything else
     is."""
     store = make_store(tmp_path / "store", SIZES)
@@ -430,7 +459,7 @@ def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, str(PROCESS), str(specification), str(trace), "0"]
+        command = [sys.executable, str(PROCESS), str(specification), "-" if kind == "compiled" else str(trace), "0"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     table, slots, residents = shared.open()
@@ -466,6 +495,8 @@ def test_a_killed_loader_loses_nothing(tmp_path: Path) -> None:
         killer.join(30)
         status = processes[-1].wait(timeout=30)
     assert status == 0
+    if kind == "compiled":
+        return  # who is traced is Python's
     times = Counter(loads_in(trace))
     assert sum(times.values()) >= num_sweeps * loads.loads_per_sweep - 2 * num_kills
     # Read twice is only what was in a reading thread's hands when it was killed.

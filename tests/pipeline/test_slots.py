@@ -42,6 +42,27 @@ def test_one_load() -> None:
     assert table.wait_free(0, 0) == 0
 
 
+def test_the_state_of_the_load_before_is_not_taken_for_that_of_the_next() -> None:
+    """Whoever waits looks at state and number while the slot changes hands in between."""
+    handed_over: list[bool] = []
+
+    class Table(SlotTable):
+        def _state_at(self, row: int) -> int:
+            state = super()._state_at(row)
+            if not handed_over:
+                handed_over.append(True)
+                self.release(0, 7)
+                self.begin_fill(0, 8)
+            return state
+
+    table = Table(np.zeros(SlotTable.nbytes(1, 0), np.uint8), 1, 0)
+    table.begin_fill(0, 7)
+    table.finish_fill(0, 7)
+    with pytest.raises(StoppedError):
+        table.wait_ready(0, 8, lambda: bool(handed_over))
+    assert table.view(0).state == SlotState.FILLING
+
+
 def test_a_failed_load_is_an_error_and_is_forgotten_with_its_epoch() -> None:
     table = make_table(1, 1)
     table.begin_fill(0, 0)
