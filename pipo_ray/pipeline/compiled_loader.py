@@ -14,17 +14,8 @@ from typing import Any
 import numpy as np
 
 from pipo_ray.compiled.machine import context_of
-from pipo_ray.compiled.reading import (
-    CALL,
-    ENDED,
-    ENTRY_WORDS,
-    FILL,
-    FINISH,
-    READ,
-    RING,
-    SHARED,
-    ReadingCode,
-)
+from pipo_ray.compiled.reading import ENTRY_WORDS, RING, ReadingCode
+from pipo_ray.compiled.reading_words import CALL, ENDED, FILL, FINISH, READ, SHARED
 from pipo_ray.compiled.support import compiler_obstacle
 from pipo_ray.errors import StoreError
 from pipo_ray.pipeline import futex
