@@ -47,7 +47,7 @@ from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 from pipo_ray.plan.budget import RunPlan
-from pipo_ray.prepare import cache_folder, prepare_store
+from pipo_ray.prepare import code_folder, prepare_store
 from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.rows import RowReader
@@ -87,7 +87,7 @@ class LocalPipeline:
             drive, sweep.pieces, loads(), self._table, slots, residents, threads=plan.transfer.read_threads,
             transfer_bytes=plan.transfer.transfer_bytes,
             checksums=BlockChecksums({b.name: b for b in manifest.blocks}, sweep.pieces, Drive(folder)),
-            folder=cache_folder() / "machine-code",
+            folder=code_folder(),
         )  # fmt: skip
         self._loader.start()
         self._folder, self._manifest = folder, manifest

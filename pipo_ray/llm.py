@@ -34,7 +34,7 @@ from pipo_ray.plan.low_bit_pages import low_bit_kv
 from pipo_ray.plan.tokenizer_memory import tokenizer_bytes
 from pipo_ray.plan.transfer import Transfer, check_mode
 from pipo_ray.planner import asks_for_rates, choose_plan, open_kv_place
-from pipo_ray.prepare import cache_folder, prepare_store, profile_folder
+from pipo_ray.prepare import cache_folder, code_folder, prepare_store, profile_folder
 from pipo_ray.prompts import Prompt, check_token_ids, list_params, list_prompts, name_prompt
 from pipo_ray.quant.kv_policy import KVPrecision
 from pipo_ray.quant.target import Target
@@ -203,7 +203,7 @@ class LLM:
                 ComputeSetup(
                     self._facts, chosen.kind, prepared.manifest.precision, num_threads(), self._gpu_memory,
                     chosen.context_bytes, str(Path(session.path) / "kernels.json"),
-                    str(profile_folder()), str(cache_folder() / "machine-code"), self._plan.kv,
+                    str(profile_folder()), str(code_folder()), self._plan.kv,
                     self._plan.kv_tokens, None if self._plan.low_bit_kv is None else self._plan.low_bit_kv.bits,
                     self._plan.kv_on_cpu, self._plan.tables_in_ram, self._plan.graph_bytes,
                 ),

@@ -236,10 +236,10 @@ def _bf16_panels(tensors: TensorSource, blocks: Sequence[BlockSpec]) -> dict[str
 def _rounding() -> CompiledRounding | None:
     """The compiled kernel, where it can be had; without it torch rounds, to the same bits."""
     from pipo_ray.compiled.quantizer import CompiledRounding
-    from pipo_ray.prepare import cache_folder
+    from pipo_ray.prepare import code_folder
 
     try:
-        return CompiledRounding(cache_folder() / "machine-code")
+        return CompiledRounding(code_folder())
     except ImportError:
         return None
 

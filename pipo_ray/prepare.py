@@ -216,6 +216,11 @@ def profile_folder() -> Path:
     return cache_folder() / "profiles"
 
 
+def code_folder() -> Path:
+    """Where machine code is kept that was compiled for this processor."""
+    return cache_folder() / "machine-code"
+
+
 def cache_folder() -> Path:
     """Where checkpoints are packed to; see the head of this file."""
     if named := os.environ.get("PIPO_CACHE"):

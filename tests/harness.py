@@ -45,7 +45,7 @@ from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream, WeightStream
 from pipo_ray.plan.kv_pages import KVPlacement, page_bytes
 from pipo_ray.plan.pieces import Piece, SweepPlan, cut_pieces, largest_uncut_bytes, plan_sweep
-from pipo_ray.prepare import cache_folder
+from pipo_ray.prepare import code_folder
 from pipo_ray.quant.assign import assign
 from pipo_ray.quant.panels import PANEL_BYTES, machine_layout
 from pipo_ray.quant.policy import Precision
@@ -203,7 +203,7 @@ class Pipeline:
             drive = Drive(folder)
             loader = make_loader(
                 drive, self.pieces, self.loads(), self.table, self._slots, self._residents, threads=threads,
-                preloads=self.preloads(), number=number, folder=cache_folder() / "machine-code",
+                preloads=self.preloads(), number=number, folder=code_folder(),
                 checksums=BlockChecksums(blocks, self.pieces, drive) if checksums else None,
             )  # fmt: skip
             loader.start()

@@ -130,13 +130,13 @@ entry:
   %last = icmp eq i64 %left, 1
   br i1 %last, label %whole, label %go_on
 whole:
-  %shown_at = {fill("shown")}
-  %shown = load i64, ptr %shown_at
+  %row_at = {fill("row")}
+  %row = load ptr, ptr %row_at
   %error_at = {fill("error")}
   %error = load atomic i64, ptr %error_at seq_cst, align 8
   %dropped = icmp eq i64 %error, {DROPPED}
   %failed = icmp ne i64 %error, 0
-  %asks = icmp ne i64 %shown, 0
+  %asks = icmp eq ptr %row, null
   %python = or i1 %failed, %asks
   br i1 %dropped, label %over, label %kept
 kept:
@@ -150,8 +150,6 @@ full:
   %pieces_at = {shared("pieces")}
   atomicrmw add ptr %bytes_at, i64 %nbytes seq_cst
   atomicrmw add ptr %pieces_at, i64 1 seq_cst
-  %row_at = {fill("row")}
-  %row = load ptr, ptr %row_at
   store atomic i32 {ready}, ptr %row seq_cst, align 4
   call void @wake(ptr %shared, ptr %row, i64 {futex.WAKE_ALL})
   call void @end_piece(ptr %shared)
@@ -229,8 +227,8 @@ whose:
 begin:
   %row_at = {fill("row")}
   %row = load ptr, ptr %row_at
-  %resident = icmp eq ptr %row, null
-  br i1 %resident, label %begin_it, label %slot
+  %has_place = icmp eq ptr %row, null
+  br i1 %has_place, label %begin_it, label %slot
 slot:
   %got = call i1 @take_slot(ptr %shared, ptr %fill)
   br i1 %got, label %begin_it, label %drop
@@ -241,8 +239,7 @@ drop:
   store atomic i64 {DROPPED}, ptr %error_at seq_cst, align 8
   br label %tell
 tell:
-  %how = phi i64 [1, %begin_it], [{DROPPED}, %drop]
-  store atomic i64 %how, ptr %begun_at seq_cst, align 8
+  store atomic i64 1, ptr %begun_at seq_cst, align 8
   %left_at = {fill("left")}
   %parts = load atomic i64, ptr %left_at seq_cst, align 8
   %several = icmp ugt i64 %parts, 1
@@ -312,18 +309,10 @@ define void @{PART_DONE}(ptr %call) {{
 }}
 
 define void @{PIECE_OVER}(ptr %call) {{
-entry:
   %shared = load ptr, ptr %call
   %fill_at = {call("fill")}
   %fill = load ptr, ptr %fill_at
-  %begun_at = {fill("begun")}
-  %begun = load atomic i64, ptr %begun_at seq_cst, align 8
-  %was_read = icmp eq i64 %begun, 1
-  br i1 %was_read, label %flown, label %over
-flown:
   call void @end_piece(ptr %shared)
-  br label %over
-over:
   %busy_at = {fill("busy")}
   store atomic i64 0, ptr %busy_at seq_cst, align 8
   ret void

@@ -23,10 +23,10 @@ ENTRY = ("fill", "descriptor", "address", "nbytes", "offset", "first")
 descriptor of -1 Python reads.
 """
 
-FILL = ("busy", "begun", "left", "error", "row", "load", "least", "epoch", "shown", "nbytes")
-"""A piece: whether these words are in use; 1 as soon as its slot has been taken, 2 if the epoch changed before; how
-many transfers are left; whether one failed; the slot's row (0: it is resident), its load number, what has to have been
-released before (`SlotTable.wait_free`), and the epoch; whether Python wants to see its end; its bytes.
+FILL = ("busy", "begun", "left", "error", "row", "load", "least", "epoch", "nbytes")
+"""A piece: whether these words are in use; whether its slot has been taken, or nobody wants it any more; how many
+transfers are left; 1 if one failed, or `DROPPED`; the slot's row, its load number, what has to have been released
+before (`SlotTable.wait_free`), and the epoch; its bytes. With a row of 0 Python has its place and wants to see its end.
 """
 
 CALL = ("shared", "fill", "address", "nbytes", "offset", "count", "kind")
@@ -36,7 +36,7 @@ CALL = ("shared", "fill", "address", "nbytes", "offset", "count", "kind")
 
 ENDED, READ, FINISH = 0, 1, 2
 DROPPED = 2
-"""In `begun` and `error`."""
+"""In `error`: the epoch changed before the piece had its slot."""
 
 _WAIT_NS = 500_000_000
 
@@ -67,7 +67,7 @@ define internal i64 @now(ptr %shared) {{
 define internal void @wake(ptr %shared, ptr %word, i64 %count) {{
   %syscall_at = {shared("syscall")}
   %syscall = load ptr, ptr %syscall_at
-  call i64 (i64, ...) %syscall(i64 {number}, ptr %word, i64 1, i64 %count, ptr null, ptr null, i64 0)
+  call i64 (i64, ...) %syscall(i64 {number}, ptr %word, i64 {futex.WAKE}, i64 %count, ptr null, ptr null, i64 0)
   ret void
 }}
 
@@ -98,6 +98,8 @@ define internal i64 @reading(ptr %shared, i64 %now) {{
   ret i64 %sum
 }}
 
+; Since when pieces are in flight is written before this one counts, for whoever ends then, and again if it counts
+; alone: the one that was in flight may have ended meanwhile.
 define internal void @begin_piece(ptr %shared) {{
 entry:
   %now = call i64 @now(ptr %shared)

@@ -34,7 +34,7 @@ def obstacle(flags: Set[str] | None = None) -> str | None:
         return missing
     if flags is None and machine_layout() != LAYOUT:
         return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
-    return _without_compiler()
+    return compiler_obstacle()
 
 
 def floats_obstacle(flags: Set[str] | None = None) -> str | None:
@@ -45,7 +45,7 @@ def floats_obstacle(flags: Set[str] | None = None) -> str | None:
         return missing
     if flags is None and machine_layout() == "plain":
         return f"ATEN_CPU_CAPABILITY is {os.environ.get('ATEN_CPU_CAPABILITY')}"
-    return _without_compiler()
+    return compiler_obstacle()
 
 
 def instruction_set() -> InstructionSet | None:
@@ -100,10 +100,6 @@ def _missing(needed: Set[str], flags: Set[str] | None = None) -> str | None:
     return f"this processor has no {', '.join(name.upper() for name in missing)}" if missing else None
 
 
-def _without_compiler() -> str | None:
-    return "llvmlite is not installed" if importlib.util.find_spec("llvmlite") is None else None
-
-
 def compiler_obstacle() -> str | None:
     """Why nothing at all can be compiled here, in words for the user; None if something can."""
-    return _without_compiler()
+    return "llvmlite is not installed" if importlib.util.find_spec("llvmlite") is None else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from pipo_ray.compiled.support import compiler_obstacle
 from pipo_ray.errors import StoreError
 from pipo_ray.pipeline import futex
 from pipo_ray.pipeline.drive import Drive
-from pipo_ray.pipeline.loader import Loader, LoaderCounters, as_pipo_error
-from pipo_ray.pipeline.order import LoadOrder
-from pipo_ray.pipeline.slots import U8, SlotTable, StoppedError
+from pipo_ray.pipeline.loader import Done, Loader, LoaderCounters, as_pipo_error
+from pipo_ray.pipeline.slots import StoppedError
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import Piece
 
@@ -32,8 +30,6 @@ _FEED_S = 0.05
 _WORD = {name: at for at, name in enumerate(SHARED)}
 _OF_FILL = {name: at for at, name in enumerate(FILL)}
 _OF_CALL = {name: at for at, name in enumerate(CALL)}
-
-Done = Callable[[Exception | None], None]
 
 
 def make_loader(drive: Drive, *what: Any, folder: Path | None, trace: TraceWriter = NO_TRACE, **options: Any) -> Loader:
@@ -66,28 +62,16 @@ class CompiledLoader(Loader):
     byte on.
     """
 
-    def __init__(
-        self,
-        drive: Drive,
-        pieces: Sequence[Piece],
-        loads: LoadOrder,
-        table: SlotTable,
-        slots: Sequence[U8],
-        residents: Sequence[U8],
-        *,
-        folder: Path | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(drive, pieces, loads, table, slots, residents, **options)
+    def __init__(self, *what: Any, folder: Path | None = None, **options: Any) -> None:
+        super().__init__(*what, **options)
         self._code = ReadingCode(folder)
         self._shared = context_of([0] * len(SHARED))
         self._ring = context_of([0] * (RING * ENTRY_WORDS))
         self._words = context_of([0] * (_FILLS * len(FILL)))
         self._fills: list[_Fill | None] = [None] * _FILLS
         self._next_fill = 0
-        self._counting = threading.Lock()
         known = {
-            "asked_at": table.asked_address(self._number), "header": table.header_address,
+            "asked_at": self._table.asked_address(self._number), "header": self._table.header_address,
             "ring": ctypes.addressof(self._ring), "number": self._number, **self._code.functions,
         }  # fmt: skip
         for name, value in known.items():
@@ -115,13 +99,8 @@ class CompiledLoader(Loader):
         if self._table.is_loaded(slot, load):
             return
         before = self._loads.load_before(load, first_load)
-
-        def done(error: Exception | None) -> None:
-            self._note(error)
-            self._table.finish_fill(slot, load, failed=error is not None)
-
         place = (self._table.slot_address(slot), load, 0 if before is None else before + 1, epoch)
-        self._hand_out(piece, self._slots[slot], done, place, epoch)
+        self._hand_out(piece, self._slots[slot], self._slot_filled(slot, load), place, epoch)
 
     def _read(self, piece: Piece, memory: memoryview, done: Done, labels: Mapping[str, object]) -> None:
         self._hand_out(piece, memory, done, (0, 0, 0, 0), None)
@@ -135,15 +114,14 @@ class CompiledLoader(Loader):
         step = max(self._transfer_bytes, -(-piece.read_bytes // _MOST_PARTS // 4096) * 4096)
         starts = range(0, piece.read_bytes, step)
         self._wait_for_room(len(starts), epoch)
-        shown = place[0] == 0
-        if shown and self._checksums is not None:
+        if place[0] == 0 and self._checksums is not None:
             self._checksums.expect(piece)
         descriptor = self._descriptor(piece)
         number = self._next_fill
         self._next_fill = (number + 1) % _FILLS
         self._fills[number] = _Fill(piece, done, memory[: piece.read_bytes])
         at = number * len(FILL)
-        self._words[at : at + len(FILL)] = [1, 0, len(starts), 0, *place, int(shown), piece.read_bytes]
+        self._words[at : at + len(FILL)] = [1, 0, len(starts), 0, *place, piece.read_bytes]
         fill = self._at_words + 8 * at
         address = np.frombuffer(memory, np.uint8).ctypes.data
         head = self._shared[_WORD["head"]]
@@ -226,18 +204,7 @@ class CompiledLoader(Loader):
                 self._table.note_buffered(self._number)
 
     def _finish(self, fill: _Fill, call: int) -> None:
-        error = fill.error
-        if self._checksums is not None and error is not None:
-            self._checksums.missed(fill.piece)
-        elif self._checksums is not None:
-            try:
-                self._checksums.check(fill.piece, np.frombuffer(fill.memory, np.uint8))
-            except Exception as mismatch:
-                error = as_pipo_error(mismatch, fill.piece)
-        with self._counting:
-            self.counters.bytes_read += fill.piece.read_bytes
-            self.counters.pieces_read += 1
-        fill.done(error)
+        fill.done(self._checked(fill.piece, fill.memory, fill.error))
         self._code.piece_over(call)
 
     # -- counters

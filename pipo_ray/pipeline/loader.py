@@ -20,6 +20,8 @@ from pipo_ray.pipeline.slots import U8, SlotTable, StoppedError
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import Piece
 
+Done = Callable[[Exception | None], None]
+
 _SHORTEST_S = 50e-6
 """A shorter wait for a slot is none: looking at its state takes as long."""
 
@@ -44,7 +46,7 @@ class LoaderCounters:
 class _Fill:
     """A piece being read in several transfers; the last one to end finishes it."""
 
-    def __init__(self, parts: int, done: Callable[[Exception | None], None]) -> None:
+    def __init__(self, parts: int, done: Done) -> None:
         self._left = parts
         self._lock = threading.Lock()
         self._done = done
@@ -219,13 +221,19 @@ class Loader:
             self._trace_wait(begin, {"piece": piece.block, "slot": slot, "load": load})
         self._table.begin_fill(slot, load, self._number)
 
+        self._read(
+            piece, self._slots[slot][: piece.read_bytes], self._slot_filled(slot, load),
+            {"piece": piece.block, "slot": slot, "load": load},
+        )  # fmt: skip
+
+    def _slot_filled(self, slot: int, load: int) -> Done:
+        """What is to be done when `slot` holds load number `load`, or could not be filled."""
+
         def done(error: Exception | None) -> None:
             self._note(error)
             self._table.finish_fill(slot, load, failed=error is not None)
 
-        self._read(
-            piece, self._slots[slot][: piece.read_bytes], done, {"piece": piece.block, "slot": slot, "load": load}
-        )
+        return done
 
     def _trace_wait(self, begin: float, labels: Mapping[str, object]) -> None:
         """The part of a wait for a slot, until now, in which nothing was read: only the dispatcher begins a read."""
@@ -240,9 +248,7 @@ class Loader:
     # -- reading
     # --------------------------------------------------------------------------------------------------------
 
-    def _read(
-        self, piece: Piece, memory: memoryview, done: Callable[[Exception | None], None], labels: Mapping[str, object]
-    ) -> None:
+    def _read(self, piece: Piece, memory: memoryview, done: Done, labels: Mapping[str, object]) -> None:
         begin = time.perf_counter()
         if self._checksums is not None:
             self._checksums.expect(piece)
@@ -252,16 +258,8 @@ class Loader:
             self._in_flight += 1
 
         def finish(error: Exception | None) -> None:
-            if error is not None and self._checksums is not None:
-                self._checksums.missed(piece)
-            elif self._checksums is not None:
-                try:
-                    self._checksums.check(piece, np.frombuffer(memory, np.uint8))
-                except Exception as mismatch:
-                    error = as_pipo_error(mismatch, piece)
+            error = self._checked(piece, memory, error)
             now = time.perf_counter()
-            self.counters.bytes_read += piece.read_bytes
-            self.counters.pieces_read += 1
             self._trace.add("weight load", begin, now, {**labels, "bytes": piece.read_bytes})
             done(error)
             with self._in_flight_changed:
@@ -293,6 +291,20 @@ class Loader:
             fill.part_done(error)
 
         return transfer
+
+    def _checked(self, piece: Piece, memory: memoryview, error: Exception | None) -> Exception | None:
+        """Count `piece`, which was read into `memory`; what is wrong with it: `error`, or its checksum."""
+        if self._checksums is not None and error is not None:
+            self._checksums.missed(piece)
+        elif self._checksums is not None:
+            try:
+                self._checksums.check(piece, np.frombuffer(memory, np.uint8))
+            except Exception as mismatch:
+                error = as_pipo_error(mismatch, piece)
+        with self._in_flight_changed:
+            self.counters.bytes_read += piece.read_bytes
+            self.counters.pieces_read += 1
+        return error
 
     def _ask_drive(self, change: int) -> None:
         """A transfer begins (1), or has ended (-1): the drive has answered."""

@@ -99,7 +99,7 @@ def test_what_a_processor_without_16_bit_arithmetic_multiplies(
     assert (reason is None) == small
     assert small or "this processor has no AVX512" in str(reason)
     assert (support.machine_panel_bytes() < 2 << 20) == small
-    monkeypatch.setattr(support, "_without_compiler", lambda: "llvmlite is not installed")
+    monkeypatch.setattr(support, "compiler_obstacle", lambda: "llvmlite is not installed")
     found, reason = support.low_bit_support()
     assert found == layouts[:1]
     assert (reason == "llvmlite is not installed") == small

@@ -21,7 +21,7 @@ from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import SweepPlan
-from pipo_ray.prepare import cache_folder
+from pipo_ray.prepare import code_folder
 from pipo_ray.store.manifest import StoredBlock
 
 PAGE = 4096
@@ -84,11 +84,6 @@ def kind_of_loader() -> Callable[..., Loader]:
     if os.environ.get("PIPO_TEST_LOADER") == "python":
         return lambda *what, folder, **options: Loader(*what, **options)
     return make_loader
-
-
-def code_folder() -> Path:
-    """Where machine code is kept."""
-    return cache_folder() / "machine-code"
 
 
 def main() -> None:

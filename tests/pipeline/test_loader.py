@@ -21,7 +21,7 @@ from typing import TypeVar
 import pytest
 import torch
 from pipeline.fake_store import SLOT_BYTES, FakeStore, aligned, make_store
-from pipeline.loader_process import Shared, code_folder, kind_of_loader, loads_in
+from pipeline.loader_process import Shared, kind_of_loader, loads_in
 
 from pipo_ray.errors import DriveError, MisreadError, StoreError
 from pipo_ray.pipeline import drive_watch, polite_drive
@@ -33,6 +33,7 @@ from pipo_ray.pipeline.polite_drive import PoliteDrive
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotTable, StoppedError
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.pipeline.weight_stream import HostStream
+from pipo_ray.prepare import code_folder
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
