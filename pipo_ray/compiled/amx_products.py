@@ -16,6 +16,9 @@ from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.machine import MachineCode, context_of
 from pipo_ray.compiled.part_run import Step
 
+_FIELDS = (*amx.FIELDS, *Bf16Rows.fields)
+_WEIGHT, _OUTPUT, _BIAS = (_FIELDS.index(name) for name in ("weight", "output", "bias"))
+
 
 @dataclass(frozen=True)
 class AmxRows:
@@ -30,19 +33,17 @@ class AmxRows:
     bias_stride: int
     output: torch.Tensor
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
         """See `RowsProduct`: one product for each of the inputs' parts."""
-        rows, output_bytes = stop - start, 2 * self.output.stride(0)
-        bias = self.bias.data_ptr() + start * self.bias_stride
-        output = self.output.data_ptr() + 2 * start
+        output, output_bytes = self.output.data_ptr(), 2 * self.output.stride(0)
         made: list[Step] = []
         for memory, num_inputs in self.inputs.parts:
             words = (
                 memory.data_ptr(), output, num_inputs, self.columns, rows, 0, output_bytes,
-                *shares(rows, num_inputs, Bf16Rows.block_rows, torch.get_num_threads()), address, row_bytes, bias,
-                self.bias_stride,
+                *shares(rows, num_inputs, Bf16Rows.block_rows, torch.get_num_threads()), 0, row_bytes,
+                self.bias.data_ptr(), self.bias_stride,
             )  # fmt: skip
-            made.append((self.function, words))
+            made.append(Step(self.function, words, _WEIGHT, {_OUTPUT: 2, _BIAS: self.bias_stride}))
             output += num_inputs * output_bytes
         return made
 
@@ -72,9 +73,9 @@ class CompiledAmx:
         `bias` bf16 [out] or None. The rows of `weight` and of `output` are contiguous.
         """
         product = self.rows_product(inputs, weight.shape[1], bias, output)
-        for function, words in product.steps(0, len(weight), weight.data_ptr(), 2 * weight.stride(0)):
-            context = context_of(words)
-            run_on_threads(function, ctypes.addressof(context), folder=self._folder)
+        for step in product.steps(len(weight), 2 * weight.stride(0)):
+            context = context_of(step.at(weight.data_ptr()))
+            run_on_threads(step.function, ctypes.addressof(context), folder=self._folder)
 
     def rows_product(
         self, inputs: PackedInputs, columns: int, bias: torch.Tensor | None, output: torch.Tensor

@@ -15,6 +15,8 @@ from pipo_ray.compiled.part_run import Step
 from pipo_ray.compiled.row_products import inputs_at_once, product_name, rows_at_once
 from pipo_ray.compiled.steps import Steps
 
+_WEIGHT, _OUTPUT, _BIAS = (bf16.FIELDS.index(name) for name in ("weight", "output", "bias"))
+
 
 @dataclass(frozen=True)
 class Bf16Rows:
@@ -28,13 +30,11 @@ class Bf16Rows:
     bias_stride: int
     output: torch.Tensor
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
         """See `RowsProduct`."""
-        bias = self.bias.data_ptr() + start * self.bias_stride
-        output = self.output.data_ptr() + 2 * start
-        shape = 1, stop - start, len(self.inputs)
-        words = _words(self.inputs.data_ptr(), address, bias, output, *shape, row_bytes, self.bias_stride)
-        return [(self.function, words)]
+        places = self.inputs.data_ptr(), 0, self.bias.data_ptr(), self.output.data_ptr()
+        words = _words(*places, 1, rows, len(self.inputs), row_bytes, self.bias_stride)
+        return [Step(self.function, words, _WEIGHT, {_OUTPUT: 2, _BIAS: self.bias_stride})]
 
 
 class CompiledBf16:

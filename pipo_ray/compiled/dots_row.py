@@ -10,6 +10,8 @@ from pipo_ray.compiled import float_dots
 from pipo_ray.compiled.part_run import Step
 from pipo_ray.compiled.row_products import rows_at_once
 
+_WEIGHT, _OUTPUT, _BIAS = (float_dots.ROW_FIELDS.index(name) for name in ("weight", "output", "bias"))
+
 
 @dataclass(frozen=True)
 class DotsRow:
@@ -25,12 +27,12 @@ class DotsRow:
     bias_bytes: int
     output: torch.Tensor
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
         """See `RowsProduct`."""
-        rows, columns = stop - start, len(self.inputs)
+        columns = len(self.inputs)
         words = (
-            self.inputs.data_ptr(), address, self.output.data_ptr() + 2 * start, 1, columns, rows, 0, row_bytes,
+            self.inputs.data_ptr(), 0, self.output.data_ptr(), 1, columns, rows, 0, row_bytes,
             rows_at_once(2 * columns, float_dots.rows_side_by_side(1)), rows, 0,
-            self.scale.data_ptr(), 0, self.bias.data_ptr() + start * self.bias_bytes, self.bias_bytes,
+            self.scale.data_ptr(), 0, self.bias.data_ptr(), self.bias_bytes,
         )  # fmt: skip
-        return [(self.function, words)]
+        return [Step(self.function, words, _WEIGHT, {_OUTPUT: 2, _BIAS: self.bias_bytes})]

@@ -133,7 +133,7 @@ class CompiledFloats:
         product = self.rows_product(inputs, bias, output, scales)
         size = weight.element_size()
         panel = None if weight.dim() == 2 else (weight.shape[1], size * weight.stride(0))
-        context = context_of(product.words(0, output.shape[1], weight.data_ptr(), size * weight.stride(-2), panel))
+        context = context_of(product.words(output.shape[1], weight.data_ptr(), size * weight.stride(-2), panel))
         run_on_threads(product.function, ctypes.addressof(context), False, self._folder)
 
     def rows_product(

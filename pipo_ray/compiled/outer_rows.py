@@ -13,6 +13,7 @@ from pipo_ray.compiled.part_run import Step
 from pipo_ray.compiled.thread_shares import end, parts
 from pipo_ray.compiled.widened import LANES
 
+_WEIGHT, _OUTPUT, _SCALES, _BIAS = (float_outer.FIELDS.index(name) for name in ("weight", "output", "scales", "bias"))
 _ROW_COST = 0.15
 _GROUP_COST = 1.5
 """What it takes to widen a row of the weight, and to bring a group of inputs near, when a row times a group takes 1."""
@@ -37,24 +38,23 @@ class OuterRows:
         self._scales, self._bias = _of_rows(scales, 1.0), _of_rows(bias, -0.0)
         self._num_threads = torch.get_num_threads()
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
         """See `RowsProduct`."""
-        return [(self.function, self.words(start, stop, address, row_bytes))]
+        moves = {_OUTPUT: 2, _SCALES: self._scales[1], _BIAS: self._bias[1]}
+        return [Step(self.function, self.words(rows, 0, row_bytes), _WEIGHT, moves)]
 
-    def words(
-        self, start: int, stop: int, address: int, row_bytes: int, panel: tuple[int, int] | None = None
-    ) -> tuple[int, ...]:
-        """The context (`float_outer.FIELDS`). In panels of so many rows, those are `panel[1]` bytes apart."""
-        memory, rows = self._inputs.memory, stop - start
+    def words(self, rows: int, address: int, row_bytes: int, panel: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """The context (`float_outer.FIELDS`) of the product with the first rows. In panels of so many rows, those are
+        `panel[1]` bytes apart.
+        """
+        memory = self._inputs.memory
         groups, columns, _ = memory.shape
         rows_at_once, groups_at_once = shares(rows, groups, self._inputs.vectors, self._num_threads)
-        (scales, scale_bytes), (bias, bias_bytes) = (
-            (numbers.data_ptr() + start * stride, stride) for numbers, stride in (self._scales, self._bias)
-        )
+        (scales, scale_bytes), (bias, bias_bytes) = self._scales, self._bias
         return (
-            memory.data_ptr(), address, self._output.data_ptr() + 2 * start, groups, columns, rows, 0, row_bytes,
+            memory.data_ptr(), address, self._output.data_ptr(), groups, columns, rows, 0, row_bytes,
             rows_at_once, *(panel or (rows, 0)), groups_at_once, self._inputs.num_rows, 2 * self._output.stride(0),
-            scales, scale_bytes, bias, bias_bytes,
+            scales.data_ptr(), scale_bytes, bias.data_ptr(), bias_bytes,
         )  # fmt: skip
 
 

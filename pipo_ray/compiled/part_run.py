@@ -2,9 +2,9 @@
 
 Between two products Python would find every cache full of weights: what it does there in 40 us takes 280. So all that
 it does for a part is done before the first of them: where the part will be, by which load number it is known (see
-`pipo_ray/pipeline/slots.py`), and what multiplies it. Machine code looks whether a part is there, multiplies, and
-releases the slot. It never sleeps: where a part is not there yet, or cannot be read, it comes back, and Python waits
-for that part or raises, as for any other.
+`pipo_ray/pipeline/slots.py`), and what multiplies it. Machine code looks whether a part is there, sleeps until it is,
+multiplies, and releases the slot. A part that is long in coming, or cannot be read, it leaves to Python, which waits
+for it or raises, as for any other.
 
 All threads run this code, and share each part's product among them. Who finds nothing left of a part goes on to the
 next one: nobody waits at the end of a small part for a thread that came late, or whose core the loader had meanwhile.
@@ -13,20 +13,24 @@ The last one out of a part releases it.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from pipo_ray.compiled.crew import run_on_threads
-from pipo_ray.compiled.machine import MachineCode, context_of
+from pipo_ray.compiled.kernel_calls import kernel_calls, library_function
+from pipo_ray.compiled.machine import MachineCode
 from pipo_ray.pipeline import futex
 from pipo_ray.pipeline.slots import CONSUMED_BYTE, LOAD_BYTE, RELEASED_BYTE, SlotState
 
-FIELDS = ("parts", "steps", "count", "done", "header", "syscall", "working", "stopped")
+FIELDS = ("parts", "steps", "count", "done", "header", "syscall", "clock_gettime", "working", "stopped", "waited")
 """The context of `RUN`, 64-bit words: addresses of the parts and of the steps; how many parts there are, and how many
-of them are done, from where it goes on; addresses of the slot table's header and of the C library's `syscall`; how many
-threads are within a part; and whether one has left because the next part was not there, so that the others do, too.
+of them are done, from where it goes on; addresses of the slot table's header and of two functions of the C library; how
+many threads are within a part; whether one has left because the next part did not come, so that the others do, too; and
+nanoseconds for which they slept because a part was not there.
 """
 
 RUN = "run_parts"
@@ -39,20 +43,37 @@ within it, and whether it is over.
 """
 _STEP_WORDS = 2  # function, context
 _LOOKS = 1_000
-"""So often a thread looks for the next part when no other is within one any more, some 0.01 to 0.05 ms, and leaves.
-Coming back takes Python more: its caches are full of weights.
-"""
+"""So often a thread looks for the next part when no other is within one any more, some 0.01 to 0.05 ms, and sleeps."""
+_PATIENCE_NS = 100_000_000
+"""So long it sleeps for one part, at most twice that. Then Python waits, which sees when all are to stop."""
 
-Step = tuple[int, tuple[int, ...]]
-"""The address of a function, and its context's words."""
+Int64s = npt.NDArray[np.int64]
+
+
+class Step(NamedTuple):
+    """A call of the function at address `function` with the first rows of a matrix, which are at address 0: `words` are
+    its context. Elsewhere the word number `address_at` has the address of the first row; and behind other rows each
+    word in `moves` is so many bytes further for each of them.
+    """
+
+    function: int
+    words: tuple[int, ...]
+    address_at: int
+    moves: Mapping[int, int]
+
+    def at(self, address: int) -> list[int]:
+        """The context where the matrix is at `address`."""
+        words = list(self.words)
+        words[self.address_at] += address
+        return words
 
 
 class RowsProduct(Protocol):
     """Products of the same inputs with rows of a matrix, each into its columns of the same output."""
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[Step]:
-        """The product with rows `start:stop`, which begin at `address` and are `row_bytes` apart: functions that
-        threads share. What they point to lives as long as this object, and as the rows do.
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
+        """The product with so many rows, which are `row_bytes` apart: functions that threads share, as many whatever
+        the number of rows. What they point to lives as long as this object.
         """
         ...
 
@@ -60,9 +81,10 @@ class RowsProduct(Protocol):
 def module() -> str:
     """The function that runs parts. All that others see is written in the order of `SlotTable.release`."""
     fields = "\n".join(f"  %{name}_at = getelementptr i8, ptr %context, i64 {8 * n}" for n, name in enumerate(FIELDS))
-    pointers = "\n".join(f"  %{n} = load ptr, ptr %{n}_at" for n in ("parts", "steps", "header", "syscall"))
-    wake = f"i64 {futex.NUMBER or 0}, ptr %row, i64 {futex.WAKE}, i64 {futex.WAKE_ALL}, ptr null, ptr null, i64 0"
+    addresses = ("parts", "steps", "header", "syscall", "clock_gettime")
+    pointers = "\n".join(f"  %{n} = load ptr, ptr %{n}_at" for n in addresses)
     return f"""
+{kernel_calls(_PATIENCE_NS)}
 declare i64 @llvm.umax.i64(i64, i64)
 declare void @llvm.x86.sse2.pause()
 
@@ -140,7 +162,7 @@ free:
   call void @raise_to(ptr %consumed_at, i64 %after)
   call void @raise_to(ptr %released_at, i64 %after)
   store atomic i32 {SlotState.FREE:d}, ptr %row release, align 4
-  call i64 (i64, ...) %syscall({wake})
+  call void @futex_wake(ptr %syscall, ptr %row, i64 {futex.WAKE_ALL})
   br label %end
 end:
   ret void
@@ -159,7 +181,8 @@ next:
   %more = icmp ult i64 %index, %count
   br i1 %more, label %look, label %end
 look:
-  %looks = phi i64 [0, %next], [%looks_next, %look_again]
+  %looks = phi i64 [0, %next], [%looks_next, %look_again], [%looks_next, %sleep]
+  %slept = phi i64 [0, %next], [%slept, %look_again], [%slept_now, %sleep]
   %part = call ptr @part(ptr %parts, i64 %index)
   %others_left = load atomic i64, ptr %stopped_at monotonic, align 8
   %all_stay = icmp eq i64 %others_left, 0
@@ -173,18 +196,41 @@ absent:
   %is_behind = icmp ult i64 %index, %done_now
   br i1 %is_behind, label %pass, label %patient
 patient:
-  ; Who left while another one computes would have it go on alone, or come back as well.
+  ; Who sleeps while another one computes has to be woken for the next part.
   %at_work = load atomic i64, ptr %working_at monotonic, align 8
   %nobody = icmp eq i64 %at_work, 0
   %one_more = zext i1 %nobody to i64
   %looks_next = add i64 %looks, %one_more
   %again = icmp ult i64 %looks_next, {_LOOKS}
-  br i1 %again, label %look_again, label %leave
+  %awake = select i1 %nobody, i1 %again, i1 true
+  br i1 %awake, label %look_again, label %comes
 look_again:
   call void @llvm.x86.sse2.pause()
   br label %look
+comes:
+  ; From these states it gets to another one, and whoever brings that about wakes. READY is of another load here, which
+  ; is nobody's in these parts.
+  %row = load ptr, ptr %part
+  %state = load atomic i32, ptr %row acquire, align 4
+  %is_free = icmp eq i32 %state, {SlotState.FREE:d}
+  %is_filling = icmp eq i32 %state, {SlotState.FILLING:d}
+  %on_its_way = or i1 %is_free, %is_filling
+  %patient_yet = icmp ult i64 %slept, {_PATIENCE_NS}
+  %waits = and i1 %on_its_way, %patient_yet
+  br i1 %waits, label %sleep, label %leave
+sleep:
+  %lies_down = call i64 @time_ns(ptr %clock_gettime)
+  call void @futex_wait(ptr %syscall, ptr %row, i32 %state)
+  %gets_up = call i64 @time_ns(ptr %clock_gettime)
+  %night = sub i64 %gets_up, %lies_down
+  %slept_now = add i64 %slept, %night
+  br label %look
 leave:
-  store atomic i64 1, ptr %stopped_at monotonic, align 8
+  %first_to_leave = cmpxchg ptr %stopped_at, i64 0, i64 1 seq_cst seq_cst
+  %tells = extractvalue {{ i64, i1 }} %first_to_leave, 1
+  br i1 %tells, label %tell, label %end
+tell:
+  atomicrmw add ptr %waited_at, i64 %slept seq_cst
   br label %end
 
 enter:
@@ -192,7 +238,12 @@ enter:
   %within_at = getelementptr i8, ptr %part, i64 32
   %over_at = getelementptr i8, ptr %part, i64 40
   atomicrmw add ptr %working_at, i64 1 seq_cst
-  atomicrmw add ptr %within_at, i64 1 seq_cst
+  %before = atomicrmw add ptr %within_at, i64 1 seq_cst
+  %was_over = load atomic i64, ptr %over_at seq_cst, align 8
+  %comes_early = or i64 %before, %was_over
+  %is_first = icmp eq i64 %comes_early, 0
+  %counted_sleep = select i1 %is_first, i64 %slept, i64 0
+  atomicrmw add ptr %waited_at, i64 %counted_sleep seq_cst
   call void @multiply(ptr %part, ptr %steps)
   %within = atomicrmw sub ptr %within_at, i64 1 seq_cst
   atomicrmw sub ptr %working_at, i64 1 seq_cst
@@ -238,57 +289,80 @@ class PartRunner:
         self.folder = folder
         self._code = MachineCode(module(), folder)
         self.function = self._code.address(RUN)
-        self.syscall = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0
 
 
-class Part(NamedTuple):
-    """A part that is known by its row in the slot table, an address, and its load number, or RESIDENT; and what is done
-    with it.
+class Parts(NamedTuple):
+    """The parts of a matrix in the order in which they are used: the addresses of their rows in the slot table, and
+    load numbers, or RESIDENT; the first row of the matrix that each has, how many it has, and where those lie. Each
+    int64 [parts].
     """
 
-    row: int
-    load: int
-    steps: Sequence[Step]
+    table_row: Int64s
+    load: Int64s
+    first: Int64s
+    rows: Int64s
+    address: Int64s
 
 
 class PartRun:
-    """`parts` in the order in which they are used. `header` is the address of the slot table that knows of them. What
-    their steps point to has to live as long.
+    """`parts` that are multiplied by the steps that `steps_of` gives for a number of rows. `header` is the address of
+    the slot table that knows of them. What their steps point to has to live as long.
     """
 
-    def __init__(self, runner: PartRunner, header: int, parts: Sequence[Part]) -> None:
+    def __init__(
+        self, runner: PartRunner, header: int, parts: Parts, steps_of: Callable[[int], Sequence[Step]]
+    ) -> None:
         self._runner = runner
-        self._words = self._laid_out(header, parts)
+        self._words = _laid_out(header, parts, steps_of)
+        self._address = self._words.ctypes.data
         self.done = 0
         """How many parts are multiplied, and released."""
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which threads slept because a part was not there yet."""
+        return float(self._words[FIELDS.index("waited")]) / 1e9
+
     def run(self) -> None:
-        """Go on until all parts are done, or the next one is not there, on as many threads as torch computes with.
+        """Go on until all parts are done, or the next one does not come, on as many threads as torch computes with.
 
         Threads sleep afterwards: awake they would take a core from whoever loads.
         """
         self._words[FIELDS.index("stopped")] = 0
-        run_on_threads(self._runner.function, ctypes.addressof(self._words), folder=self._runner.folder)
-        self.done = self._words[FIELDS.index("done")]
+        run_on_threads(self._runner.function, self._address, folder=self._runner.folder)
+        self.done = int(self._words[FIELDS.index("done")])
 
-    def _laid_out(self, header: int, parts: Sequence[Part]) -> Any:
-        """The context, and behind it all that it points to."""
-        steps = [step for part in parts for step in part.steps]
-        at_steps = len(FIELDS) + _PART_WORDS * len(parts)
-        at_contexts = at_steps + _STEP_WORDS * len(steps)
-        words = context_of([0] * (at_contexts + sum(len(context) for _, context in steps)))
-        address = ctypes.addressof(words)
-        filled = [address + 8 * len(FIELDS), address + 8 * at_steps, len(parts), 0, header, self._runner.syscall, 0, 0]
-        first = 0
-        for part in parts:
-            stop = first + len(part.steps)
-            filled += (part.row, part.load, first, stop, 0, 0)
-            first = stop
-        place = address + 8 * at_contexts
-        for function, context in steps:
-            filled += (function, place)
-            place += 8 * len(context)
-        for _, context in steps:
-            filled += context
-        words[:] = filled
-        return words
+
+def _laid_out(header: int, parts: Parts, steps_of: Callable[[int], Sequence[Step]]) -> Int64s:
+    """The context, and behind it all that it points to. For all parts at once: one by one they took Python 0.02 ms
+    each, before the first of them is multiplied.
+    """
+    num_parts = len(parts.load)
+    kinds = {rows: steps_of(rows) for rows in np.unique(parts.rows).tolist()}
+    one = next(iter(kinds.values()))
+    num_steps, num_words = len(one), len(one[0].words)
+    at_steps = len(FIELDS) + _PART_WORDS * num_parts
+    at_contexts = at_steps + _STEP_WORDS * num_steps * num_parts
+    words = np.zeros(at_contexts + num_words * num_steps * num_parts, np.int64)
+    address = words.ctypes.data
+    of_each = words[len(FIELDS) : at_steps].reshape(num_parts, _PART_WORDS)
+    steps = words[at_steps:at_contexts].reshape(num_parts, num_steps, _STEP_WORDS)
+    contexts = words[at_contexts:].reshape(num_parts, num_steps, num_words)
+    words[: FIELDS.index("working")] = (
+        address + 8 * len(FIELDS), address + 8 * at_steps, num_parts, 0, header,
+        library_function("syscall"), library_function("clock_gettime"),
+    )  # fmt: skip
+    of_each[:, 0], of_each[:, 1] = parts.table_row, parts.load
+    of_each[:, 2] = np.arange(0, num_steps * num_parts, num_steps)
+    of_each[:, 3] = of_each[:, 2] + num_steps
+    places = address + 8 * at_contexts + 8 * num_words * np.arange(num_parts * num_steps)
+    steps[:, :, 1] = places.reshape(num_parts, num_steps)
+    for rows, made in kinds.items():
+        these = slice(None) if len(kinds) == 1 else parts.rows == rows
+        for number, step in enumerate(made):
+            steps[these, number, 0] = step.function
+            contexts[these, number] = step.words
+            contexts[these, number, step.address_at] += parts.address[these]
+            for word, row_bytes in step.moves.items():
+                contexts[these, number, word] += parts.first[these] * row_bytes
+    return words

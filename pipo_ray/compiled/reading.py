@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from pipo_ray.compiled.kernel_calls import library_function
 from pipo_ray.compiled.machine import MachineCode, function_at
 from pipo_ray.compiled.reading_words import CALL, DROPPED, ENDED, ENTRY, FILL, FINISH, READ, SHARED, counting, word_at
 from pipo_ray.pipeline import futex
@@ -347,9 +346,7 @@ class ReadingCode:
         # With the GIL: to have it back takes longer than what these do.
         return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._code.address(name))
 
-    @cached_property
+    @property
     def functions(self) -> dict[str, int]:
         """Addresses of the C library's, by their names in SHARED."""
-        library: Any = ctypes.CDLL(None)
-        names = ("syscall", "preadv2", "clock_gettime")
-        return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names}
+        return {name: library_function(name) for name in ("syscall", "preadv2", "clock_gettime")}

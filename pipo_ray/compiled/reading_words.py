@@ -4,7 +4,7 @@ flight, and what the drive is asked for.
 
 from __future__ import annotations
 
-from pipo_ray.pipeline import futex
+from pipo_ray.compiled.kernel_calls import kernel_calls
 
 SHARED = (
     "head", "tail", "bell", "feed", "stop", "in_flight", "busy_since", "reading", "asked", "bytes", "pieces",
@@ -48,38 +48,27 @@ def word_at(base: str, names: tuple[str, ...], field: str) -> str:
 
 def counting() -> str:
     """Functions that the others are made of."""
-    number = futex.NUMBER or 0
     shared = lambda field: word_at("shared", SHARED, field)  # noqa: E731
     return f"""
+{kernel_calls(_WAIT_NS)}
 define internal i64 @now(ptr %shared) {{
-  %time = alloca [2 x i64]
   %clock_at = {shared("clock_gettime")}
   %clock = load ptr, ptr %clock_at
-  %status = call i32 %clock(i32 1, ptr %time)
-  %seconds = load i64, ptr %time
-  %rest_at = getelementptr i64, ptr %time, i64 1
-  %rest = load i64, ptr %rest_at
-  %whole = mul i64 %seconds, 1000000000
-  %ns = add i64 %whole, %rest
+  %ns = call i64 @time_ns(ptr %clock)
   ret i64 %ns
 }}
 
 define internal void @wake(ptr %shared, ptr %word, i64 %count) {{
   %syscall_at = {shared("syscall")}
   %syscall = load ptr, ptr %syscall_at
-  call i64 (i64, ...) %syscall(i64 {number}, ptr %word, i64 {futex.WAKE}, i64 %count, ptr null, ptr null, i64 0)
+  call void @futex_wake(ptr %syscall, ptr %word, i64 %count)
   ret void
 }}
 
 define internal void @sleep(ptr %shared, ptr %word, i32 %value) {{
-  %time = alloca [2 x i64]
-  store i64 0, ptr %time
-  %rest_at = getelementptr i64, ptr %time, i64 1
-  store i64 {_WAIT_NS}, ptr %rest_at
-  %expected = zext i32 %value to i64
   %syscall_at = {shared("syscall")}
   %syscall = load ptr, ptr %syscall_at
-  call i64 (i64, ...) %syscall(i64 {number}, ptr %word, i64 0, i64 %expected, ptr %time, ptr null, i64 0)
+  call void @futex_wait(ptr %syscall, ptr %word, i32 %value)
   ret void
 }}
 

@@ -405,7 +405,7 @@ class Binder:
         behind them.
         """
         alone = self._lanes is None and self._num_lanes == 1
-        is_refused = None in product.rows_products.values()  # asking again for every part would cost more each time
+        is_refused = product.compiled == [None]  # asking again for every part would cost more each time
         if self._part_runs is None or not alone or is_refused or index < open_call.next_streamed:
             return index
         stop = self._part_runs.stop(open_call.index, index, name)

@@ -126,14 +126,15 @@ class CpuProducts:
     def rows_product(
         self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
     ) -> RowsProduct | None:
-        """What multiplies `inputs` with parts of a matrix that are shaped as `weight` [some rows, in], as `linear_into`
-        would, into their columns of `output` [rows, all rows], adding those numbers of `bias` [all rows]. None where
-        the kernel chosen for that is not machine code that can write there by itself.
+        """What multiplies `inputs` with parts of a matrix, `weight` [some rows, in] and others, as `linear_into` would
+        with all rows of the matrix, into their columns of `output` [rows, all rows], adding those numbers of `bias`
+        [all rows]. None where the kernel chosen for that is not machine code that can write there by itself.
         """
         rows, columns = inputs.rows, weight.shape[1]
         if bias is not None and bias.shape != (output.shape[1],):
             return None
-        kernel = self._choose("linear", rows, weight, None if bias is None else bias[: len(weight)])
+        added = None if bias is None else bias[: len(weight)]
+        kernel = self._choose("linear", rows, weight, added, output.shape[1])
         if kernel == "amx" and self._own.amx is not None:
             return self._own.amx.rows_product(inputs.packed(self._own.amx), columns, bias, output)
         if kernel == "compiled" and self._own.compiled is not None and len(rows) == 1:
@@ -161,7 +162,11 @@ class CpuProducts:
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`F.linear`: `inputs` [..., in], `weight` [out, in], `bias` [out] or None; [..., out] in the inputs' dtype."""
-        kernel = self._choose("linear", inputs, weight, bias)
+        return self._linear_by(self._choose("linear", inputs, weight, bias), inputs, weight, bias)
+
+    def _linear_by(
+        self, kernel: Kernel, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         if kernel == "native":
             return F.linear(inputs, weight, bias)
         rows = inputs.reshape(-1, weight.shape[1])
@@ -176,18 +181,21 @@ class CpuProducts:
         return product(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
 
     def linear_into(
-        self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
-    ) -> None:
-        """`linear` of inputs [rows, in] into `output` [rows, out], which may be some columns of a larger matrix."""
+        self, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor,
+        of_rows: int,
+    ) -> None:  # fmt: skip
+        """`linear` of inputs [rows, in] into `output` [rows, out], some columns of a larger matrix. `weight` is part of
+        one of `of_rows` rows, and is multiplied by the kernel that is chosen for all of that, however small the parts.
+        """
         rows = inputs.rows
-        kernel = self._choose("linear", rows, weight, bias)
+        kernel = self._choose("linear", rows, weight, bias, of_rows)
         is_small = len(rows) < _ROWS_IN_PLACE or len(weight) < _COLUMNS_IN_PLACE
         if kernel in _INTO:
             self._own_into(kernel, inputs, weight, bias, output)
         elif kernel == "native" and not is_small:
             _write_linear(rows, weight, bias, output)
         else:
-            output.copy_(self.linear(rows, weight, bias))
+            output.copy_(self._linear_by(kernel, rows, weight, bias))
 
     def matmul(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`inputs @ weight + bias`: `inputs` [..., in], `weight` [in, out], `bias` [out] or None."""
@@ -197,20 +205,29 @@ class CpuProducts:
         rows = inputs.reshape(-1, weight.shape[0])
         return self._wide_matmul(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[1])
 
-    def _choose(self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
+    def _choose(
+        self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        of_rows: int | None = None,
+    ) -> Kernel:  # fmt: skip
+        """For a part of a weight that has `of_rows` rows what is best for all of it: the time of a call, which a small
+        weight's kernel is chosen by, does not come with each part (`part_run.py`).
+        """
         shapes = (
-            layout, inputs.shape, weight.shape, weight.stride(), inputs.dtype, weight.dtype,
+            layout, inputs.shape, weight.shape, weight.stride(), inputs.dtype, weight.dtype, of_rows,
             None if bias is None else (bias.dtype, bias.shape),
         )  # fmt: skip
         kernel = self._chosen.get(shapes)
         if kernel is None:
-            kernel = self._decide(layout, inputs, weight, bias)
+            kernel = self._decide(layout, inputs, weight, bias, of_rows)
             if len(self._chosen) >= _REMEMBERED_SHAPES:
                 self._chosen.clear()
             self._chosen[shapes] = kernel
         return "native" if torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad) else kernel
 
-    def _decide(self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
+    def _decide(
+        self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        of_rows: int | None = None,
+    ) -> Kernel:  # fmt: skip
         """Native too for what the others are not made for: mixed dtypes, and mistakes that torch explains."""
         if weight.dim() != 2:
             return "native"
@@ -226,7 +243,8 @@ class CpuProducts:
             or (bias is not None and (bias.dtype != weight.dtype or bias.shape != (height,)))
         ):
             return "native"
-        return self._profile.choose(layout, inputs.numel() // width, weight.numel(), self._own.without(weight))
+        elements = weight.numel() if of_rows is None else of_rows * width
+        return self._profile.choose(layout, inputs.numel() // width, elements, self._own.without(weight))
 
     def _own_into(
         self, kernel: Kernel, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None,
@@ -348,13 +366,16 @@ class HalfMatrix(torch.Tensor):
             return result
 
 
-def linear_into(inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
-    """`F.linear` of inputs [rows, in] into `output` [rows, out], some columns of a larger matrix.
+def linear_into(
+    inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, of_rows: int
+) -> None:
+    """`F.linear` of inputs [rows, in] into `output` [rows, out], some columns of a larger matrix; `weight` is part of
+    one of `of_rows` rows.
 
     An ordinary product writes there by itself: copied afterwards, a long prompt's columns cost a tenth of the product.
     """
     if type(weight) is HalfMatrix:
-        weight._products.linear_into(inputs, weight.as_subclass(torch.Tensor), bias, output)
+        weight._products.linear_into(inputs, weight.as_subclass(torch.Tensor), bias, output, of_rows)
     elif type(weight) is not torch.Tensor:  # with kernels of its own
         output.copy_(F.linear(inputs.rows, weight, bias))
     else:

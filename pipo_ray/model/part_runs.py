@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from pipo_ray.compiled.part_run import RESIDENT, Part, PartRun, RowsProduct
+import numpy as np
+import numpy.typing as npt
+
+from pipo_ray.compiled.part_run import PartRun, Parts, RowsProduct
 from pipo_ray.model.cpu_linear import CpuProducts
 from pipo_ray.model.piece_views import view_of
 from pipo_ray.model.streamed import SplitProduct
 from pipo_ray.pipeline.weight_stream import HostStream
 from pipo_ray.plan.pieces import PieceTensor, SweepPlan
+
+
+class _Rows(NamedTuple):
+    """Of parts of a matrix: the first row of each, how many it has, and where they begin in its piece, int64 [parts];
+    and the bytes of a row.
+    """
+
+    first: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    row_bytes: int
 
 
 class PartRuns:
@@ -18,6 +32,7 @@ class PartRuns:
     def __init__(self, plan: SweepPlan, stream: HostStream, products: CpuProducts) -> None:
         self._plan, self._stream, self._products = plan, stream, products
         self._stops: dict[tuple[int, int], int] = {}
+        self._kept_rows: dict[int, _Rows] = {}
 
     def stop(self, call: int, index: int, name: str) -> int:
         """Of call number `call`, the index behind the last of the streamed pieces from `index` on that each have rows
@@ -37,31 +52,40 @@ class PartRuns:
         return stop if self._plan.pieces[pieces[index]].tensors[0].name == name else index
 
     def multiply(self, start: int, stop: int, product: SplitProduct) -> int:
-        """Take the parts at positions `start:stop`, multiply with each, and release it. Returns the position behind the
-        last one that machine code multiplies: none, perhaps. Raises as `HostStream.acquire`.
+        """Take the parts at positions `start:stop`, multiply with each, and release it. Returns `stop`, or `start`
+        where machine code does not multiply them. Raises as `HostStream.acquire`.
         """
-        parts: list[Part] = []
-        for position in range(start, stop):
-            (tensor,) = self._plan.pieces[self._plan.order[position]].tensors
-            place = self._stream.place(position)
-            of_rows = self._rows_product(product, tensor, place.memory)
-            if of_rows is None:
-                break
-            row_bytes = tensor.nbytes // tensor.shape[0]
-            steps = of_rows.steps(tensor.row_start, tensor.row_stop, place.address + tensor.offset, row_bytes)
-            parts.append(Part(place.row, RESIDENT if place.load is None else place.load, steps))
-        if not parts:
+        rows_product = self._rows_product(product, start)
+        if rows_product is None:
             return start
-        run = PartRun(self._products.part_runner, self._stream.header_address, parts)
-        behind = start + len(parts)
+        of_parts, places = self._rows_of(start, stop), self._stream.places(start, stop)
+        parts = Parts(places.row, places.load, of_parts.first, of_parts.rows, places.address + of_parts.offset)
+        run = PartRun(
+            self._products.part_runner, self._stream.header_address, parts,
+            lambda rows: rows_product.steps(rows, of_parts.row_bytes),
+        )  # fmt: skip
         try:
-            while start + run.done < behind:
+            while start + run.done < stop:
                 run.run()
-                if start + run.done < behind:
+                if start + run.done < stop:
                     self._stream.wait(start + run.done)
         finally:
-            self._stream.passed(start, start + run.done)
-        return behind
+            self._stream.passed(start, start + run.done, run.waited_s)
+        return stop
+
+    def _rows_of(self, start: int, stop: int) -> _Rows:
+        kept = self._kept_rows.get(start)
+        if kept is None:
+            tensors = [self._tensor(position) for position in range(start, stop)]
+            rows = [tensor.shape[0] for tensor in tensors]
+            kept = self._kept_rows[start] = _Rows(
+                np.array([tensor.row_start for tensor in tensors]), np.array(rows),
+                np.array([tensor.offset for tensor in tensors]), tensors[0].nbytes // rows[0],
+            )  # fmt: skip
+        return kept
+
+    def _tensor(self, position: int) -> PieceTensor:
+        return self._plan.pieces[self._plan.order[position]].tensors[0]
 
     def _only_tensor(self, piece: int) -> PieceTensor | None:
         """The rows of a bf16 matrix that are all that a piece has."""
@@ -69,10 +93,9 @@ class PartRuns:
         is_rows = not tensor.whole and tensor.expert is None and tensor.panels is None and len(tensor.shape) == 2
         return tensor if is_rows and not others and tensor.dtype == "BF16" else None
 
-    def _rows_product(self, product: SplitProduct, tensor: PieceTensor, memory: torch.Tensor) -> RowsProduct | None:
-        """The same for all parts with as many rows."""
-        rows = tensor.shape[0]
-        if rows not in product.rows_products:
-            made = self._products.rows_product(product.inputs, view_of(memory, tensor), product.bias, product.output)
-            product.rows_products[rows] = made
-        return product.rows_products[rows]
+    def _rows_product(self, product: SplitProduct, position: int) -> RowsProduct | None:
+        """The same for all parts."""
+        if not product.compiled:
+            part = view_of(self._stream.memory(position), self._tensor(position))
+            product.compiled.append(self._products.rows_product(product.inputs, part, product.bias, product.output))
+        return product.compiled[0]

@@ -117,8 +117,8 @@ class SplitProduct:
     inputs: ProductInputs
     bias: torch.Tensor | None
     output: torch.Tensor
-    rows_products: dict[int, RowsProduct | None] = field(default_factory=dict)
-    """What machine code makes it of, for parts with so many rows; None where it does not."""
+    compiled: list[RowsProduct | None] = field(default_factory=list)
+    """How machine code makes it, or None where it does not; empty until that was asked."""
 
     def multiply(self, start: int, stop: int, part: torch.Tensor) -> None:
         """Fill the columns of rows `start:stop`, which are `part`."""
@@ -126,7 +126,7 @@ class SplitProduct:
         if type(part) is LowBitMatrix:
             part.product(self.inputs, added, columns)
         else:
-            linear_into(self.inputs, part, added, columns)
+            linear_into(self.inputs, part, added, columns, self.output.shape[1])
 
 
 RowParts = Callable[[SplitProduct | None], Iterator[tuple[int, int, torch.Tensor]]]

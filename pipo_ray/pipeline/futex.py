@@ -12,9 +12,8 @@ import os
 import platform
 
 _SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
-_FUTEX_WAIT = 0
-WAKE, WAKE_ALL = 1, 0x7FFFFFFF
-"""The operation, between processes, and for how many: what machine code that wakes passes."""
+WAIT, WAKE, WAKE_ALL = 0, 1, 0x7FFFFFFF
+"""The operations, between processes, and for how many: what machine code that sleeps and wakes passes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 NUMBER = _SYSCALL_NUMBERS.get(platform.machine())
@@ -34,7 +33,7 @@ def wait(address: int, expected: int, timeout_s: float) -> None:
     seconds = int(timeout_s)
     timespec = _Timespec(seconds, int((timeout_s - seconds) * 1e9))
     result = _libc.syscall(
-        ctypes.c_long(NUMBER), ctypes.c_void_p(address), ctypes.c_int(_FUTEX_WAIT), ctypes.c_uint32(expected),
+        ctypes.c_long(NUMBER), ctypes.c_void_p(address), ctypes.c_int(WAIT), ctypes.c_uint32(expected),
         ctypes.byref(timespec), ctypes.c_void_p(0), ctypes.c_int(0),
     )  # fmt: skip
     if result != 0:

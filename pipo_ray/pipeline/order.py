@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 _ELSEWHERE = -(1 << 40)
 
 
@@ -58,6 +61,7 @@ class LoadOrder:
             assigned.append(free[load])
         free.extend(assigned[r] for r in released[pending:])
         self._assigned = assigned
+        self._ranks, self._assigned_slots = np.array(rank, np.int64), np.array(assigned, np.int64)
         self._last_use = {name: rank for rank, name in enumerate(assigned)}
         earlier: dict[int, int] = {}
         self._use_before: list[int | None] = []
@@ -92,6 +96,16 @@ class LoadOrder:
         sweep, rank = divmod(load, self.loads_per_sweep)
         self._go_to(sweep)
         return self._queue[self._assigned[rank]]
+
+    def places(self, base: int, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of the acquisitions at positions `start:stop` in the sweep whose first load is `base`, none of a piece that
+        is elsewhere: load numbers, and slots; of resident pieces any number below `base`, and -1 minus their rows in
+        the slot table. Each int64 [stop - start].
+        """
+        self._go_to(base // self.loads_per_sweep)
+        ranks = self._ranks[start:stop]
+        slots = np.array(self._queue)[self._assigned_slots[np.maximum(ranks, 0)]]
+        return base + ranks, np.where(ranks < 0, ranks, slots)
 
     def load_before(self, load: int, first: int) -> int | None:
         """The load that had the slot of `load` before it: until that one is released the slot is not free for `load`.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipo_ray.pipeline.order import LoadOrder
@@ -50,22 +52,20 @@ class WeightStream(Protocol):
         """The sweep is given up in the middle: the next one begins at position 0 again."""
 
 
-@dataclass(frozen=True)
-class PiecePlace:
-    """Where the piece at some position is, or will be: `address` of its bytes and `row` of the slot table's row that
-    tells when, `load` by which number it is known there (None: it is resident); see `SlotTable.slot_address`.
+class PiecePlaces(NamedTuple):
+    """Where pieces are, or will be: the slot table's rows that tell when, as addresses, the load numbers by which they
+    are known there (-1: it is resident), and the addresses of their bytes. Each int64 [pieces].
     """
 
-    memory: torch.Tensor
-    address: int
-    row: int
-    load: int | None
+    row: npt.NDArray[np.int64]
+    load: npt.NDArray[np.int64]
+    address: npt.NDArray[np.int64]
 
 
 class HostStream:
     """Pieces used in place: the slot's own memory, seen as a CPU tensor.
 
-    Machine code can take and release them by itself (`place`, `wait`, `passed`) unless it `is_traced`.
+    Machine code can take and release them by itself (`places`, `memory`, `wait`, `passed`) unless it `is_traced`.
     """
 
     def __init__(
@@ -86,8 +86,13 @@ class HostStream:
         self.streams, self.is_traced = loads.loads_per_sweep > 0, trace.enabled
         self.all_stay = not self.streams and not self.is_traced
         self.header_address = table.header_address
-        self._slot_rows = [(table.slot_address(n), slot.data_ptr()) for n, slot in enumerate(slots)]
-        self._resident_rows = [(table.resident_address(n), part.data_ptr()) for n, part in enumerate(residents)]
+        # Slots from the front, residents from the end: -1 is the first one's, as in `LoadOrder.places`.
+        backwards = range(len(residents))[::-1]
+        rows = [*map(table.slot_address, range(len(slots))), *map(table.resident_address, backwards)]
+        self._rows = np.array(rows, np.int64)
+        self._addresses = np.array([memory.data_ptr() for memory in (*slots, *reversed(residents))], np.int64)
+        read_bytes = [self._read_bytes(position) for position in range(len(loads.order))]
+        self._streamed_until = np.cumsum([0, *read_bytes])
         self._acquired_at: dict[int, float] = {}
         self._base = table.restart_sweep(loads.loads_per_sweep)
         table.wait_epoch_seen(table.epoch, stopped)
@@ -112,10 +117,10 @@ class HostStream:
 
     def _wait(self, position: int) -> torch.Tensor:
         memory = self.wait(position)
-        self.times.streamed_bytes += self._streamed_bytes(position)
+        self.times.streamed_bytes += self._read_bytes(position)
         return memory
 
-    def _streamed_bytes(self, position: int) -> int:
+    def _read_bytes(self, position: int) -> int:
         is_resident = self._loads.is_resident(position)
         return 0 if is_resident else self._plan.pieces[self._loads.order[position]].read_bytes
 
@@ -143,29 +148,29 @@ class HostStream:
     # -- for machine code
     # -----------------------------------------------------------------------------------------------
 
-    def place(self, position: int) -> PiecePlace:
-        """Where the piece at `position` will be."""
+    def places(self, start: int, stop: int) -> PiecePlaces:
+        """Where the pieces at positions `start:stop` will be."""
+        loads, slots = self._loads.places(self._base, start, stop)
+        return PiecePlaces(self._rows[slots], np.where(slots < 0, -1, loads), self._addresses[slots])
+
+    def memory(self, position: int) -> torch.Tensor:
+        """Where the bytes of the piece at `position` will be."""
         load = self._loads.load_number(self._base, position)
         if load is None:
-            number = self._loads.resident_row(position)
-            row, address = self._resident_rows[number]
-            return PiecePlace(self._residents[number], address, row, None)
-        slot = self._loads.slot(load)
-        row, address = self._slot_rows[slot]
-        return PiecePlace(self._slots[slot], address, row, load)
+            return self._residents[self._loads.resident_row(position)]
+        return self._slots[self._loads.slot(load)]
 
     def wait(self, position: int) -> torch.Tensor:
         """Wait until the piece at `position` is there; its bytes."""
         load = self._loads.load_number(self._base, position)
         if load is None:
-            row = self._loads.resident_row(position)
-            self.times.waited_s += self._table.wait_resident(row, self._stopped)
-            return self._residents[row]
-        slot = self._loads.slot(load)
-        self.times.waited_s += self._table.wait_ready(slot, load, self._stopped)
-        return self._slots[slot]
+            self.times.waited_s += self._table.wait_resident(self._loads.resident_row(position), self._stopped)
+        else:
+            self.times.waited_s += self._table.wait_ready(self._loads.slot(load), load, self._stopped)
+        return self.memory(position)
 
-    def passed(self, start: int, stop: int) -> None:
-        """The pieces at positions `start:stop` were acquired and released by machine code."""
+    def passed(self, start: int, stop: int, waited_s: float) -> None:
+        """The pieces at positions `start:stop` were acquired and released by machine code, which waited so long."""
+        self.times.waited_s += waited_s
         self.times.acquired += stop - start
-        self.times.streamed_bytes += sum(map(self._streamed_bytes, range(start, stop)))
+        self.times.streamed_bytes += int(self._streamed_until[stop] - self._streamed_until[start])

@@ -23,7 +23,7 @@ from pipo_ray.compiled.float_inputs import PaddedInputs
 from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
-from pipo_ray.compiled.part_run import RESIDENT, Part, PartRun, PartRunner, RowsProduct
+from pipo_ray.compiled.part_run import RESIDENT, PartRun, PartRunner, Parts, RowsProduct, Step
 from pipo_ray.compiled.support import floats_obstacle, obstacle
 from pipo_ray.pipeline.slots import PieceUnreadableError, SlotState, SlotTable, StoppedError
 
@@ -113,14 +113,17 @@ class Matrix:
             self.table.wait_resident(self.residents.index(part), stopped)
 
     def run(self, runner: PartRunner, product: RowsProduct) -> PartRun:
-        parts = []
+        numbers = range(len(self.cuts) - 1)
+        memories = [self.slots[self.slot(part)] if part in self.loads else self.stay[part] for part in numbers]
+        parts = Parts(
+            np.array([self.address(part) for part in numbers]),
+            np.array([self.loads.get(part, RESIDENT) for part in numbers]),
+            np.array(self.cuts[:-1]), np.diff(self.cuts),
+            np.array(product.looks_at if isinstance(product, Probe) else [memory.data_ptr() for memory in memories]),
+        )  # fmt: skip
         self.product = product  # which has to live as long as the run
-        for part in range(len(self.cuts) - 1):
-            rows = self.rows(part)
-            memory = self.slots[self.slot(part)] if part in self.loads else self.stay[part]
-            steps = product.steps(rows.start, rows.stop, memory.data_ptr(), 2 * memory.stride(0))
-            parts.append(Part(self.address(part), self.loads.get(part, RESIDENT), steps))
-        return PartRun(runner, self.table.header_address, parts)
+        row_bytes = 2 * self.weight.shape[1]
+        return PartRun(runner, self.table.header_address, parts, lambda count: product.steps(count, row_bytes))
 
 
 def finish(run: PartRun, matrix: Matrix) -> int:
@@ -147,17 +150,16 @@ class Probe:
             f.store("i64", f.load("i64", f.at(row, 24)), f.at(seen, 8))
             f.store("i64", f.load("i64", f.at(f.field("header", "ptr"), 8)), f.at(seen, 16))
         self._code, self._parts = MachineCode(f.text()), parts
-        self.seen: list[list[int]] = []
-        self._memory = [context_of([99, 99, 99]) for _ in parts.cuts]
+        self._memory = context_of([99] * 3 * len(parts.cuts))
+        self.looks_at = [parts.address(part) for part in range(len(parts.cuts) - 1)]
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[tuple[int, tuple[int, ...]]]:
-        part = self._parts.cuts.index(start)
-        place = ctypes.addressof(self._memory[part])
-        return [(self._code.address("probe"), (self._parts.address(part), self._parts.table.header_address, place, 0))]
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
+        words = (0, self._parts.table.header_address, ctypes.addressof(self._memory), 0)
+        return [Step(self._code.address("probe"), words, 0, {2: 24 // rows})]
 
     def saw(self, part: int) -> tuple[int, int, int]:
         """State, the slot's last released load plus 1, and the table's."""
-        state, released, consumed = self._memory[part]
+        state, released, consumed = self._memory[3 * part : 3 * part + 3]
         return state & 0xFFFFFFFF, released, consumed
 
 
@@ -175,11 +177,10 @@ class Counting:
             place = f.at(sums, f.multiply(task, 8))
             f.store("i64", f.add(f.load("i64", place), number), place)
         self._code, self._parts = MachineCode(f.text()), parts
-        self.sums = [context_of([0] * self.TASKS) for _ in parts.cuts]
+        self.sums = np.zeros((len(parts.cuts), self.TASKS), np.int64)
 
-    def steps(self, start: int, stop: int, address: int, row_bytes: int) -> list[tuple[int, tuple[int, ...]]]:
-        sums = ctypes.addressof(self.sums[self._parts.cuts.index(start)])
-        return [(self._code.address("count"), (address, sums, 0))]
+    def steps(self, rows: int, row_bytes: int) -> list[Step]:
+        return [Step(self._code.address("count"), (0, self.sums.ctypes.data, 0), 0, {1: 8 * self.TASKS})]
 
 
 def test_a_slot_stays_until_the_last_thread_has_left_it(runner: PartRunner, threads: int) -> None:
@@ -263,6 +264,67 @@ def test_a_part_that_cannot_be_read_and_one_that_nobody_brings_end_the_run(runne
             finish(run, parts)
         assert run.done == 1
         assert parts.table.consumed == 1
+
+
+def test_threads_sleep_until_a_part_is_there(runner: PartRunner, threads: int) -> None:
+    """However often one is late: Python is not asked, and knows how long it was."""
+    cuts = list(range(13))
+    weight = torch.arange(1, 13, dtype=torch.int16)[:, None].expand(-1, 4).contiguous().view(torch.bfloat16)
+    parts = Matrix(weight, cuts, residents=(7,))
+    counting = Counting(parts)
+    run = parts.run(runner, counting)
+    late: list[float] = []
+
+    def load() -> None:
+        for part in range(12):
+            if part % 4 == 3:
+                while run._words[part_run.FIELDS.index("done")] < part:
+                    pass
+                begin = time.perf_counter()
+                time.sleep(0.03)
+                late.append(time.perf_counter() - begin)
+            parts.bring(part)
+
+    loader = threading.Thread(target=load)
+    begin = time.perf_counter()
+    loader.start()
+    run.run()
+    took = time.perf_counter() - begin
+    loader.join()
+    assert run.done == 12
+    assert 0.05 < run.waited_s < took
+    assert sum(late) < took
+    for part in range(12):
+        assert list(counting.sums[part]) == [(part + 1) * Counting.TIMES] * Counting.TASKS
+
+
+def test_what_does_not_come_is_left_to_python(runner: PartRunner, threads: int) -> None:
+    parts = Matrix(torch.zeros(4, 2).bfloat16(), [0, 2, 4])
+    run = parts.run(runner, Probe(parts))
+    parts.bring(0)
+    for calls in (1, 2):
+        begin = time.perf_counter()
+        run.run()
+        assert run.done == 1
+        assert 0.1 * calls <= run.waited_s
+        assert time.perf_counter() - begin >= 0.1
+    parts.bring(1)
+    run.run()
+    assert run.done == 2
+
+
+def test_a_failure_wakes_who_sleeps(runner: PartRunner, threads: int) -> None:
+    parts = Matrix(torch.zeros(4, 2).bfloat16(), [0, 2, 4])
+    run = parts.run(runner, Probe(parts))
+    running = threading.Thread(target=run.run)
+    running.start()
+    while running.is_alive() and not _sleeps(running):
+        pass
+    parts.bring(0, failed=True)
+    running.join()
+    assert run.done == 0
+    with pytest.raises(PieceUnreadableError):
+        parts.wait(0)
 
 
 def test_whoever_waits_for_a_slot_is_woken(runner: PartRunner) -> None:

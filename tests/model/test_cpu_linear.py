@@ -31,7 +31,7 @@ from pipo_ray.model.cpu_linear import (
     measure_profile,
 )
 from pipo_ray.model.kept_profiles import ProfilePlaces
-from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Kernel, KernelProfile
+from pipo_ray.model.kernel_profile import KERNELS, SCRATCH_BYTES, SIXTEEN_BIT_LAYOUTS, Cost, Kernel, KernelProfile
 from pipo_ray.model.streamed import SplitMatrix
 
 REASONS: dict[Kernel, str | None] = {
@@ -282,10 +282,34 @@ def test_a_product_goes_to_its_columns_and_no_others(
     part = weight if kernel is None else CpuProducts(always(kernel), own()).bind(weight)
     output = torch.full((rows, columns + 36), 7.0, dtype=dtype)
     mine = output[:, 20 : 20 + columns]
-    linear_into(ProductInputs(inputs), part, bias, mine)
+    linear_into(ProductInputs(inputs), part, bias, mine, columns)
     torch.testing.assert_close(mine.double(), exact, rtol=0.008, atol=1e-2 if kernel else 1e-5)
     assert (output[:, :20] == 7).all()
     assert (output[:, 20 + columns :] == 7).all()
+
+
+@pytest.mark.skipif("outer" in MISSING, reason="no kernels in float32 here")
+def test_a_small_part_is_multiplied_as_all_of_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call takes besides decides for a small weight, and not for the small parts of a large one."""
+    costs = {
+        kernel: Cost(*{"native": (0.0, (1, 2), (1e-9, 2e-9)), "outer": (1e-4, (1, 2), (1e-12, 2e-12))}.get(
+            kernel, (1.0, (1, 2), (1.0, 1.0))
+        )) for kernel in KERNELS["linear"]
+    }  # fmt: skip
+    products = CpuProducts(KernelProfile("bfloat16", torch.get_num_threads(), {"linear": costs}), own())
+    ran: list[str] = []
+    original = CompiledFloats.outer_into
+    monkeypatch.setattr(CompiledFloats, "outer_into", lambda *args: (ran.append("outer"), original(*args))[1])
+    weight, inputs = torch.randn(16, 32).bfloat16(), torch.randn(2, 32).bfloat16()
+    wanted = F.linear(inputs, weight)
+    for all_rows, kernel in ((16, None), (16 * 1000, "outer")):
+        output = torch.zeros(2, all_rows).bfloat16()
+        linear_into(ProductInputs(inputs), products.bind(weight), None, output[:, :16], all_rows)
+        torch.testing.assert_close(output[:, :16], wanted)
+        assert ran == ([] if kernel is None else [kernel])
+        made = products.rows_product(ProductInputs(inputs), weight, None, output)
+        assert (made is None) == (kernel is None)
+    assert products.linear(inputs, weight).equal(wanted)
 
 
 def test_the_scratch_is_all_that_is_taken_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:

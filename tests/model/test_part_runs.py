@@ -65,9 +65,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     positions: list[int] = []
     original = HostStream.passed
 
-    def passed(self: HostStream, start: int, stop: int) -> None:
+    def passed(self: HostStream, start: int, stop: int, waited_s: float) -> None:
         positions.extend(range(start, stop))
-        original(self, start, stop)
+        original(self, start, stop, waited_s)
 
     monkeypatch.setattr(HostStream, "passed", passed)
     return positions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from plan.sweep_strategies import Events, Sweep, steps, sweeps
 
@@ -55,6 +55,26 @@ def test_slots_are_a_queue(case: tuple[SweepPlan, Events, dict[int, int], int]) 
         fresh = LoadOrder(plan.order, plan.releases, resident, num_slots)
         assert [fresh.slot(far + n) for n in range(loads.loads_per_sweep)] == there
         assert [loads.slot(load) for load in range(len(expected))] == expected
+
+
+@given(cases(), st.integers(0, 6), st.data())
+def test_places_of_many_pieces_are_those_of_each(
+    case: tuple[SweepPlan, Events, dict[int, int], int], sweep: int, data: st.DataObject
+) -> None:
+    plan, _, resident, num_slots = case
+    loads = LoadOrder(plan.order, plan.releases, resident, num_slots)
+    assume(loads.loads_per_sweep)
+    base = sweep * loads.loads_per_sweep
+    start, stop = sorted(data.draw(st.integers(0, len(plan.order))) for _ in range(2))
+    numbers, slots = loads.places(base, start, stop)
+    assert len(numbers) == len(slots) == stop - start
+    for position, number, slot in zip(range(start, stop), numbers, slots, strict=True):
+        load = loads.load_number(base, position)
+        if load is None:
+            assert number < base
+            assert slot == -1 - loads.resident_row(position)
+        else:
+            assert (number, slot) == (load, loads.slot(load))
 
 
 @given(cases(), st.randoms(use_true_random=False))
