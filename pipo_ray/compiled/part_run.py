@@ -24,19 +24,16 @@ from pipo_ray.compiled.crew import run_on_threads
 from pipo_ray.compiled.kernel_calls import kernel_calls, library_function
 from pipo_ray.compiled.machine import MachineCode
 from pipo_ray.pipeline import futex
-from pipo_ray.pipeline.slots import CONSUMED_BYTE, LOAD_BYTE, RELEASED_BYTE, SlotState
+from pipo_ray.pipeline.slots import CONSUMED_BYTE, LOAD_BYTE, RELEASED_BYTE, RESIDENT, SlotState
 
 FIELDS = ("parts", "steps", "count", "done", "header", "syscall", "clock_gettime", "working", "stopped", "waited")
 """The context of `RUN`, 64-bit words: addresses of the parts and of the steps; how many parts there are, and how many
 of them are done, from where it goes on; addresses of the slot table's header and of two functions of the C library; how
 many threads are within a part; whether one has left because the next part did not come, so that the others do, too; and
-nanoseconds for which they slept because a part was not there.
+nanoseconds for which who came first slept because a part was not there.
 """
 
 RUN = "run_parts"
-RESIDENT = -1
-"""In place of a load number: the part stays, and is not released."""
-
 _PART_WORDS = 6
 """Address of its row in the slot table, load number, first step, the one behind its last step; how many threads are
 within it, and whether it is over.
@@ -85,15 +82,7 @@ def module() -> str:
     pointers = "\n".join(f"  %{n} = load ptr, ptr %{n}_at" for n in addresses)
     return f"""
 {kernel_calls(_PATIENCE_NS)}
-declare i64 @llvm.umax.i64(i64, i64)
 declare void @llvm.x86.sse2.pause()
-
-define internal void @raise_to(ptr %word, i64 %least) {{
-  %before = load atomic i64, ptr %word monotonic, align 8
-  %after = call i64 @llvm.umax.i64(i64 %before, i64 %least)
-  store atomic i64 %after, ptr %word release, align 8
-  ret void
-}}
 
 define internal ptr @part(ptr %parts, i64 %index) {{
   %offset = mul i64 %index, {8 * _PART_WORDS}
@@ -159,8 +148,9 @@ free:
   %after = add i64 %load, 1
   %consumed_at = getelementptr i8, ptr %header, i64 {CONSUMED_BYTE}
   %released_at = getelementptr i8, ptr %row, i64 {RELEASED_BYTE}
-  call void @raise_to(ptr %consumed_at, i64 %after)
-  call void @raise_to(ptr %released_at, i64 %after)
+  ; Who has released the part behind this one may have been faster.
+  atomicrmw umax ptr %consumed_at, i64 %after seq_cst
+  atomicrmw umax ptr %released_at, i64 %after seq_cst
   store atomic i32 {SlotState.FREE:d}, ptr %row release, align 4
   call void @futex_wake(ptr %syscall, ptr %row, i64 {futex.WAKE_ALL})
   br label %end
@@ -188,6 +178,9 @@ look:
   %all_stay = icmp eq i64 %others_left, 0
   br i1 %all_stay, label %here, label %end
 here:
+  ; Who sleeps expects the state as it was before all that is looked at here.
+  %row = load ptr, ptr %part
+  %state = load atomic i32, ptr %row acquire, align 4
   %there = call i1 @is_there(ptr %part)
   br i1 %there, label %enter, label %absent
 absent:
@@ -208,10 +201,8 @@ look_again:
   call void @llvm.x86.sse2.pause()
   br label %look
 comes:
-  ; From these states it gets to another one, and whoever brings that about wakes. READY is of another load here, which
-  ; is nobody's in these parts.
-  %row = load ptr, ptr %part
-  %state = load atomic i32, ptr %row acquire, align 4
+  ; From these states it gets to READY or FAILED, and whoever brings that about wakes all, whatever they expected. READY
+  ; is of another load here.
   %is_free = icmp eq i32 %state, {SlotState.FREE:d}
   %is_filling = icmp eq i32 %state, {SlotState.FILLING:d}
   %on_its_way = or i1 %is_free, %is_filling

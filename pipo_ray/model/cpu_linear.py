@@ -63,6 +63,8 @@ _COLUMNS_IN_PLACE = 512
 _COLUMNS = 16
 _INTO = {"amx", "dots", "outer"}
 """Kernels that write where the result is wanted."""
+_RUN_PARTS, _RUN_PARTS_OF_A_ROW = {"amx", "outer"}, {"compiled", "dots"}
+"""Those that multiply the parts of a matrix in one call (`part_run.py`), the latter with one row of inputs."""
 _NO_KERNELS = OwnKernels()
 _Made = TypeVar("_Made", PackedInputs, PaddedInputs, GroupedInputs, WordInputs)
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
@@ -185,7 +187,7 @@ class CpuProducts:
         of_rows: int,
     ) -> None:  # fmt: skip
         """`linear` of inputs [rows, in] into `output` [rows, out], some columns of a larger matrix. `weight` is part of
-        one of `of_rows` rows, and is multiplied by the kernel that is chosen for all of that, however small the parts.
+        one of `of_rows` rows, which the kernel is chosen for (`_choose`).
         """
         rows = inputs.rows
         kernel = self._choose("linear", rows, weight, bias, of_rows)
@@ -209,8 +211,8 @@ class CpuProducts:
         self, layout: Layout, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         of_rows: int | None = None,
     ) -> Kernel:  # fmt: skip
-        """For a part of a weight that has `of_rows` rows what is best for all of it: the time of a call, which a small
-        weight's kernel is chosen by, does not come with each part (`part_run.py`).
+        """For a part of a weight that has `of_rows` rows what is best for all of it, if machine code goes from part to
+        part: the time of a call, which a small weight's kernel is chosen by, does not come with each then.
         """
         shapes = (
             layout, inputs.shape, weight.shape, weight.stride(), inputs.dtype, weight.dtype, of_rows,
@@ -243,8 +245,11 @@ class CpuProducts:
             or (bias is not None and (bias.dtype != weight.dtype or bias.shape != (height,)))
         ):
             return "native"
-        elements = weight.numel() if of_rows is None else of_rows * width
-        return self._profile.choose(layout, inputs.numel() // width, elements, self._own.without(weight))
+        num_inputs, without = inputs.numel() // width, self._own.without(weight)
+        kernel = self._profile.choose(layout, num_inputs, (of_rows or height) * width, without)
+        if of_rows is None or kernel in _RUN_PARTS or (kernel in _RUN_PARTS_OF_A_ROW and num_inputs == 1):
+            return kernel
+        return self._profile.choose(layout, num_inputs, weight.numel(), without)
 
     def _own_into(
         self, kernel: Kernel, inputs: ProductInputs, weight: torch.Tensor, bias: torch.Tensor | None,

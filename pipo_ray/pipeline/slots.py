@@ -50,6 +50,9 @@ LOAD_BYTE, LOADER_BYTE, RELEASED_BYTE = 8 * _LOAD, 8 * _LOADER, 8 * _RELEASED
 and from a row on.
 """
 
+RESIDENT = -1
+"""In place of a load number: the piece stays, and is not released."""
+
 
 class StoppedError(Exception):
     """The pipeline was told to stop, or the epoch changed, while waiting."""

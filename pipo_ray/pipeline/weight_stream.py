@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from pipo_ray.pipeline.order import LoadOrder
-from pipo_ray.pipeline.slots import SlotTable
+from pipo_ray.pipeline.slots import RESIDENT, SlotTable
 from pipo_ray.pipeline.tracing import NO_TRACE, TraceWriter
 from pipo_ray.plan.pieces import SweepPlan
 
@@ -54,7 +54,7 @@ class WeightStream(Protocol):
 
 class PiecePlaces(NamedTuple):
     """Where pieces are, or will be: the slot table's rows that tell when, as addresses, the load numbers by which they
-    are known there (-1: it is resident), and the addresses of their bytes. Each int64 [pieces].
+    are known there, or RESIDENT, and the addresses of their bytes. Each int64 [pieces].
     """
 
     row: npt.NDArray[np.int64]
@@ -151,7 +151,7 @@ class HostStream:
     def places(self, start: int, stop: int) -> PiecePlaces:
         """Where the pieces at positions `start:stop` will be."""
         loads, slots = self._loads.places(self._base, start, stop)
-        return PiecePlaces(self._rows[slots], np.where(slots < 0, -1, loads), self._addresses[slots])
+        return PiecePlaces(self._rows[slots], np.where(slots < 0, RESIDENT, loads), self._addresses[slots])
 
     def memory(self, position: int) -> torch.Tensor:
         """Where the bytes of the piece at `position` will be."""

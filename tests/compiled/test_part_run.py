@@ -23,9 +23,9 @@ from pipo_ray.compiled.float_inputs import PaddedInputs
 from pipo_ray.compiled.float_products import CompiledFloats
 from pipo_ray.compiled.ir import Function
 from pipo_ray.compiled.machine import MachineCode, context_of
-from pipo_ray.compiled.part_run import RESIDENT, PartRun, PartRunner, Parts, RowsProduct, Step
+from pipo_ray.compiled.part_run import PartRun, PartRunner, Parts, RowsProduct, Step
 from pipo_ray.compiled.support import floats_obstacle, obstacle
-from pipo_ray.pipeline.slots import PieceUnreadableError, SlotState, SlotTable, StoppedError
+from pipo_ray.pipeline.slots import RESIDENT, PieceUnreadableError, SlotState, SlotTable, StoppedError
 
 pytestmark = pytest.mark.skipif(floats_obstacle() is not None, reason=str(floats_obstacle()))
 

@@ -289,26 +289,28 @@ def test_a_product_goes_to_its_columns_and_no_others(
 
 
 @pytest.mark.skipif("outer" in MISSING, reason="no kernels in float32 here")
-def test_a_small_part_is_multiplied_as_all_of_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call takes besides decides for a small weight, and not for the small parts of a large one."""
-    costs = {
-        kernel: Cost(*{"native": (0.0, (1, 2), (1e-9, 2e-9)), "outer": (1e-4, (1, 2), (1e-12, 2e-12))}.get(
-            kernel, (1.0, (1, 2), (1.0, 1.0))
-        )) for kernel in KERNELS["linear"]
-    }  # fmt: skip
+@pytest.mark.parametrize(("kernel", "name"), [("outer", "outer_into"), ("tall", "_tall_linear")])
+def test_a_small_part_is_multiplied_as_all_of_its_matrix_by_machine_code_alone(
+    kernel: Kernel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call takes besides decides for a small weight, and not for the small parts that are one call."""
+    known = {"native": Cost(0.0, (1, 2), (1e-9, 2e-9)), kernel: Cost(1e-4, (1, 2), (1e-12, 2e-12))}
+    costs = {one: known.get(one, Cost(1.0, (1, 2), (1.0, 1.0))) for one in KERNELS["linear"]}
     products = CpuProducts(KernelProfile("bfloat16", torch.get_num_threads(), {"linear": costs}), own())
     ran: list[str] = []
-    original = CompiledFloats.outer_into
-    monkeypatch.setattr(CompiledFloats, "outer_into", lambda *args: (ran.append("outer"), original(*args))[1])
+    kind = CompiledFloats if kernel == "outer" else CpuProducts
+    original = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda *args: (ran.append(kernel), original(*args))[1])
     weight, inputs = torch.randn(16, 32).bfloat16(), torch.randn(2, 32).bfloat16()
     wanted = F.linear(inputs, weight)
-    for all_rows, kernel in ((16, None), (16 * 1000, "outer")):
+    for all_rows in (16, 16 * 1000):
         output = torch.zeros(2, all_rows).bfloat16()
         linear_into(ProductInputs(inputs), products.bind(weight), None, output[:, :16], all_rows)
         torch.testing.assert_close(output[:, :16], wanted)
-        assert ran == ([] if kernel is None else [kernel])
+        is_one_call = kernel == "outer" and all_rows > 16
+        assert ran == ([kernel] if is_one_call else [])
         made = products.rows_product(ProductInputs(inputs), weight, None, output)
-        assert (made is None) == (kernel is None)
+        assert (made is not None) == is_one_call
     assert products.linear(inputs, weight).equal(wanted)
 
 
