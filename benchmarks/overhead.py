@@ -32,8 +32,10 @@ import torch
 from random_llama import LlamaShape, make_checkpoint
 
 from pipo_ray import LLM, SamplingParams
+from pipo_ray.compiled.attend import CompiledAttention
 from pipo_ray.model.batch import SweepEntry
 from pipo_ray.model.binding import Binder
+from pipo_ray.model.compiled_layers import compile_model
 from pipo_ray.model.cpu_linear import HALF_DTYPES, CpuProducts
 from pipo_ray.model.graph import DTYPES, build_graph, load_config
 from pipo_ray.model.inspect import trace_of
@@ -47,7 +49,7 @@ from pipo_ray.pipeline.order import LoadOrder
 from pipo_ray.pipeline.slots import U8, SlotTable
 from pipo_ray.pipeline.weight_stream import HostStream
 from pipo_ray.plan.budget import RunPlan
-from pipo_ray.prepare import code_folder, prepare_store
+from pipo_ray.prepare import code_folder, prepare_store, profile_folder
 from pipo_ray.session.huge_pages import scratch_memory
 from pipo_ray.session.memory import format_size, parse_size
 from pipo_ray.store.rows import RowReader
@@ -67,7 +69,7 @@ def touched(num_bytes: int) -> U8:
 class LocalPipeline:
     """Loader threads and model of `plan` over the block store in `folder`, in this process. A context manager."""
 
-    def __init__(self, folder: Path, plan: RunPlan, threads: int, kernels: Path) -> None:
+    def __init__(self, folder: Path, plan: RunPlan, threads: int, kernels: ProfilePlaces) -> None:
         torch.set_num_threads(threads)
         prepared = prepare_store(str(folder))
         manifest, facts = prepared.manifest, prepared.facts
@@ -98,9 +100,15 @@ class LocalPipeline:
         )  # fmt: skip
         dtype = DTYPES[manifest.precision]
         graph = build_graph(load_config(folder), dtype, attention=facts.attention, device=CPU)
-        products = CpuProducts.for_run(dtype, ProfilePlaces(kernels)) if dtype in HALF_DTYPES else None
-        binder = Binder(graph, trace_of(facts), sweep, manifest.aliases, stream, self._read_rows, products)
-        self._runner = ModelRunner(graph, binder, CPU, ragged=facts.ragged)
+        products = CpuProducts.for_run(dtype, kernels, code_folder()) if dtype in HALF_DTYPES else None
+        attention = layers = None
+        if products is not None and products.compiles:  # as the compute worker has it
+            attention = CompiledAttention(code_folder())
+            layers = compile_model(graph, products, None, attention, code_folder())
+        binder = Binder(
+            graph, trace_of(facts), sweep, manifest.aliases, stream, self._read_rows, products, layers=layers
+        )  # fmt: skip
+        self._runner = ModelRunner(graph, binder, CPU, ragged=facts.ragged, attention=attention, layers=layers)
 
     def decode(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
         """`num_tokens` greedy tokens behind `prompt`, and the mean of the seconds between them, in a list."""
@@ -138,7 +146,8 @@ def compare(model: Path, weight_memory: int, rounds: int, sweeps: int) -> dict[s
     with LLM(model, weight_memory=weight_memory, device="cpu", ray_address="local") as llm:
         plan, setup = llm._plan, llm._stage._setup
         threads = len(os.sched_getaffinity(0))
-        kernels = Path(llm._session.path) / "kernels.json"  # the same ones as the actors have chosen
+        # The same ones as the actors have chosen.
+        kernels = ProfilePlaces(Path(llm._session.path) / "kernels.json", profile_folder())
         with LocalPipeline(Path(setup.store), plan, threads, kernels) as local:
             tokens = {}
             for number in range(rounds + 1):  # the first is a warm-up: residents are loaded, checksums checked
