@@ -285,13 +285,13 @@ def test_threads_sleep_until_a_part_is_there(runner: PartRunner, threads: int) -
                 late.append(time.perf_counter() - begin)
             parts.bring(part)
 
-    loader = threading.Thread(target=load)
+    loader = threading.Thread(target=load, daemon=True)  # it waits for ever if the run ends too early
     begin = time.perf_counter()
     loader.start()
     run.run()
     took = time.perf_counter() - begin
-    loader.join()
     assert run.done == 12
+    loader.join()
     assert 0.05 < run.waited_s < took
     assert sum(late) < took
     for part in range(12):
