@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipo_ray.compiled.crew_code import HEADER, LINE, PAUSES, WORDS, source
+from pipo_ray.compiled.kernel_calls import library_function
 from pipo_ray.compiled.machine import MachineCode, context_of, function_at
 from pipo_ray.compiled.steps import Steps
 
@@ -29,13 +30,13 @@ class Crew:
     def __init__(self, num_threads: int, folder: Path | None = None) -> None:
         self.num_threads = num_threads
         self._code = MachineCode(source(), folder)
-        syscall = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
         size = 8 * WORDS * (1 + num_threads)
         self._memory = ctypes.create_string_buffer(size + LINE)
         address = ctypes.addressof(self._memory)
         self._address = address + -address % LINE
         self._words = (ctypes.c_int64 * (size // 8)).from_address(self._address)
-        self._words[HEADER.index("syscall")], self._words[HEADER.index("threads")] = syscall or 0, num_threads
+        self._words[HEADER.index("syscall")] = library_function("syscall")
+        self._words[HEADER.index("threads")] = num_threads
         self._work = function_at(self._code.address("work"))
         self._lead = function_at(self._code.address("lead"))
         self._dismiss = function_at(self._code.address("dismiss"))

@@ -60,10 +60,7 @@ class PartRuns:
             return start
         of_parts, places = self._rows_of(start, stop), self._stream.places(start, stop)
         parts = Parts(places.row, places.load, of_parts.first, of_parts.rows, places.address + of_parts.offset)
-        run = PartRun(
-            self._products.part_runner, self._stream.header_address, parts,
-            lambda rows: rows_product.steps(rows, of_parts.row_bytes),
-        )  # fmt: skip
+        run = PartRun(self._products.part_runner, self._stream.header_address, parts, rows_product, of_parts.row_bytes)
         try:
             while start + run.done < stop:
                 run.run()

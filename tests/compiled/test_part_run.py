@@ -121,9 +121,7 @@ class Matrix:
             np.array(self.cuts[:-1]), np.diff(self.cuts),
             np.array(product.looks_at if isinstance(product, Probe) else [memory.data_ptr() for memory in memories]),
         )  # fmt: skip
-        self.product = product  # which has to live as long as the run
-        row_bytes = 2 * self.weight.shape[1]
-        return PartRun(runner, self.table.header_address, parts, lambda count: product.steps(count, row_bytes))
+        return PartRun(runner, self.table.header_address, parts, product, 2 * self.weight.shape[1])
 
 
 def finish(run: PartRun, matrix: Matrix) -> int:
